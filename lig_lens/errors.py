@@ -1,0 +1,58 @@
+"""Typed errors and warnings. Every message gives the offending value and what to do."""
+
+import difflib
+from collections.abc import Sequence
+
+
+class LigLensError(Exception):
+    """Base of all errors that lig_lens raises on purpose."""
+
+
+class InputError(LigLensError, ValueError):
+    """An argument, prompt, flag or config value that cannot be used."""
+
+
+class BoundaryError(LigLensError, RuntimeError):
+    """The nodes of a block could not be found, or fail the numerical check."""
+
+
+class NonFiniteError(LigLensError, ArithmeticError):
+    """A weight or an activation is NaN or infinite."""
+
+
+class MissingPackageError(LigLensError, ImportError):
+    """An optional package is needed; the message names the command that installs it."""
+
+
+class FlowFileError(LigLensError, ValueError):
+    """A saved Flow is damaged, is not a Flow, or has a newer schema than this version reads."""
+
+
+class ConvergenceWarning(UserWarning):
+    """Some cells missed the requested completeness tolerance within the node budget."""
+
+
+def check_choice(what: str, value: object, valid: Sequence[str]) -> str:
+    """Return `value` if it is one of `valid`.
+
+    Raises:
+        InputError: otherwise; the message lists the valid names and the nearest match.
+
+    >>> check_choice("engine", "hoks", ["auto", "hooks"])
+    Traceback (most recent call last):
+        ...
+    lig_lens.errors.InputError: Unknown engine 'hoks': use one of 'auto', 'hooks'. Did you mean 'hooks'?
+    """
+    if isinstance(value, str) and value in valid:
+        return value
+    listed = ", ".join(repr(name) for name in valid)
+    near = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise InputError(f"Unknown {what} {value!r}: use one of {listed}.{hint}")
+
+
+def missing_package(package: str, purpose: str, command: str) -> MissingPackageError:
+    """Build the error for an absent optional package."""
+    return MissingPackageError(
+        f"{purpose} needs the package {package!r}, which is not installed. Install it with: {command}"
+    )
