@@ -1,0 +1,54 @@
+"""Layer-wise Integrated Gradients between the token vectors inside transformer blocks.
+
+Names are resolved on first use, so that importing the package, or asking the command line for help, loads
+no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "attribute": "attribute",
+    "load_model": "loading",
+    "describe_boundaries": "boundaries",
+    "BlockBoundaries": "boundaries",
+    "direction": "targets",
+    "Flow": "flow",
+    "LigLensError": "errors",
+    "InputError": "errors",
+    "BoundaryError": "errors",
+    "NonFiniteError": "errors",
+    "MissingPackageError": "errors",
+    "FlowFileError": "errors",
+    "ConvergenceWarning": "errors",
+}
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from lig_lens.attribute import attribute as attribute
+    from lig_lens.boundaries import BlockBoundaries as BlockBoundaries
+    from lig_lens.boundaries import describe_boundaries as describe_boundaries
+    from lig_lens.errors import BoundaryError as BoundaryError
+    from lig_lens.errors import ConvergenceWarning as ConvergenceWarning
+    from lig_lens.errors import FlowFileError as FlowFileError
+    from lig_lens.errors import InputError as InputError
+    from lig_lens.errors import LigLensError as LigLensError
+    from lig_lens.errors import MissingPackageError as MissingPackageError
+    from lig_lens.errors import NonFiniteError as NonFiniteError
+    from lig_lens.flow import Flow as Flow
+    from lig_lens.loading import load_model as load_model
+    from lig_lens.targets import direction as direction
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value  # also wins over the submodule `attribute`, which shares the name
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

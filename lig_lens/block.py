@@ -1,0 +1,246 @@
+"""Run one block from given node values.
+
+A full forward pass shows how the model calls each block (attention mask, position embeddings, ...). The call
+is kept and replayed with other residual vectors in place of the recorded ones, and with hooks that read or
+replace the nodes inside. This is exact, needs no knowledge of the architecture, runs no earlier block, and
+works alike on a `TransformerBridge`, a `HookedTransformer` and a `HookedEncoder`.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lig_lens.errors import BoundaryError
+
+Hook = Callable[[Tensor], Tensor | None]
+"""Receives the activation at a node; returns a replacement, or None to leave it."""
+
+
+class _Stop(Exception):  # noqa: N818  (control flow, not an error)
+    """Ends a replay as soon as the wanted node has been read."""
+
+
+def submodules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield `(path, submodule)` in registration order, under the names TransformerLens shows.
+
+    A bridge also reaches each component through the wrapped Hugging Face module; that second path is skipped.
+    """
+    for name, child in module._modules.items():
+        if child is None or name.startswith("_original"):
+            continue
+        yield prefix + name, child
+        yield from submodules(child, f"{prefix}{name}.")
+
+
+def _first_tensor(output: Any) -> Tensor:
+    """The hidden states in a block's or module's output, which may be a tuple."""
+    tensor = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(tensor, Tensor):
+        raise BoundaryError(
+            f"A block returned {type(tensor).__name__} where a residual tensor was expected: "
+            "this architecture is not supported."
+        )
+    return tensor
+
+
+def _with_first_tensor(output: Any, tensor: Tensor) -> Any:
+    if isinstance(output, (tuple, list)):
+        return type(output)((tensor, *output[1:]))
+    return tensor
+
+
+def _without_cache(value: Any) -> Any:
+    """A key-value cache would grow at every replay, so it is dropped from the recorded call."""
+    return None if hasattr(value, "get_seq_length") or "KeyValueCache" in type(value).__name__ else value
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map_tensors(item, change) for item in value)
+    return value
+
+
+@contextlib.contextmanager
+def module_hooks(pairs: Sequence[tuple[nn.Module, Callable[..., Any], bool]]) -> Iterator[None]:
+    """Attach torch hooks `(module, hook, is_pre)` and take every one off again, whatever happens inside."""
+    handles = []
+    try:
+        for module, hook, is_pre in pairs:
+            if is_pre:
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def prepared(model: Any, block: nn.Module) -> Iterator[None]:
+    """Hold a block ready for integration: weights frozen, half precision raised to float32.
+
+    The integrand is evaluated in float32 at least, because differences of half-precision outputs are mostly
+    rounding. The original parameters are put back untouched on the way out.
+    """
+    parameters = list(block.parameters()) + list(block.buffers())
+    saved = [(p, p.data, p.requires_grad) for p in parameters]
+    cfg, dtype = model.cfg, model.cfg.dtype
+    half = dtype in (torch.float16, torch.bfloat16)
+    try:
+        for p in parameters:
+            if p.dtype in (torch.float16, torch.bfloat16):
+                p.data = p.data.float()
+            if p.is_floating_point():
+                p.requires_grad_(False)
+        if half:
+            cfg.dtype = torch.float32
+        yield
+    finally:
+        for p, data, requires_grad in saved:
+            p.data = data
+            if data.is_floating_point():
+                p.requires_grad_(requires_grad)
+        cfg.dtype = dtype
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a model of `dtype` is integrated: float32 at least."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How the model called one block on one prompt, ready to be replayed.
+
+    `resid_pre` and `resid_post` are the vectors that entered and left it, shape [pos, d_model], in the dtype
+    that integration uses.
+    """
+
+    layer: int
+    block: nn.Module
+    resid_pre: Float[Tensor, "pos d_model"]
+    resid_post: Float[Tensor, "pos d_model"]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    resid_key: int | str
+    """Where the residual stands in the call: position in `args`, or name in `kwargs`."""
+    modules: dict[str, nn.Module] = field(repr=False)
+
+    def run(
+        self,
+        resid_pre: Float[Tensor, "batch pos d_model"],
+        hooks: Mapping[str, Hook] | None = None,
+        stop_at: str | None = None,
+    ) -> Float[Tensor, "batch pos d_model"] | None:
+        """Run the block on `resid_pre` with `hooks` on its submodules' outputs.
+
+        Args:
+            resid_pre: residual vectors to start from, one batch item per interpolation point.
+            hooks: path of a submodule inside the block -> hook on its output (the first one, of a tuple).
+            stop_at: path of the last submodule that is needed; the rest of the block does not run.
+
+        Returns:
+            resid_post, or None where `stop_at` cut the run short.
+        """
+        batch = resid_pre.shape[0]
+
+        def adapt(tensor: Tensor) -> Tensor:
+            # Masks and position embeddings were recorded for one prompt: repeat them without copying.
+            if tensor.is_floating_point():
+                tensor = tensor.to(resid_pre.dtype)
+            if tensor.ndim >= 2 and tensor.shape[0] == 1 and batch != 1:
+                tensor = tensor.expand(batch, *tensor.shape[1:])
+            return tensor
+
+        args = list(_map_tensors(self.args, adapt))
+        kwargs = {name: _map_tensors(value, adapt) for name, value in self.kwargs.items()}
+        if isinstance(self.resid_key, int):
+            args[self.resid_key] = resid_pre
+        else:
+            kwargs[self.resid_key] = resid_pre
+        with module_hooks(self._torch_hooks(hooks or {}, stop_at)):
+            try:
+                return _first_tensor(self.block(*args, **kwargs))
+            except _Stop:
+                return None
+
+    def _torch_hooks(
+        self, hooks: Mapping[str, Hook], stop_at: str | None
+    ) -> list[tuple[nn.Module, Callable[..., Any], bool]]:
+        pairs: list[tuple[nn.Module, Callable[..., Any], bool]] = []
+        for path, hook in hooks.items():
+
+            def on_output(_module: nn.Module, _inputs: Any, output: Any, hook: Hook = hook) -> Any:
+                replacement = hook(_first_tensor(output))
+                return None if replacement is None else _with_first_tensor(output, replacement)
+
+            pairs.append((self.modules[path], on_output, False))
+        if stop_at is not None:
+
+            def stop(*_: Any) -> None:
+                raise _Stop
+
+            pairs.append((self.modules[stop_at], stop, False))
+        return pairs
+
+
+def record_calls(model: Any, tokens: Int[Tensor, "1 pos"], layers: Sequence[int]) -> dict[int, BlockCall]:
+    """Run the model once on `tokens` and keep how it called the blocks `layers`.
+
+    Returns:
+        layer -> `BlockCall`; values are copies, so the model's memory can be reused.
+    """
+    dtype = compute_dtype(model.cfg.dtype)
+    inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    outputs: dict[int, Tensor] = {}
+    pairs: list[tuple[nn.Module, Callable[..., Any], bool]] = []
+    for layer in layers:
+
+        def before(_module: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
+            inputs[layer] = (args, kwargs)
+
+        def after(_module: nn.Module, _args: Any, output: Any, layer: int = layer) -> None:
+            outputs[layer] = _first_tensor(output)
+
+        pairs += [(model.blocks[layer], before, True), (model.blocks[layer], after, False)]
+    with torch.no_grad(), module_hooks(pairs):
+        model(tokens)
+    return {layer: _block_call(model, layer, *inputs[layer], outputs[layer], dtype) for layer in layers}
+
+
+def _block_call(
+    model: Any, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, dtype: torch.dtype
+) -> BlockCall:
+    resid_key: int | str | None = next((i for i, a in enumerate(args) if isinstance(a, Tensor)), None)
+    if resid_key is None:
+        resid_key = next((k for k in ("hidden_states", "resid_pre", "x") if k in kwargs), None)
+    if resid_key is None:
+        raise BoundaryError(
+            f"Block {layer} was called without a residual tensor (arguments: {sorted(kwargs)}): "
+            "this architecture is not supported."
+        )
+    resid = args[resid_key] if isinstance(resid_key, int) else kwargs[resid_key]
+    if resid.shape != output.shape or resid.ndim != 3:
+        raise BoundaryError(
+            f"Block {layer} maps shape {tuple(resid.shape)} to {tuple(output.shape)}; "
+            "a block must keep [batch, pos, d_model]."
+        )
+    block = model.blocks[layer]
+    return BlockCall(
+        layer=layer,
+        block=block,
+        resid_pre=resid[0].detach().to(dtype).clone(),
+        resid_post=output[0].detach().to(dtype).clone(),
+        args=tuple(_without_cache(a) for a in args),
+        kwargs={k: _without_cache(v) for k, v in kwargs.items()},
+        resid_key=resid_key,
+        modules=dict(submodules(block)),
+    )

@@ -1,0 +1,366 @@
+"""Which hooks are the nodes of a block, found on the model at hand and checked numerically.
+
+Hook names mean different things by architecture (`hook_resid_mid` of a BERT bridge is the sum that enters the
+*second* LayerNorm, `hook_resid_post` of a HookedEncoder comes before the last one), so no name is trusted.
+Every block is run once with all its hooks read, then with one node changed at a time, and the layout follows
+from what the block's output did.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lig_lens.block import BlockCall, prepared, record_calls
+from lig_lens.errors import BoundaryError, NonFiniteError
+from lig_lens.loading import load_model
+
+LAYOUTS = ("pre_ln", "post_ln", "pre_post_ln", "parallel", "block_only")
+
+# Where the two generations keep the head outputs before W_O, and the output of W_O with its bias.
+_Z_PATHS = (("attn.o.hook_in", "attn.o.hook_out"), ("attn.hook_z", "attn"))
+_PATTERN_PATH = "attn.hook_pattern"
+
+
+@dataclass(frozen=True)
+class BlockBoundaries:
+    """The nodes of one block, by TransformerLens hook name, as `describe_boundaries` returns them.
+
+    `hook_z` is None where attention has no separable heads, `resid_mid` where no hook carries the sum of skip
+    connection and attention output (parallel blocks have no such sum).
+    """
+
+    layer: int
+    layout: str
+    resid_pre: str
+    hook_z: str | None
+    resid_mid: str | None
+    resid_post: str
+    n_heads: int
+    n_key_value_heads: int
+    d_head: int
+    norms: tuple[str, ...]
+    engine: str
+
+
+@dataclass(frozen=True)
+class BlockNodes:
+    """One block of one prompt with its nodes' values: what the engines work on.
+
+    `resid_post` is the replayed value in the dtype of integration; `W_O` and `b_O` reproduce the attention
+    output from `z`. `attn_normed` tells whether a norm stands between resid_pre and attention.
+    """
+
+    call: BlockCall
+    boundaries: BlockBoundaries
+    resid_post: Float[Tensor, "pos d_model"] = field(repr=False)
+    eps: float = 1e-5
+    z_path: str | None = None
+    attn_out_path: str | None = None
+    attn_normed: bool = True
+    z: Float[Tensor, "pos head d_head"] | None = field(default=None, repr=False)
+    pattern: Float[Tensor, "head dst src"] | None = field(default=None, repr=False)
+    W_O: Float[Tensor, "head d_head d_model"] | None = field(default=None, repr=False)
+    b_O: Float[Tensor, "d_model"] | None = field(default=None, repr=False)
+
+    @property
+    def layer(self) -> int:
+        """Index of the block in the model."""
+        return self.call.layer
+
+    @property
+    def resid_pre(self) -> Float[Tensor, "pos d_model"]:
+        """Residual vectors that entered the block."""
+        return self.call.resid_pre
+
+    def read_z(
+        self, resid_pre: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """Head outputs (before W_O) for given residual vectors; the rest of the block does not run."""
+        assert self.z_path is not None and self.z is not None  # callers asked for attention nodes
+        read: list[Tensor] = []
+        self.call.run(resid_pre, {self.z_path: read.append}, stop_at=self.z_path)
+        return read[0].reshape(*read[0].shape[:2], *self.z.shape[1:])
+
+    def run_tail(
+        self, attn_out: Float[Tensor, "batch pos d_model"], skip: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """resid_post from the attention output (W_O z + b_O, before any norm on it) and the skip connection."""
+        assert self.attn_out_path is not None
+        result = self.call.run(skip, {self.attn_out_path: lambda _: attn_out})
+        assert result is not None
+        return result
+
+    def attn_out(
+        self, z: Float[Tensor, "*batch head d_head"], bias: float
+    ) -> Float[Tensor, "*batch d_model"]:
+        """Attention output of head outputs `z`, with `bias` times b_O."""
+        assert self.W_O is not None and self.b_O is not None
+        return torch.einsum("...he,hem->...m", z, self.W_O) + bias * self.b_O
+
+
+def find_nodes(model: Any, call: BlockCall) -> BlockNodes:
+    """Find and check the nodes of the block that `call` recorded.
+
+    Raises:
+        BoundaryError: the nodes do not reproduce the block.
+        NonFiniteError: a node's value, or a weight, is NaN or infinite.
+    """
+    _check_finite(call, "resid_pre", call.resid_pre)
+    with torch.no_grad(), prepared(model, call.block):
+        values, order, output = _read_everything(call)
+        _check_replay(model, call, output)
+        norms = {path: call.modules[path] for path in _norm_paths(call)}
+        resid_pre_path = _hook_with_value(values, call.resid_pre, first=True)
+        resid_post_path = _hook_with_value(values, output, first=False)
+        fields: dict[str, Any] = {
+            "layer": call.layer,
+            "layout": "block_only",
+            "resid_pre": _hook_name(model, call, resid_pre_path, "hook_resid_pre"),
+            "hook_z": None,
+            "resid_mid": None,
+            "resid_post": _hook_name(model, call, resid_post_path, "hook_resid_post"),
+            "n_heads": 0,
+            "n_key_value_heads": 0,
+            "d_head": 0,
+            "norms": tuple(f"{path} {_norm_kind(module)}" for path, module in norms.items()),
+            "engine": "hooks",
+        }
+        nodes = {"call": call, "resid_post": output, "eps": float(getattr(model.cfg, "eps", 1e-5) or 1e-5)}
+        found = next((p for p in _Z_PATHS if p[0] in values and p[1] in values), None)
+        W_O = getattr(getattr(call.block, "attn", None), "W_O", None)  # noqa: N806
+        if found is None or not isinstance(W_O, Tensor) or W_O.ndim != 3:
+            return BlockNodes(boundaries=BlockBoundaries(**fields), **nodes)
+        z_path, attn_out_path = found
+        W_O = W_O.detach().to(output.dtype)  # noqa: N806
+        z = values[z_path].reshape(-1, *W_O.shape[:2])
+        _check_finite(call, "hook_z", z)
+        layout, b_O = _layout(call, z_path, attn_out_path, z, W_O, values, output, order)  # noqa: N806
+        middle = _middle(layout, call, values, attn_out_path)
+        mid_path = None if middle is None else _hook_with_value(values, middle, first=True)
+        fields |= {
+            "layout": layout,
+            "hook_z": _hook_name(model, call, z_path, "attn.hook_z"),
+            "resid_mid": mid_path and _hook_name(model, call, mid_path, "hook_resid_mid"),
+            "n_heads": W_O.shape[0],
+            "n_key_value_heads": getattr(model.cfg, "n_key_value_heads", None) or W_O.shape[0],
+            "d_head": W_O.shape[1],
+        }
+        pattern = values.get(_PATTERN_PATH)
+        return BlockNodes(
+            boundaries=BlockBoundaries(**fields),
+            z_path=z_path,
+            attn_out_path=attn_out_path,
+            attn_normed=_norm_before(order, z_path),
+            z=z,
+            pattern=None if pattern is None else pattern.to(output.dtype),
+            W_O=W_O,
+            b_O=b_O,
+            **nodes,
+        )
+
+
+def _read_everything(call: BlockCall) -> tuple[dict[str, Tensor], list[str], Tensor]:
+    """Values at every hook (first batch item), the order in which they fired, and the block's output."""
+    values: dict[str, Tensor] = {}
+    order: list[str] = []
+
+    def reader(path: str) -> Any:
+        def read(tensor: Tensor) -> None:
+            order.append(path)
+            # Some bridges fire a hook twice; the first value is the one on the path.
+            values.setdefault(path, tensor[0].detach().clone())
+
+        return read
+
+    paths = [p for p in call.modules if p.split(".")[-1].startswith("hook_")]
+    if "attn.o.hook_in" not in call.modules and "attn" in call.modules:
+        paths.append("attn")
+    output = call.run(call.resid_pre[None], {path: reader(path) for path in paths})
+    assert output is not None
+    return values, order, output[0]
+
+
+def _check_replay(model: Any, call: BlockCall, output: Tensor) -> None:
+    _check_finite(call, "resid_post", output)
+    # A half-precision model was recorded in its own rounding and is replayed in float32.
+    tolerance = 1e-4 if model.cfg.dtype in (torch.float32, torch.float64) else 0.1
+    error = _relative(output - call.resid_post, call.resid_post)
+    if error > tolerance:
+        raise BoundaryError(
+            f"Running block {call.layer} alone differs from the full model by {error:.1e} of its output "
+            f"(allowed {tolerance:.0e}): the block takes input that its call does not show."
+        )
+
+
+def _layout(
+    call: BlockCall,
+    z_path: str,
+    attn_out_path: str,
+    z: Tensor,
+    W_O: Tensor,  # noqa: N803
+    values: dict[str, Tensor],
+    output: Tensor,
+    order: list[str],
+) -> tuple[str, Tensor]:
+    """Layout of a block with attention, and its b_O, from four runs in which one node differs at a time.
+
+    Run 0 moves a vector from the attention output to the skip connection: if nothing changes, the rest of the
+    block sees only their sum (pre_ln, post_ln). Run 1 sets z to 0, which leaves b_O and, in parallel blocks,
+    changes the output by exactly the attention output. Run 2 changes z at the last position only: no other
+    position may follow, since the rest of the block is taken to act token by token.
+    """
+    scale = call.resid_pre.std().clamp(min=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    moved = torch.randn(call.resid_pre.shape, generator=generator).to(call.resid_pre) * scale
+    changed_z = torch.stack([z, torch.zeros_like(z), z.clone()])
+    changed_z[2, -1] = changed_z[2, -1].flip(-1) + z.std()
+    shift = torch.stack([-moved, torch.zeros_like(moved), torch.zeros_like(moved)])
+    skip = torch.stack([call.resid_pre + moved, call.resid_pre, call.resid_pre])
+    attn_outs: list[Tensor] = []
+
+    def on_attn_out(now: Tensor) -> Tensor:
+        attn_outs.append(now.detach().clone())
+        return now + shift
+
+    hooks = {z_path: lambda now: changed_z.reshape(now.shape), attn_out_path: on_attn_out}
+    outputs = call.run(skip, hooks)
+    assert outputs is not None
+    attn_out, b_O = values[attn_out_path], attn_outs[0][1, 0]  # noqa: N806
+    error = _relative(torch.einsum("phd,hdm->pm", z, W_O) + b_O - attn_out, attn_out)
+    if error > 1e-3:
+        raise BoundaryError(
+            f"Block {call.layer}: hook_z times W_O plus b_O misses the attention output at "
+            f"'{attn_out_path}' by {error:.1e} of it. The hook is not the head output before W_O "
+            "(if use_attn_result is on, turn it off)."
+        )
+    if z.shape[0] > 1:
+        leak = _relative((outputs[2] - output)[:-1], output)
+        if leak > 1e-4:
+            raise BoundaryError(
+                f"Block {call.layer}: a head output at the last position changes earlier positions "
+                f"({leak:.1e}) after attention. Only blocks that act token by token there are supported."
+            )
+    if _relative(outputs[0] - output, output) <= 1e-3:
+        return ("pre_ln" if _norm_before(order, z_path) else "post_ln"), b_O
+    if _post_norm(call, values, attn_out) is not None:
+        return "pre_post_ln", b_O
+    without_attention = outputs[1] - b_O
+    if _relative(output - attn_out - without_attention, output) <= 1e-3:
+        return "parallel", b_O
+    raise BoundaryError(
+        f"Block {call.layer}: its output follows neither the sum of skip connection and attention output, nor "
+        "a norm of the attention output, nor a parallel MLP. Ask for maps=('block',) on such a model."
+    )
+
+
+def _middle(layout: str, call: BlockCall, values: dict[str, Tensor], attn_out_path: str) -> Tensor | None:
+    """The vector m that the rest of the block sees, where the layout has one."""
+    attn_out = values[attn_out_path]
+    if layout in ("pre_ln", "post_ln"):
+        return call.resid_pre + attn_out
+    post_norm = _post_norm(call, values, attn_out)
+    if layout == "pre_post_ln" and post_norm is not None:
+        normed = values.get(f"{post_norm}.hook_out", values.get("hook_attn_out"))
+        return None if normed is None else call.resid_pre + normed
+    return None
+
+
+def _norm_paths(call: BlockCall) -> list[str]:
+    """Norms of the block outside attention: TransformerLens gives each a `hook_normalized`."""
+    suffix = ".hook_normalized"
+    paths = [p.removesuffix(suffix) for p in call.modules if p.endswith(suffix)]
+    return [p for p in paths if not p.startswith("attn.")]
+
+
+def _norm_before(order: Sequence[str], z_path: str) -> bool:
+    before = order[: order.index(z_path)]
+    return any(p.endswith(".hook_normalized") and not p.startswith("attn.") for p in before)
+
+
+def _post_norm(call: BlockCall, values: dict[str, Tensor], attn_out: Tensor) -> str | None:
+    """Path of the norm that is applied to the attention output alone, if there is one."""
+    for path in _norm_paths(call):
+        scale = values.get(f"{path}.hook_scale")
+        normalized = values.get(f"{path}.hook_normalized")
+        if scale is None or normalized is None:
+            continue
+        # x = normalized * scale, up to the mean that LayerNorm takes off.
+        rebuilt = normalized * scale
+        centred = attn_out - attn_out.mean(-1, keepdim=True)
+        if min(_relative(rebuilt - attn_out, attn_out), _relative(rebuilt - centred, attn_out)) <= 1e-3:
+            return path
+    return None
+
+
+def _norm_kind(module: Any) -> str:
+    rms = getattr(module, "uses_rms_norm", None)
+    if rms is None:
+        return type(module).__name__
+    return "RMSNorm" if rms else "LayerNorm"
+
+
+def _hook_with_value(values: dict[str, Tensor], wanted: Tensor, first: bool) -> str | None:
+    paths = [
+        path
+        for path, value in values.items()
+        if value.shape == wanted.shape and _relative(value - wanted, wanted) <= 1e-5 and "hook_" in path
+    ]
+    # An outer hook names a node better than one deep inside a component.
+    paths.sort(key=lambda p: p.count("."))
+    shallow = [p for p in paths if p.count(".") == paths[0].count(".")]
+    return (shallow[0] if first else shallow[-1]) if shallow else None
+
+
+def _hook_name(model: Any, call: BlockCall, path: str | None, familiar: str) -> str:
+    """Full hook name, in TransformerLens' familiar spelling where that is the same hook on this model."""
+    prefix = f"blocks.{call.layer}."
+    if path is None:
+        return f"blocks.{call.layer} (no hook)"
+    name = prefix + familiar
+    return name if model.hook_dict.get(name) is call.modules[path] else prefix + path
+
+
+def _relative(difference: Tensor, reference: Tensor) -> float:
+    if difference.numel() == 0:
+        return 0.0
+    return float(difference.abs().max() / reference.abs().max().clamp(min=1e-30))
+
+
+def _check_finite(call: BlockCall, node: str, value: Tensor) -> None:
+    if bool(torch.isfinite(value).all()):
+        return
+    weights = [name for name, p in call.block.named_parameters() if not torch.isfinite(p).all()]
+    cause = (
+        f" Its weight {weights[0].replace('_original_component.', '')!r} holds such values: reload the model."
+        if weights
+        else " Check the weights and the dtype (float16 overflows at 65504)."
+    )
+    raise NonFiniteError(f"NaN or infinite values at {node} of block {call.layer}.{cause}")
+
+
+def describe_boundaries(
+    model: Any, tokens: Int[Tensor, "1 pos"] | None = None, *, config_only: bool = False
+) -> list[BlockBoundaries]:
+    """Hooks, layout, norms, heads and engine of every block, checked numerically on `model`.
+
+    Args:
+        model: a hooked model, or a name for `load_model`.
+        tokens: token ids to check on, [1, pos]; a few arbitrary ids by default.
+        config_only: with a name, build the model with random weights instead of loading them.
+
+    Raises:
+        BoundaryError: a block's nodes do not reproduce it.
+    """
+    if isinstance(model, (str, Path)):
+        model = load_model(model, load_weights=not config_only)
+    if tokens is None:
+        length = min(6, model.cfg.n_ctx)
+        tokens = torch.arange(1, length + 1, device=model.cfg.device)[None] * 7 % model.cfg.d_vocab
+    layers = range(model.cfg.n_layers)
+    calls = record_calls(model, tokens, layers)
+    return [find_nodes(model, calls[layer]).boundaries for layer in layers]

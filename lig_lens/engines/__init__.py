@@ -1,0 +1,1 @@
+"""Engines: nodes of a block and a path in, integrated contributions out."""

@@ -1,0 +1,231 @@
+"""The general engine: interpolated tensors are put in at one node, the next one is read, autograd does the rest.
+
+It works on every block that can be replayed, and needs one backward pass per destination (and head).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lig_lens.baselines import ResidPath, TailPath, z_at_start
+from lig_lens.block import prepared
+from lig_lens.boundaries import BlockNodes
+from lig_lens.quadrature import Integral, integrate
+from lig_lens.targets import Direction, Scalar
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How hard to try: relative tolerance, nodes per cell, and tokens that are run through a block at once."""
+
+    tol: float
+    max_nodes: int
+    max_batch_tokens: int
+
+    def items(self, n_pos: int) -> int:
+        """Interpolation points that fit into one run of the block."""
+        return max(1, self.max_batch_tokens // n_pos)
+
+
+class _FromResid:
+    """Integrand of resid_pre -> hook_z (groups are heads) and of resid_pre -> resid_post (one group)."""
+
+    def __init__(
+        self, nodes: BlockNodes, path: ResidPath, scalar: Scalar, dst: Tensor, to_heads: bool, chunk: int
+    ) -> None:
+        self.nodes, self.path, self.scalar, self.to_heads = nodes, path, scalar, to_heads
+        self.positions = dst
+        self.n_dst, self.n_parts = len(dst), len(nodes.resid_pre)
+        if to_heads:
+            self.start = z_at_start(nodes, path, dst, chunk)
+        else:
+            zero = torch.zeros(1, device=dst.device)
+            with torch.no_grad():
+                pieces = [self._read(d, zero.expand(len(d)))[1] for d in dst.split(chunk)]
+            self.start = torch.cat(pieces)
+        self.n_groups = self.start.shape[1]
+
+    def _read(self, positions: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual vectors at `a`, as a leaf, and what the destinations get: [item group dim]."""
+        steps = self.path.steps(positions)
+        resid = self.path.starts(positions) + a.to(steps.dtype)[:, None, None] * steps
+        resid.requires_grad_(torch.is_grad_enabled())
+        if self.to_heads:
+            out = self.nodes.read_z(resid)
+        else:
+            result = self.nodes.call.run(resid)
+            assert result is not None
+            out = result[:, :, None]
+        return resid, out[torch.arange(len(positions), device=a.device), positions]
+
+    def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
+        with torch.no_grad():
+            _, out = self._read(self.positions[dst], a)
+            return self.scalar(out - self.start[dst], self.positions[dst])
+
+    def parts(
+        self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: Bool[Tensor, "item group"]
+    ) -> Float[Tensor, "item group part"]:
+        positions = self.positions[dst]
+        steps = self.path.steps(positions)
+        with torch.enable_grad():
+            resid, out = self._read(positions, a)
+            values = self.scalar(out - self.start[dst], positions)
+        result = steps.new_zeros(len(dst), self.n_groups, self.n_parts)
+        wanted = groups.any(0).nonzero()[:, 0].tolist()
+        for group in wanted:
+            (gradient,) = torch.autograd.grad(
+                values[:, group].sum(), resid, retain_graph=group != wanted[-1]
+            )
+            result[:, group] = (gradient * steps).sum(-1)
+        return result * groups[..., None]
+
+    def noise(self) -> Float[Tensor, "dst group"]:
+        """Change of each scalar that rounding alone can cause."""
+        every = torch.arange(self.n_dst, device=self.positions.device)
+        end = self.nodes.z if self.to_heads else self.nodes.resid_post[:, None]
+        assert end is not None
+        return _rounding(self.scalar, self.start, end[self.positions], self.positions[every])
+
+
+class _FromHeads:
+    """Integrand of (hook_z, skip) -> resid_post: parts are the heads, then skip, then bias.
+
+    The rest of a block acts token by token, so items, each at its own point of its own destination's path, are
+    packed side by side into rows of the prompt's length.
+    """
+
+    def __init__(self, nodes: BlockNodes, path: TailPath, scalar: Scalar, dst: Tensor, chunk: int) -> None:
+        self.nodes, self.path, self.scalar, self.positions = nodes, path, scalar, dst
+        self.n_dst, self.n_groups, self.n_parts = len(dst), 1, path.z_end.shape[1] + 2
+        self.attn_out_start = nodes.attn_out(path.z_start, path.bias_start)
+        self.attn_out_end = nodes.attn_out(path.z_end, 1.0)
+        with torch.no_grad():
+            zero = torch.zeros(1, device=dst.device)
+            self.start = torch.cat([self._read(d, zero.expand(len(d)))[1] for d in dst.split(chunk)])
+
+    def _read(self, positions: Tensor, a: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        nodes, path, n_pos = self.nodes, self.path, len(self.path.z_end)
+        fraction = a.to(path.skip_end.dtype)[:, None]
+        # Whole attention outputs are interpolated: b_O added to a z near 0 would drown it in rounding.
+        attn_out = torch.lerp(self.attn_out_start[positions], self.attn_out_end[positions], fraction)
+        skip = torch.lerp(path.skip_start[positions], path.skip_end[positions], fraction)
+        leaves = (attn_out, skip)
+        for leaf in leaves:
+            leaf.requires_grad_(torch.is_grad_enabled())
+        rows = -(-len(positions) // n_pos)
+        filler = torch.zeros(rows * n_pos - len(positions), dtype=torch.long, device=a.device)
+        index = torch.cat([torch.arange(len(positions), device=a.device), filler])
+        packed = [leaf[index].reshape(rows, n_pos, -1) for leaf in leaves]
+        out = nodes.run_tail(*packed)
+        return leaves, out.reshape(rows * n_pos, -1)[: len(positions), None]
+
+    def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
+        with torch.no_grad():
+            _, out = self._read(self.positions[dst], a)
+            return self.scalar(out - self.start[dst], self.positions[dst])
+
+    def parts(
+        self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: Bool[Tensor, "item group"]
+    ) -> Float[Tensor, "item group part"]:
+        positions, path = self.positions[dst], self.path
+        with torch.enable_grad():
+            leaves, out = self._read(positions, a)
+            value = self.scalar(out - self.start[dst], positions).sum()
+            by_attn_out, by_skip = torch.autograd.grad(value, leaves)
+        by_z = torch.einsum("im,hem->ihe", by_attn_out, self.nodes.W_O)
+        heads = ((path.z_end - path.z_start)[positions] * by_z).sum(-1)
+        skip = ((path.skip_end - path.skip_start)[positions] * by_skip).sum(-1)
+        bias = (by_attn_out @ self.nodes.b_O) * (1 - path.bias_start)
+        return torch.cat([heads, skip[:, None], bias[:, None]], -1)[:, None] * groups[..., None]
+
+    def noise(self) -> Float[Tensor, "dst group"]:
+        """Change of each scalar that rounding alone can cause."""
+        end = self.nodes.resid_post[self.positions][:, None]
+        return _rounding(self.scalar, self.start, end, self.positions)
+
+
+def integrate_resid(
+    model: object,
+    nodes: BlockNodes,
+    path: ResidPath,
+    target: "str | Direction",
+    dst: Int[Tensor, "dst"],
+    to_heads: bool,
+    budget: Budget,
+) -> Integral:
+    """Contributions of source tokens to head outputs (`attn` map) or to the block's output (`block` map).
+
+    Returns:
+        parts [dst, head or 1, src].
+    """
+    W_O = nodes.W_O if to_heads else None  # noqa: N806
+    scalar = Scalar(target, len(nodes.resid_pre), nodes.resid_pre, W_O)
+    chunk = budget.items(len(nodes.resid_pre))
+    with prepared(model, nodes.call.block):
+        integrand = _FromResid(nodes, path, scalar, dst, to_heads, chunk)
+        normed = nodes.attn_normed or not to_heads
+        s0, s1 = _layers_of_paths(path.starts, nodes.resid_pre, dst, nodes.eps, normed)
+        return _integrate(integrand, s0, s1, integrand.noise(), budget, chunk)
+
+
+def integrate_tail(
+    model: object,
+    nodes: BlockNodes,
+    path: TailPath,
+    target: "str | Direction",
+    dst: Int[Tensor, "dst"],
+    budget: Budget,
+) -> Integral:
+    """Contributions of heads, skip connection and output bias to the block's output (`mlp` map).
+
+    Returns:
+        parts [dst, 1, head + 2]: the heads, then skip, then bias.
+    """
+    assert nodes.W_O is not None
+    scalar = Scalar(target, len(nodes.resid_pre), nodes.resid_pre)
+    n_pos = len(nodes.resid_pre)
+    chunk = budget.items(n_pos) * n_pos
+    with prepared(model, nodes.call.block):
+        integrand = _FromHeads(nodes, path, scalar, dst, chunk)
+        start, end = integrand.attn_out_start + path.skip_start, integrand.attn_out_end + path.skip_end
+        s0, s1 = _widths(_rms(start[dst]), _rms(end[dst]), nodes.eps)
+        return _integrate(integrand, s0, s1, integrand.noise(), budget, chunk)
+
+
+def _integrate(
+    integrand: "_FromResid | _FromHeads", s0: Tensor, s1: Tensor, noise: Tensor, budget: Budget, chunk: int
+) -> Integral:
+    return integrate(integrand, s0, s1, noise, tol=budget.tol, max_nodes=budget.max_nodes, chunk=chunk)
+
+
+def _layers_of_paths(
+    starts: object, end: Tensor, dst: Tensor, eps: float, normed: bool
+) -> tuple[Tensor, Tensor]:
+    """Widths of the boundary layers at both ends of each destination's path, narrowest source first."""
+    s0 = torch.ones(len(dst), dtype=torch.float64, device=end.device)
+    s1 = s0.clone()
+    if not normed:
+        return s0, s1
+    for number in range(len(dst)):
+        start = starts(dst[number : number + 1])[0]  # type: ignore[operator]
+        low, high = _widths(_rms(start), _rms(end), eps)
+        s0[number], s1[number] = low.min(), high.min()
+    return s0, s1
+
+
+def _widths(start: Tensor, end: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Where a norm turns from one end's direction to the other's: rms of the ends, eps standing in for 0."""
+    start, end = (start.double() ** 2 + eps).sqrt(), (end.double() ** 2 + eps).sqrt()
+    return (start / end).clamp(max=1.0), (end / start).clamp(max=1.0)
+
+
+def _rms(vectors: Tensor) -> Tensor:
+    return vectors.double().pow(2).mean(-1).sqrt()
+
+
+def _rounding(scalar: Scalar, start: Tensor, end: Tensor, positions: Tensor) -> Tensor:
+    size = torch.maximum(scalar.size(start, positions), scalar.size(end, positions))
+    return 8 * torch.finfo(start.dtype).eps * size

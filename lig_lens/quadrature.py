@@ -1,0 +1,236 @@
+"""Integrals along paths: where nodes go, and when they are enough.
+
+A *cell* is one integral whose completeness can be checked: a destination, or a destination and a head. Its
+integrand has several *parts* (source tokens, or heads, skip and bias) that share the path, and for each cell
+the sum of the parts is the derivative of a known scalar L along the path. So every panel [a, b] of the rule
+comes with its own error estimate for free: how far the sum of its parts is from L(b) - L(a). Panels are halved
+where that gap is too large, and only for the cells that still need it.
+
+Norms put boundary layers at the ends of a path: `LN(a x)` jumps from 0 to its final value within
+a ~ sqrt(eps / var(x)). Panels are therefore laid out, and halved, in a stretched variable t with
+
+    t(a) = asinh(a / s0) - asinh((1 - a) / s1),
+
+in which layers of width s0 at a = 0 and s1 at a = 1 are of order one, and which is nearly linear for s ~ 1.
+Gauss-Legendre nodes leave out the end points, where the gradient of a norm does not exist.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+# Panels that one Gauss-Legendre rule covers, and its nodes: see benchmarks of accuracy.
+NODES_PER_PANEL = 8
+PANEL_LENGTH = 4.0
+
+
+class Integrand(Protocol):
+    """What an engine provides: scalars and their gradient parts at given points of the paths."""
+
+    n_dst: int
+    n_groups: int
+    n_parts: int
+
+    def scalars(
+        self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]
+    ) -> Float[Tensor, "item group"]:
+        """L at `a` on the path of destination number `dst`."""
+
+    def parts(
+        self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: Bool[Tensor, "item group"]
+    ) -> Float[Tensor, "item group part"]:
+        """`<x_i - x0_i, dL/dx_i>` at `a`, for the groups asked for."""
+
+
+@dataclass(frozen=True)
+class Integral:
+    """Integrated parts with their error.
+
+    `gap` adds the panels' gaps up without letting them cancel, so the plain completeness gap
+    |sum of parts - total| is never larger (beyond rounding). It is relative to |total|, or, where a cell moves
+    by less than rounding, to the smallest change that `tol` could be asked of.
+    """
+
+    parts: Float[Tensor, "dst group part"]
+    total: Float[Tensor, "dst group"]
+    gap: Float[Tensor, "dst group"]
+    converged: Bool[Tensor, "dst group"]
+    nodes: Int[Tensor, "dst group"]
+
+
+def stretch(a: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
+    """`t(a)` of the module's docstring."""
+    return torch.asinh(a / s0) - torch.asinh((1 - a) / s1)
+
+
+def unstretch(t: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
+    """Inverse of `stretch`: bisection to the float64 grid, then exact to rounding."""
+    low, high = torch.zeros_like(t), torch.ones_like(t)
+    # Halve in log scale first: the interesting a may be 1e-12.
+    for _ in range(100):
+        middle = torch.where(low > 0, torch.sqrt(low * high), high * 0.5**8)
+        middle = torch.where(low > 0.25 * high, 0.5 * (low + high), middle)
+        below = stretch(middle, s0, s1) < t
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return 0.5 * (low + high)
+
+
+def density(a: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
+    """`da / dt` at `a`."""
+    return 1 / (1 / torch.sqrt(a**2 + s0**2) + 1 / torch.sqrt((1 - a) ** 2 + s1**2))
+
+
+@dataclass
+class _Panels:
+    """Panels under work: one row each, with the groups it is still open for."""
+
+    dst: Tensor  # [panel]
+    low: Tensor  # [panel] in t
+    high: Tensor
+    scalar_low: Tensor  # [panel group] L at the ends
+    scalar_high: Tensor
+    groups: Tensor  # bool [panel group]
+
+    def __len__(self) -> int:
+        return len(self.dst)
+
+
+def integrate(
+    integrand: Integrand,
+    s0: Float[Tensor, "dst"],
+    s1: Float[Tensor, "dst"],
+    noise: Float[Tensor, "dst group"],
+    *,
+    tol: float,
+    max_nodes: int,
+    chunk: int,
+) -> Integral:
+    """Integrate every cell to `tol`, or until `max_nodes` nodes are spent on it.
+
+    Args:
+        integrand: scalars and parts along the paths.
+        s0: width of the boundary layer at a = 0, per destination, in (0, 1].
+        s1: the same at a = 1.
+        noise: change of each scalar that rounding alone can cause; gaps below it are not refined.
+        tol: largest gap relative to the cell's total.
+        max_nodes: budget of nodes per cell.
+        chunk: items (points on paths) evaluated together.
+    """
+    n_dst, n_groups = integrand.n_dst, integrand.n_groups
+    device = s0.device
+    s0, s1 = s0.double().clamp(1e-12, 1.0), s1.double().clamp(1e-12, 1.0)
+    every = torch.arange(n_dst, device=device)
+    total = integrand_scalars(integrand, every, torch.ones(n_dst, device=device), chunk)
+    allowed = torch.maximum(tol * total.abs(), noise)
+    parts = torch.zeros(n_dst, n_groups, integrand.n_parts, device=device, dtype=total.dtype)
+    gaps, spent = torch.zeros_like(total), torch.zeros_like(total, dtype=torch.long)
+    panels = _first_panels(integrand, s0, s1, total, chunk)
+    while len(panels):
+        values, gap = _evaluate(integrand, panels, s0, s1, chunk)
+        spent.index_put_((panels.dst,), NODES_PER_PANEL * panels.groups.long(), accumulate=True)
+        broke = spent + 2 * NODES_PER_PANEL > max_nodes
+        keep = _choose(panels, gap, gaps, allowed, broke)
+        parts.index_put_((panels.dst,), values * keep[..., None], accumulate=True)
+        gaps.index_put_((panels.dst,), gap * keep, accumulate=True)
+        panels = _halve(integrand, panels, panels.groups & ~keep, s0, s1, chunk)
+    # Rounding is allowed for by `allowed`; a gap relative to it would be meaningless below.
+    relative = gaps / torch.maximum(total.abs(), noise / tol).clamp(min=torch.finfo(total.dtype).tiny)
+    return Integral(parts, total, relative, gaps <= allowed, spent)
+
+
+def integrand_scalars(integrand: Integrand, dst: Tensor, a: Tensor, chunk: int) -> Tensor:
+    """`integrand.scalars` in chunks."""
+    pieces = [integrand.scalars(d, p) for d, p in zip(dst.split(chunk), a.split(chunk), strict=True)]
+    return torch.cat(pieces)
+
+
+def _first_panels(
+    integrand: Integrand, s0: Tensor, s1: Tensor, total: Tensor, chunk: int
+) -> _Panels:
+    """Panels of about `PANEL_LENGTH` in t over the whole path of each destination."""
+    zero, one = torch.zeros_like(s0), torch.ones_like(s0)
+    start, end = stretch(zero, s0, s1), stretch(one, s0, s1)
+    counts = ((end - start) / PANEL_LENGTH).ceil().clamp(min=1).long()
+    dst = torch.repeat_interleave(torch.arange(len(s0), device=s0.device), counts)
+    first = torch.cumsum(counts, 0) - counts
+    number = torch.arange(len(dst), device=s0.device) - first[dst]
+    width = ((end - start) / counts)[dst]
+    low, high = start[dst] + width * number, start[dst] + width * (number + 1)
+    scalar_low, scalar_high = torch.zeros_like(total)[dst], total[dst].clone()
+    inner = (number > 0).nonzero()[:, 0]
+    if len(inner):
+        at = unstretch(low[inner], s0[dst[inner]], s1[dst[inner]])
+        scalar_low[inner] = integrand_scalars(integrand, dst[inner], at, chunk)
+        scalar_high[inner - 1] = scalar_low[inner]
+    groups = torch.ones(len(dst), total.shape[1], dtype=torch.bool, device=s0.device)
+    return _Panels(dst, low, high, scalar_low, scalar_high, groups)
+
+
+def _evaluate(
+    integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Parts of every panel by Gauss-Legendre, and how far their sum is from the change of L over it."""
+    nodes, weights = np.polynomial.legendre.leggauss(NODES_PER_PANEL)
+    unit = torch.as_tensor(0.5 * (nodes + 1), device=panels.low.device)
+    width = panels.high - panels.low
+    t = (panels.low[:, None] + width[:, None] * unit).reshape(-1)
+    dst = panels.dst.repeat_interleave(NODES_PER_PANEL)
+    a = unstretch(t, s0[dst], s1[dst])
+    weight = torch.as_tensor(0.5 * weights, device=t.device) * width[:, None]
+    weight = (weight.reshape(-1) * density(a, s0[dst], s1[dst])).to(panels.scalar_low.dtype)
+    groups = panels.groups.repeat_interleave(NODES_PER_PANEL, 0)
+    shape = (len(panels), integrand.n_groups, integrand.n_parts)
+    values = torch.zeros(shape, device=t.device, dtype=panels.scalar_low.dtype)
+    owner = torch.arange(len(panels), device=t.device).repeat_interleave(NODES_PER_PANEL)
+    for d, p, w, g, o in zip(*(x.split(chunk) for x in (dst, a, weight, groups, owner)), strict=True):
+        values.index_add_(0, o, integrand.parts(d, p, g) * w[:, None, None])
+    gap = (values.sum(-1) - (panels.scalar_high - panels.scalar_low)).abs()
+    return values, gap * panels.groups
+
+
+def _choose(panels: _Panels, gap: Tensor, settled: Tensor, allowed: Tensor, broke: Tensor) -> Tensor:
+    """Which panels to keep as they are, per group.
+
+    All panels of a cell if their gaps fit what is allowed, or if the budget is spent; else those with the
+    smallest gaps, up to half of what is allowed, so that something is left for the halves of the others.
+    """
+    open_gap = torch.zeros_like(settled).index_put_((panels.dst,), gap, accumulate=True)
+    done = ((settled + open_gap) <= allowed) | broke
+    # Cells sorted together, smallest gap first: one running sum serves all of them.
+    keep = torch.zeros_like(panels.groups)
+    for group in range(gap.shape[1]):
+        by_gap = torch.argsort(gap[:, group], stable=True)
+        order = by_gap[torch.argsort(panels.dst[by_gap], stable=True)]
+        d = panels.dst[order]
+        running = torch.cumsum(gap[order, group].double(), 0)
+        starts = torch.ones_like(d, dtype=torch.bool)
+        starts[1:] = d[1:] != d[:-1]
+        before = torch.where(starts, running - gap[order, group], torch.zeros_like(running))
+        within = running - torch.cummax(before, 0).values
+        keep[order, group] = settled[d, group] + within <= 0.5 * allowed[d, group]
+    return (keep | done[panels.dst]) & panels.groups
+
+
+def _halve(
+    integrand: Integrand, panels: _Panels, groups: Tensor, s0: Tensor, s1: Tensor, chunk: int
+) -> _Panels:
+    """Two halves, in t, of every panel that is still open for some group."""
+    rows = groups.any(-1).nonzero()[:, 0]
+    dst, low, high, groups = panels.dst[rows], panels.low[rows], panels.high[rows], groups[rows]
+    if not len(rows):
+        empty = panels.scalar_low[:0]
+        return _Panels(dst, low, high, empty, empty, groups)
+    middle = 0.5 * (low + high)
+    scalar = integrand_scalars(integrand, dst, unstretch(middle, s0[dst], s1[dst]), chunk)
+    return _Panels(
+        torch.cat([dst, dst]),
+        torch.cat([low, middle]),
+        torch.cat([middle, high]),
+        torch.cat([panels.scalar_low[rows], scalar]),
+        torch.cat([scalar, panels.scalar_high[rows]]),
+        torch.cat([groups, groups]),
+    )
