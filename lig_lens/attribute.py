@@ -1,0 +1,390 @@
+"""The one entry: prompt in, Flow out."""
+
+import importlib.metadata
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lig_lens.baselines import (
+    check_baseline,
+    describe_baseline,
+    refill_self,
+    resid_path,
+    self_share,
+    tail_path,
+)
+from lig_lens.block import record_calls
+from lig_lens.boundaries import BlockNodes, find_nodes
+from lig_lens.config import ENGINES, MAPS
+from lig_lens.engines.hooks import Budget, integrate_resid, integrate_tail
+from lig_lens.errors import ConvergenceWarning, InputError, check_choice
+from lig_lens.flow import Flow
+from lig_lens.loading import check_hooked, describe_processing, model_name
+from lig_lens.prompts import Prompt, check_same_length, is_batch, read_prompt
+from lig_lens.quadrature import NODES_PER_PANEL, Integral
+from lig_lens.targets import Direction, check_target, describe_target
+
+# Destinations whose unfinished panels may be held at once, in bytes of their contributions.
+_PANEL_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for, checked as far as it can be without a prompt."""
+
+    maps: tuple[str, ...]
+    baselines: dict[str, Any]
+    target: "str | Direction"
+    tol: float
+    max_nodes: int
+    max_batch_tokens: int
+    engine: str
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if not self.maps:
+            raise InputError("maps is empty: name at least one of 'attn', 'mlp', 'block'.")
+        for name in self.maps:
+            check_choice("map", name, MAPS)
+        check_choice("engine", self.engine, ENGINES)
+        if not 0 < self.tol < 1:
+            raise InputError(f"tol={self.tol!r} is not between 0 and 1: it is a relative gap, such as 1e-3.")
+        if self.max_nodes < NODES_PER_PANEL:
+            raise InputError(f"max_nodes={self.max_nodes} is too few: give at least {NODES_PER_PANEL}.")
+        if self.max_batch_tokens < 1:
+            raise InputError(f"max_batch_tokens={self.max_batch_tokens} is too few: give at least 1.")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One prompt, checked and recorded, ready for the engine."""
+
+    prompt: Prompt
+    layers: tuple[int, ...]
+    destinations: tuple[int, ...]
+    nodes: dict[int, BlockNodes]
+    corrupted: dict[int, BlockNodes]
+
+
+def attribute(
+    model: Any,
+    prompt: Any,
+    *,
+    maps: str | Sequence[str] = ("attn", "mlp", "block"),
+    layers: int | Sequence[int] | None = None,
+    destinations: int | Sequence[int] | None = None,
+    attn_baseline: str | Tensor = "itb",
+    mlp_baseline: str | Tensor = "att_itb_a0",
+    block_baseline: str | Tensor = "itb",
+    target: "str | Direction" = "l2",
+    corrupted: Any = None,
+    tol: float = 1e-3,
+    max_nodes: int = 4096,
+    max_batch_tokens: int = 4096,
+    engine: str = "auto",
+    prepend_bos: bool | None = None,
+    attention_mask: Any = None,
+    progress: bool = True,
+) -> Flow | list[Flow]:
+    """Layer-wise Integrated Gradients of one prompt or of several (LIG, arXiv 2606.21564).
+
+    Args:
+        model: a `TransformerBridge`, `HookedTransformer` or `HookedEncoder`; see `load_model`.
+        prompt: a text, or token ids [pos] or [1, pos]; a list of such prompts gives a list of Flows, each equal
+            to that of its own single run.
+        maps: any of `attn` (resid_pre -> hook_z, `[layer, head, src, dst]`), `mlp` (hook_z, skip -> resid_post,
+            `[layer, head, dst]`) and `block` (resid_pre -> resid_post, `[layer, src, dst]`). Mind the order:
+            TransformerLens patterns are `[head, dst(query), src(key)]`.
+        layers: block numbers, all by default; negative ones count from the end.
+        destinations: positions whose columns are computed, all by default; negative ones count from the end.
+        attn_baseline: `zero`, `itb`, `itb_zero_ratio`, `itb_map_ratio`, `corrupted`, or resid_pre as a tensor
+            [pos, d_model], with a leading layer axis if it differs by layer.
+        mlp_baseline: `zero`, `att_itb_a0`, `corrupted`, or hook_z as a tensor [pos, head, d_head].
+        block_baseline: `zero`, `itb`, `itb_zero_ratio`, `corrupted`, or resid_pre as a tensor.
+        target: `l2`, the distance that a destination's vector has moved, or `direction(w)`.
+        corrupted: second prompt of the same length, for the `corrupted` baseline.
+        tol: largest completeness gap of a cell, relative to the change of the target that it explains.
+        max_nodes: nodes that may be spent on one cell; what still misses `tol` is marked and warned of.
+        max_batch_tokens: tokens that are run through a block at once; bounds memory, changes nothing else.
+        engine: `auto` or `hooks`.
+        prepend_bos: for texts, handed to the model's tokenizer; its own default with None.
+        attention_mask: for token ids, 0 marks padding, which is dropped before the model runs.
+        progress: show a progress bar.
+
+    Returns:
+        A Flow with float32 contributions (float64 models are integrated in float64, half-precision ones in
+        float32), gaps and `converged` masks; a list of Flows for a list of prompts.
+
+    Raises:
+        InputError: an argument that cannot be used; raised before any contribution is computed.
+        BoundaryError: the nodes of a block could not be verified on this model.
+        NonFiniteError: NaN or infinite values in weights or activations.
+
+    Warns:
+        ConvergenceWarning: once per prompt, with the number of cells that missed `tol`.
+    """
+    model = check_hooked(model)
+    settings = Settings(
+        maps=tuple(dict.fromkeys([maps] if isinstance(maps, str) else maps)),
+        baselines={"attn": attn_baseline, "mlp": mlp_baseline, "block": block_baseline},
+        target=target,
+        tol=tol,
+        max_nodes=max_nodes,
+        max_batch_tokens=max_batch_tokens,
+        engine=engine,
+        progress=progress,
+    )
+    _check_dropout(model)
+    several = is_batch(prompt)
+    prompts, others, masks = (
+        _one_each(several, prompt, prompt),
+        _one_each(several, prompt, corrupted, "corrupted"),
+        _one_each(several, prompt, attention_mask, "attention_mask"),
+    )
+    read = []
+    for one, other, mask in zip(prompts, others, masks, strict=True):
+        clean = read_prompt(model, one, prepend_bos=prepend_bos, attention_mask=mask)
+        second = None
+        if other is not None:
+            second = read_prompt(model, other, prepend_bos=prepend_bos, what="corrupted prompt")
+            check_same_length(clean, second)
+        read.append((clean, second))
+    chosen = _chosen("layer", layers, int(model.cfg.n_layers))
+    # Every prompt is checked before the first is computed.
+    wanted = [_chosen("destination", destinations, len(clean)) for clean, _ in read]
+    jobs = (
+        _prepare(model, settings, clean, second, chosen, dsts)
+        for (clean, second), dsts in zip(read, wanted, strict=True)
+    )
+    flows = [_run(model, settings, job) for job in jobs]
+    return flows if several else flows[0]
+
+
+def _one_each(several: bool, prompt: Any, value: Any, what: str = "prompt") -> list[Any]:
+    """`value` as a list with one entry per prompt."""
+    if not several:
+        return [value]
+    if value is None:
+        return [None] * len(prompt)
+    if isinstance(value, str) or len(value) != len(prompt):
+        given = "one text" if isinstance(value, str) else f"{len(value)} entries"
+        raise InputError(f"{what} has {given} for {len(prompt)} prompts: give a list with one per prompt.")
+    return list(value)
+
+
+def _chosen(what: str, values: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """Indices in `values`, made non-negative; all of `count` for None."""
+    if values is None:
+        return tuple(range(count))
+    chosen = [values] if isinstance(values, int) else [int(v) for v in values]
+    if not chosen:
+        raise InputError(f"{what}s is empty: name at least one, or leave it out for all {count}.")
+    outside = [v for v in chosen if not -count <= v < count]
+    if outside:
+        raise InputError(
+            f"{what} {outside[0]} is out of range: this {'model' if what == 'layer' else 'prompt'} has {count}, "
+            f"numbered 0 to {count - 1}."
+        )
+    return tuple(dict.fromkeys(v % count for v in chosen))
+
+
+def _check_dropout(model: Any) -> None:
+    if not model.training and not any(block.training for block in model.blocks):
+        return
+    rates = {name: float(m.p) for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    for name, value in (config.to_dict() if config is not None else {}).items():
+        if ("drop" in name or name.endswith("pdrop")) and isinstance(value, float):
+            rates[name] = value
+    active = {name: rate for name, rate in rates.items() if rate > 0}
+    if active:
+        name, rate = next(iter(active.items()))
+        raise InputError(
+            f"The model is in train mode with dropout ({name.replace('_original_component.', '')} = {rate}): "
+            "its outputs are random. Call model.eval() first."
+        )
+
+
+def _prepare(
+    model: Any,
+    settings: Settings,
+    clean: Prompt,
+    second: Prompt | None,
+    layers: tuple[int, ...],
+    destinations: tuple[int, ...],
+) -> _Job:
+    """Record the prompt's blocks, verify their nodes, and check what depends on their shapes."""
+    nodes = _nodes(model, clean, layers)
+    corrupted = _nodes(model, second, layers) if second is not None else {}
+    n_pos, d_model = nodes[layers[0]].resid_pre.shape
+    check_target(settings.target, n_pos, d_model)
+    for layer in layers:
+        if nodes[layer].z is None and set(settings.maps) & {"attn", "mlp"}:
+            missing = next(name for name in settings.maps if name in ("attn", "mlp"))
+            raise InputError(
+                f"Block {layer} has no attention with separable heads, so it has no {missing!r} map: "
+                "use maps=('block',) or leave the layer out."
+            )
+    for name in settings.maps:
+        z = nodes[layers[0]].z
+        shape = tuple(z.shape) if name == "mlp" and z is not None else (n_pos, d_model)
+        baseline = check_baseline(name, settings.baselines[name], len(layers), shape, second is not None)
+        no_pattern = next((layer for layer in layers if nodes[layer].pattern is None), None)
+        if isinstance(baseline, str) and baseline == "itb_map_ratio" and no_pattern is not None:
+            raise InputError(
+                f"attn_baseline='itb_map_ratio' needs the attention pattern, which block {no_pattern} does not show "
+                "(attn.hook_pattern): use 'itb_zero_ratio', or load the model with eager attention."
+            )
+    return _Job(clean, layers, destinations, nodes, corrupted)
+
+
+def _nodes(model: Any, prompt: Prompt, layers: tuple[int, ...]) -> dict[int, BlockNodes]:
+    calls = record_calls(model, prompt.ids, layers)
+    return {layer: find_nodes(model, calls[layer]) for layer in layers}
+
+
+def _run(model: Any, settings: Settings, job: _Job) -> Flow:
+    total = len(job.layers) * len(settings.maps) * len(job.destinations)
+    results: dict[str, list[dict[str, Tensor]]] = {name: [] for name in settings.maps}
+    with tqdm(
+        total=total, desc="lig_lens", unit="col", disable=not settings.progress, file=sys.stderr, leave=False
+    ) as bar:
+        for index, layer in enumerate(job.layers):
+            for name in settings.maps:
+                bar.set_postfix_str(f"layer {layer} {name}")
+                compute = _attention_columns if name != "mlp" else _tail_columns
+                pieces = []
+                for part in _portions(job, layer, name):
+                    pieces.append(compute(model, settings, job, index, name, part))
+                    bar.update(len(part))
+                results[name].append(
+                    {key: torch.cat([p[key] for p in pieces], -1).cpu() for key in pieces[0]}
+                )
+    tensors = {
+        name: {key: torch.stack([r[key] for r in layered]) for key in layered[0]}
+        for name, layered in results.items()
+    }
+    _warn(settings, tensors)
+    return _flow(model, settings, job, tensors)
+
+
+def _portions(job: _Job, layer: int, name: str) -> Iterator[Int[Tensor, "dst"]]:
+    """Destinations in portions whose unfinished panels fit into `_PANEL_BYTES`."""
+    nodes = job.nodes[layer]
+    width = len(job.prompt) * (nodes.boundaries.n_heads if name == "attn" else 1)
+    size = max(1, _PANEL_BYTES // (width * 8 * 32))
+    dst = torch.tensor(job.destinations, device=nodes.resid_pre.device)
+    yield from dst.split(size)
+
+
+def _attention_columns(
+    model: Any, settings: Settings, job: _Job, index: int, name: str, dst: Int[Tensor, "dst"]
+) -> dict[str, Tensor]:
+    """Columns of the `attn` or `block` map at one layer: contributions [head] src dst, and cells [head] dst."""
+    layer = job.layers[index]
+    nodes, corrupted = job.nodes[layer], job.corrupted.get(layer)
+    baseline, to_heads = settings.baselines[name], name == "attn"
+    budget = Budget(settings.tol, settings.max_nodes, settings.max_batch_tokens)
+
+    def along(start: "str | Tensor") -> Integral:
+        path = resid_path(nodes, start, corrupted, index)
+        return integrate_resid(model, nodes, path, settings.target, dst, to_heads, budget)
+
+    main = along(baseline)
+    cells = _cells(main)
+    contributions = main.parts.permute(1, 2, 0)  # dst head src -> head src dst
+    if isinstance(baseline, str) and baseline == "itb_zero_ratio":
+        zero = along("zero")
+        contributions = refill_self(contributions, self_share(zero.parts.permute(1, 2, 0), dst), dst)
+        cells["converged"] &= zero.converged.T
+    elif isinstance(baseline, str) and baseline == "itb_map_ratio":
+        assert nodes.pattern is not None  # checked in _prepare
+        pattern = nodes.pattern.transpose(-1, -2)[..., dst]  # head dst src -> head src dst
+        contributions = refill_self(contributions, self_share(pattern, dst), dst)
+    result = {"contributions": contributions, **cells}
+    return result if to_heads else {key: value[0] for key, value in result.items()}
+
+
+def _tail_columns(
+    model: Any, settings: Settings, job: _Job, index: int, name: str, dst: Int[Tensor, "dst"]
+) -> dict[str, Tensor]:
+    """Columns of the `mlp` map at one layer: heads [head dst], skip, bias and cells [dst]."""
+    layer = job.layers[index]
+    nodes = job.nodes[layer]
+    budget = Budget(settings.tol, settings.max_nodes, settings.max_batch_tokens)
+    chunk = budget.items(len(job.prompt))
+    path = tail_path(nodes, settings.baselines[name], job.corrupted.get(layer), index, chunk)
+    integral = integrate_tail(model, nodes, path, settings.target, dst, budget)
+    parts = integral.parts[:, 0].T
+    cells = {key: value[0] for key, value in _cells(integral).items()}
+    return {"contributions": parts[:-2], "skip": parts[-2], "bias": parts[-1], **cells}
+
+
+def _cells(integral: Integral) -> dict[str, Tensor]:
+    names = ("total", "gap", "converged")
+    return {name: getattr(integral, name).T for name in names}
+
+
+def _warn(settings: Settings, tensors: dict[str, dict[str, Tensor]]) -> None:
+    missed = {name: int((~t["converged"]).sum()) for name, t in tensors.items()}
+    if not any(missed.values()):
+        return
+    cells = sum(t["converged"].numel() for t in tensors.values())
+    listed = ", ".join(
+        f"{name} {count} (worst gap {float(tensors[name]['gap'].max()):.1e})"
+        for name, count in missed.items()
+        if count
+    )
+    warnings.warn(
+        f"{sum(missed.values())} of {cells} cells missed tol={settings.tol:g} within max_nodes="
+        f"{settings.max_nodes}: {listed}. See flow.gap and flow.converged; raise max_nodes or tol.",
+        ConvergenceWarning,
+        stacklevel=4,
+    )
+
+
+def _flow(model: Any, settings: Settings, job: _Job, tensors: dict[str, dict[str, Tensor]]) -> Flow:
+    def read(name: str, key: str = "contributions") -> Tensor | None:
+        return tensors[name][key] if name in tensors else None
+
+    return Flow(
+        tokens=job.prompt.tokens,
+        special=job.prompt.special,
+        layers=job.layers,
+        destinations=job.destinations,
+        model_name=model_name(model),
+        settings=_record(model, settings, job),
+        layouts=tuple(job.nodes[layer].boundaries.layout for layer in job.layers),
+        engines={name: tuple("hooks" for _ in job.layers) for name in settings.maps},
+        attn=read("attn"),
+        mlp=read("mlp"),
+        skip=read("mlp", "skip"),
+        bias=read("mlp", "bias"),
+        block=read("block"),
+        total={name: t["total"] for name, t in tensors.items()},
+        gap={name: t["gap"] for name, t in tensors.items()},
+        converged={name: t["converged"] for name, t in tensors.items()},
+    )
+
+
+def _record(model: Any, settings: Settings, job: _Job) -> dict[str, Any]:
+    """Settings as a Flow keeps them."""
+    version: Callable[[str], str] = importlib.metadata.version
+    return {
+        "maps": list(settings.maps),
+        **{f"{name}_baseline": describe_baseline(settings.baselines[name]) for name in settings.maps},
+        "target": describe_target(settings.target),
+        "tol": settings.tol,
+        "max_nodes": settings.max_nodes,
+        "engine": settings.engine,
+        "token_ids": job.prompt.ids[0].tolist(),
+        "model": describe_processing(model),
+        "versions": {name: version(name) for name in ("lig-lens", "transformer_lens", "torch")},
+    }

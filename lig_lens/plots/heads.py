@@ -1,0 +1,399 @@
+"""Grids of heatmaps, one per head, and the page that holds them."""
+
+import html
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import plotly.io
+import torch
+from plotly.subplots import make_subplots
+
+from lig_lens.config import MAPS
+from lig_lens.errors import InputError, check_choice
+from lig_lens.files import write_atomic
+from lig_lens.flow import Flow
+
+# ColorBrewer's RdBu and Purples: told apart under the common kinds of colour blindness, and in grey by the hover.
+_DIVERGING = ["#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#fafafa", "#fddbc7", "#f4a582", "#d6604d", "#b2182b"]
+_SEQUENTIAL = ["#fcfbfd", "#efedf5", "#dadaeb", "#bcbddc", "#9e9ac8", "#807dba", "#6a51a3", "#54278f", "#3f007d"]
+_FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
+_INK, _QUIET, _LINE = "#24292f", "#6e7781", "#d0d7de"
+_QUANTILE = 0.995
+_TITLES = {
+    "attn": "Source tokens → heads",
+    "mlp": "Heads → block output",
+    "block": "Source tokens → block output",
+}
+_MARKS = {"Ġ": "·", "▁": "·", " ": "·", "\u00a0": "·", "Ċ": "↵", "\n": "↵", "\r": "↵", "\t": "⇥", "ĉ": "⇥"}
+
+
+def show_token(token: str, longest: int = 40) -> str:
+    """A token as plain text for people: spaces (also `Ġ` and `▁`) as `·`, line breaks as `↵`, the rest as it is.
+
+    Characters that do not print are written as their escapes; `##ing` stays, as BERT's readers know it.
+
+    >>> show_token("Ġcat"), show_token("##ing"), show_token("")
+    ('·cat', '##ing', '∅')
+    """
+    shown = "".join(
+        _MARKS.get(char, char if char.isprintable() else char.encode("unicode_escape").decode()) for char in token
+    )
+    if len(shown) > longest:
+        shown = shown[: longest - 1] + "…"
+    return shown or "∅"
+
+
+def _text(plain: str) -> str:
+    """`plain` so that plotly, which renders a small HTML, shows it letter by letter."""
+    return html.escape(plain, quote=False)
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One heatmap: `values[y, x]`, the caption above it, and what its hover says before the numbers."""
+
+    caption: str
+    values: np.ndarray[Any, Any]
+    hover: str
+
+
+def head_grid(
+    flow: Flow,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    map: str = "attn",
+    share: bool = False,
+) -> go.Figure:
+    """Grid of heatmaps, read like attention patterns: destinations down, sources across.
+
+    attn has a row of panels per layer and a column per head; block has one panel per layer, and so has mlp, with
+    the heads, skip and bias down and the destinations across. All panels share one colour scale, which is cut at the
+    99.5th percentile of the absolute values (the hover gives the exact ones), and zoom together.
+
+    Args:
+        flow: where the numbers come from: `[layer, head, src, dst]`; a panel is the transpose, `[dst, src]`.
+        layers: block numbers, in the order to draw; all layers of the Flow by default.
+        heads: head numbers, in the order to draw (attn only); all by default.
+        map: attn, block or mlp.
+        share: draw `flow.shares(map)`, without unit, on a sequential scale (negative shares get the colour of 0), rather
+            than signed contributions in units of the target on a diverging scale centred on 0.
+
+    Raises:
+        InputError: a map, layer or head that the Flow does not have.
+    """
+    check_choice("map", map, MAPS)
+    terms = flow.shares(map) if share else flow.columns(map)
+    layers = flow.layers if layers is None else tuple(layers)
+    places = _places("layer", layers, flow.layers)
+    if map != "attn" and heads is not None:
+        raise InputError(f"head_grid: heads={list(heads)} picks panels of the 'attn' map, not of {map!r}: leave it out.")
+    if map == "attn":
+        n_heads = terms.shape[1]
+        rows = _places("head", range(n_heads) if heads is None else heads, range(n_heads))
+        panels = [_attn_panel(terms, layer, place, head) for layer, place in zip(layers, places, strict=True) for head in rows]
+        n_columns = len(rows)
+    else:
+        panels = [_layer_panel(map, terms, layer, place) for layer, place in zip(layers, places, strict=True)]
+        n_columns = min(len(panels), 6 if terms.shape[-1] <= 16 else 3)
+    labels = [_tick(token, special) for token, special in zip(flow.tokens, flow.special, strict=True)]
+    destinations = [labels[j] for j in flow.destinations]
+    if map == "mlp":
+        down, across = [f"head {h}" for h in range(terms.shape[1] - 2)] + ["skip", "bias"], destinations
+        titles = ("part", "destination token")
+    else:
+        down, across, titles = destinations, labels, ("destination token", "source token")
+    return _draw(flow, panels, n_columns, down, across, titles, map, share)
+
+
+def _places(what: str, wanted: Sequence[int], present: Sequence[int]) -> list[int]:
+    for number in wanted:
+        if number not in present:
+            raise InputError(f"head_grid: this Flow has no {what} {number}: use some of {list(present)}.")
+    if not wanted:
+        raise InputError(f"head_grid: no {what} is named: name at least one, or leave it out for all.")
+    return [list(present).index(number) for number in wanted]
+
+
+def _attn_panel(terms: torch.Tensor, layer: int, place: int, head: int) -> _Panel:
+    return _Panel(f"L{layer} · H{head}", terms[place, head].T.numpy(), f"layer {layer}, head {head}")
+
+
+def _layer_panel(map: str, terms: torch.Tensor, layer: int, place: int) -> _Panel:
+    values = terms[place].T if map == "block" else terms[place]
+    return _Panel(f"layer {layer}", values.numpy(), f"layer {layer}")
+
+
+def _tick(token: str, special: bool) -> str:
+    text = _text(show_token(token, longest=14))
+    return f"<i><span style='color:{_QUIET}'>{text}</span></i>" if special else text
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """Sizes in pixels of a grid of equal panels."""
+
+    n_rows: int
+    n_columns: int
+    width: float
+    height: float
+    gap_x: float
+    gap_y: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    @property
+    def plot_width(self) -> float:
+        return self.n_columns * self.width + (self.n_columns - 1) * self.gap_x
+
+    @property
+    def plot_height(self) -> float:
+        return self.n_rows * self.height + (self.n_rows - 1) * self.gap_y
+
+
+def _geometry(n_panels: int, n_columns: int, down: Sequence[str], across: Sequence[str]) -> _Geometry:
+    longest_down, longest_across = (max(len(_bare(label)) for label in labels) for labels in (down, across))
+    # Few tokens get cells that hold a label each; many get small cells, and _label_step thins the labels.
+    cell = min(26.0, max(3.5, 230 / max(len(down), len(across)))) if n_columns > 3 else min(30.0, max(6.0, 420 / len(across)))
+    return _Geometry(
+        n_rows=math.ceil(n_panels / n_columns),
+        n_columns=n_columns,
+        width=max(72.0, cell * len(across)),
+        height=max(40.0, cell * len(down)),
+        gap_x=12,
+        gap_y=26,
+        left=56 + 6.2 * longest_down,
+        right=112,
+        top=96,
+        bottom=44 + 6.2 * longest_across,
+    )
+
+
+def _bare(label: str) -> str:
+    """A tick label without its markup, to estimate its width."""
+    return html.unescape(label.split("'>")[-1].removesuffix("</span></i>"))
+
+
+def _draw(
+    flow: Flow,
+    panels: Sequence[_Panel],
+    n_columns: int,
+    down: Sequence[str],
+    across: Sequence[str],
+    titles: tuple[str, str],
+    map: str,
+    share: bool,
+) -> go.Figure:
+    size = _geometry(len(panels), n_columns, down, across)
+    figure = make_subplots(
+        rows=size.n_rows,
+        cols=size.n_columns,
+        horizontal_spacing=size.gap_x / size.plot_width if size.n_columns > 1 else 0,
+        vertical_spacing=size.gap_y / size.plot_height if size.n_rows > 1 else 0,
+        subplot_titles=[panel.caption for panel in panels],
+    )
+    value = "share of the column %{z:.2%}" if share else "contribution %{z:+.4g}"
+    # x and y count cells; the alias of an axis turns a count into its token, on the ticks and in the hover alike.
+    where = f"%{{x}} → {titles[0].split()[0]} %{{y}}" if map != "mlp" else "%{y} → %{x}"
+    numbers = _position_numbers(flow, map, len(down), len(across))
+    for number, panel in enumerate(panels):
+        figure.add_trace(
+            go.Heatmap(
+                z=panel.values,
+                customdata=numbers,
+                coloraxis="coloraxis",
+                hoverongaps=False,
+                xgap=0.5 if len(across) <= 24 else 0,
+                ygap=0.5 if len(across) <= 24 else 0,
+                hovertemplate=_hover(panel.hover, map, value),
+            ),
+            row=number // n_columns + 1,
+            col=number % n_columns + 1,
+        )
+    _style_axes(figure, size, len(panels), down, across)
+    _style_page(figure, size, flow, titles, map, share)
+    figure.update_layout(coloraxis=_coloraxis(panels, share, size))
+    return figure
+
+
+def _position_numbers(flow: Flow, map: str, n_down: int, n_across: int) -> np.ndarray[Any, Any]:
+    """Position of each cell's destination, which an axis cannot tell where only some destinations are drawn."""
+    positions = np.asarray(flow.destinations, dtype=np.int32)
+    along = positions[None, :] if map == "mlp" else positions[:, None]
+    return np.ascontiguousarray(np.broadcast_to(along, (n_down, n_across)))
+
+
+def _hover(head: str, map: str, value: str) -> str:
+    if map == "mlp":
+        lines = [f"<b>{head}</b>, %{{y}}", "destination %{x} (%{customdata})"]
+    else:
+        lines = [f"<b>{head}</b>", "source %{x} (%{x:d})", "destination %{y} (%{customdata})"]
+    return "<br>".join([*lines, value]) + "<extra></extra>"
+
+
+def _style_axes(figure: go.Figure, size: _Geometry, n_panels: int, down: Sequence[str], across: Sequence[str]) -> None:
+    common = {
+        "showgrid": False,
+        "zeroline": False,
+        "showline": True,
+        "mirror": True,
+        "linecolor": _LINE,
+        "linewidth": 1,
+        "ticks": "",
+        "tickmode": "linear",
+        "tick0": 0,
+        "showticklabels": False,
+    }
+    figure.update_xaxes(
+        **common,
+        tickangle=-90,
+        tickfont={"size": 10},
+        dtick=_label_step(size.width / len(across)),
+        labelalias={str(i): label for i, label in enumerate(across)},
+        range=[-0.5, len(across) - 0.5],
+        matches="x",
+    )
+    figure.update_yaxes(
+        **common,
+        tickfont={"size": 10},
+        dtick=_label_step(size.height / len(down)),
+        labelalias={str(j): label for j, label in enumerate(down)},
+        range=[len(down) - 0.5, -0.5],
+        matches="y",
+    )
+    for number in range(n_panels):
+        row, column = number // size.n_columns + 1, number % size.n_columns + 1
+        if column == 1:
+            figure.update_yaxes(showticklabels=True, row=row, col=column)
+        if number + size.n_columns >= n_panels:  # nothing below it
+            figure.update_xaxes(showticklabels=True, row=row, col=column)
+
+
+def _label_step(cell: float) -> int:
+    """Every how many cells a label of 10 px fits."""
+    return max(1, math.ceil(11 / cell))
+
+
+def _style_page(
+    figure: go.Figure, size: _Geometry, flow: Flow, titles: tuple[str, str], map: str, share: bool
+) -> None:
+    for caption in figure.layout.annotations:
+        caption.update(font={"size": 10, "color": _QUIET}, yshift=0)
+    what = "share of each column" if share else "signed contribution"
+    baseline = flow.settings.get(f"{map}_baseline")
+    tol = flow.settings.get("tol")
+    facts = [_text(flow.model_name), f"{len(flow.tokens)} tokens"]
+    facts += [f"baseline {_text(str(baseline))}"] if baseline else []
+    facts += [f"worst completeness gap {flow.worst_gap(map):.1e}" + (f" (tol {tol:g})" if isinstance(tol, float) else "")]
+    width, height = size.left + size.plot_width + size.right, size.top + size.plot_height + size.bottom
+    figure.update_layout(
+        template="plotly_white",
+        width=max(560, round(width)),
+        height=round(height),
+        margin={"l": size.left, "r": size.right + max(0, 560 - width), "t": size.top, "b": size.bottom, "pad": 0},
+        font={"family": _FONT, "size": 12, "color": _INK},
+        title={
+            "text": f"<b>{_TITLES[map]}</b>: {what}<br><span style='font-size:12px;color:{_QUIET}'>{' · '.join(facts)}</span>",
+            "x": 0,
+            "xref": "container",
+            "xanchor": "left",
+            "pad": {"l": 16},
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "font": {"size": 16},
+        },
+        paper_bgcolor="white",
+        plot_bgcolor="#f3f4f6",
+        hoverlabel={"bgcolor": "white", "bordercolor": _LINE, "font": {"family": _FONT, "size": 12, "color": _INK}},
+    )
+    figure.update_layout(title_pad_t=18)
+    outer = {"showarrow": False, "xref": "paper", "yref": "paper", "font": {"size": 12, "color": _INK}}
+    figure.add_annotation(text=titles[1], x=0.5, y=0, yanchor="bottom", yshift=-size.bottom + 8, **outer)
+    figure.add_annotation(text=titles[0], x=0, y=0.5, xanchor="left", xshift=-size.left + 12, textangle=-90, **outer)
+
+
+def _coloraxis(panels: Sequence[_Panel], share: bool, size: _Geometry) -> dict[str, Any]:
+    values = np.concatenate([panel.values.ravel() for panel in panels])
+    values = np.abs(values[np.isfinite(values)])
+    drawn = values[values > 0]  # a causal model's exact zeros say nothing about the scale
+    top = float(np.quantile(drawn, _QUANTILE)) if drawn.size else 1.0
+    title = "share" if share else "contribution<br>(target's unit)"
+    length = min(260.0, max(90.0, size.plot_height))
+    return {
+        "colorscale": _SEQUENTIAL if share else _DIVERGING,
+        "cmin": 0.0 if share else -top,
+        "cmax": min(top, 1.0) if share else top,
+        "colorbar": {
+            "title": {"text": title, "font": {"size": 11, "color": _QUIET}, "side": "top"},
+            "tickformat": ".0%" if share else ".2~g",
+            "tickfont": {"size": 10},
+            "thickness": 12,
+            "lenmode": "pixels",
+            "len": length,
+            "x": 1,
+            "xpad": 18,
+            "y": 1,
+            "yanchor": "top",
+            "ypad": 0,
+            "outlinewidth": 0,
+            "nticks": 5,
+        },
+    }
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ margin: 0; padding: 12px 16px 32px; background: white; color: {ink}; font-family: {font}; }}
+.figure {{ overflow-x: auto; margin-bottom: 24px; }}
+</style>
+</head>
+<body>
+{figures}
+</body>
+</html>
+"""
+
+
+def write_html(
+    figures: go.Figure | Sequence[go.Figure], path: str | os.PathLike[str], title: str = "lig_lens"
+) -> Path:
+    """Write one page with the figures below each other, everything inlined: it opens without network.
+
+    Args:
+        figures: one figure or several.
+        path: replaced in one step; plotly's script makes the page about 5 MB.
+        title: of the page, as text.
+
+    Raises:
+        InputError: no figure, or `path` cannot be written.
+    """
+    listed = [figures] if isinstance(figures, go.Figure) else list(figures)
+    if not listed:
+        raise InputError(f"write_html: no figure for {os.fspath(path)!r}: give at least one.")
+    parts = [
+        plotly.io.to_html(
+            figure,
+            full_html=False,
+            include_plotlyjs=number == 0,
+            include_mathjax=False,
+            div_id=f"figure-{number}",
+            config={"displaylogo": False, "responsive": False},
+        )
+        for number, figure in enumerate(listed)
+    ]
+    body = "\n".join(f'<div class="figure">{part}</div>' for part in parts)
+    page = _PAGE.format(title=html.escape(title), ink=_INK, font=_FONT, figures=body)
+    return write_atomic(path, page.encode("utf-8"))

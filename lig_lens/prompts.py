@@ -1,0 +1,161 @@
+"""A prompt in, token ids and their labels out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lig_lens.errors import InputError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids as the model takes them, without padding, and how to show them."""
+
+    ids: Int[Tensor, "1 pos"]
+    tokens: tuple[str, ...]
+    special: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def is_batch(prompt: Any) -> bool:
+    """Whether `prompt` is several prompts: a sequence of texts or of id sequences (not one of ids)."""
+    if isinstance(prompt, (str, Tensor)) or not isinstance(prompt, Sequence) or not prompt:
+        return False
+    return not isinstance(prompt[0], int)
+
+
+def read_prompt(
+    model: Any,
+    prompt: Any,
+    *,
+    prepend_bos: bool | None = None,
+    attention_mask: Any = None,
+    what: str = "prompt",
+) -> Prompt:
+    """Tokenize a text, or check token ids, and drop padding.
+
+    Args:
+        model: a hooked model.
+        prompt: a text, or token ids [pos] or [1, pos], as tensor or list.
+        prepend_bos: for texts, passed on to the model's `to_tokens`; its default is kept with None.
+        attention_mask: for ids, 1 for tokens and 0 for padding, in the shape of the ids. Without it, a leading
+            or trailing run of the tokenizer's pad token is padding, if that token has no other meaning.
+        what: name of the argument in messages.
+
+    Padding is removed before the model runs, so it neither gives nor receives contributions. Nothing else is
+    cut: special tokens stay, marked in `Prompt.special`.
+
+    Raises:
+        InputError: an empty prompt, more tokens than the model's context, ids outside the vocabulary, or ids of
+            the wrong shape or type.
+    """
+    if isinstance(prompt, str):
+        ids = _from_text(model, prompt, prepend_bos, what)
+    else:
+        ids = _from_ids(model, prompt, attention_mask, what)
+    if ids.shape[1] == 0:
+        raise InputError(f"The {what} is empty: give at least one token.")
+    n_ctx = int(getattr(model.cfg, "n_ctx", 0) or 0)
+    if n_ctx and ids.shape[1] > n_ctx:
+        raise InputError(
+            f"The {what} has {ids.shape[1]} tokens, more than the model's context of {n_ctx}: "
+            "shorten it (nothing is cut silently)."
+        )
+    return Prompt(ids, *_labels(model, ids[0].tolist()))
+
+
+def check_same_length(clean: Prompt, corrupted: Prompt) -> None:
+    """Raise InputError unless both prompts have the same number of tokens."""
+    if len(clean) == len(corrupted):
+        return
+    pairs = zip(clean.tokens, corrupted.tokens, strict=False)
+    part = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(clean), len(corrupted)))
+    raise InputError(
+        f"corrupted has {len(corrupted)} tokens, the prompt {len(clean)}: a path joins them position by position, "
+        f"so make them equally long. They part at position {part}: prompt {list(clean.tokens[part : part + 3])}, "
+        f"corrupted {list(corrupted.tokens[part : part + 3])}."
+    )
+
+
+def _from_text(model: Any, text: str, prepend_bos: bool | None, what: str) -> Tensor:
+    if not text.strip():
+        raise InputError(f"The {what} is empty: {text!r}. Give a text with at least one word.")
+    if getattr(model, "tokenizer", None) is None:
+        raise InputError(f"The model has no tokenizer: pass the {what} as token ids [pos].")
+    options: dict[str, Any] = {"truncate": False}
+    if prepend_bos is not None:
+        options["prepend_bos"] = prepend_bos
+    try:
+        tokens = model.to_tokens(text, **options)
+    except TypeError as error:
+        if prepend_bos is None:
+            raise
+        raise InputError(
+            f"{type(model).__name__}.to_tokens takes no prepend_bos={prepend_bos}: leave it out."
+        ) from error
+    # HookedEncoder returns (ids, token type ids, mask); one text alone needs the ids only.
+    return tokens[0] if isinstance(tokens, tuple) else tokens
+
+
+def _from_ids(model: Any, prompt: Any, attention_mask: Any, what: str) -> Tensor:
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"The {what} is of type {type(prompt).__name__}: give a text or token ids [pos]."
+        ) from error
+    if ids.numel() == 0:
+        raise InputError(f"The {what} is empty: give at least one token.")
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim not in (1, 2):
+        raise InputError(
+            f"The {what} has dtype {ids.dtype} and shape {list(ids.shape)}: token ids are integers [pos] or [1, pos]."
+        )
+    if ids.ndim == 2 and ids.shape[0] != 1:
+        raise InputError(
+            f"The {what} has shape {list(ids.shape)}, a batch of {ids.shape[0]}: "
+            "pass a list of prompts to get a list of Flows."
+        )
+    ids = ids.reshape(-1).long()
+    low, high, d_vocab = int(ids.min()), int(ids.max()), int(model.cfg.d_vocab)
+    if low < 0 or high >= d_vocab:
+        bad = low if low < 0 else high
+        raise InputError(
+            f"The {what} holds token id {bad}, outside the vocabulary 0 … {d_vocab - 1}: use the model's tokenizer."
+        )
+    return ids[_kept(model, ids, attention_mask, what)][None].to(model.cfg.device)
+
+
+def _kept(model: Any, ids: Tensor, attention_mask: Any, what: str) -> Tensor:
+    """Which positions are no padding."""
+    if attention_mask is not None:
+        mask = torch.as_tensor(attention_mask).reshape(-1)
+        if mask.shape != ids.shape:
+            raise InputError(
+                f"attention_mask has {mask.numel()} entries for {ids.numel()} token ids of the {what}: "
+                "give one per token."
+            )
+        return mask.bool().to(ids.device)
+    tokenizer = getattr(model, "tokenizer", None)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    others = {getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "unk", "cls", "sep")}
+    if pad is None or pad in others:
+        return torch.ones_like(ids, dtype=torch.bool)
+    real = (ids != pad).nonzero()[:, 0]
+    kept = torch.zeros_like(ids, dtype=torch.bool)
+    if len(real):
+        kept[real[0] : real[-1] + 1] = True
+    return kept
+
+
+def _labels(model: Any, ids: list[int]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        return tuple(str(i) for i in ids), tuple(False for _ in ids)
+    special = set(getattr(tokenizer, "all_special_ids", []))
+    return tuple(tokenizer.decode([i]) for i in ids), tuple(i in special for i in ids)

@@ -1,0 +1,147 @@
+"""What the command line prints: a Flow in a few lines, and the table of a model's boundaries."""
+
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lig_lens.flow import Edge, Flow
+from lig_lens.plots import show_token
+
+_EDGES_PER_LAYER = 3
+_PLAIN_WIDTH = 400  # wider than any row: piped text is never wrapped
+
+
+class _Row(NamedTuple):
+    layer: str
+    edge: str
+    by: str
+    contribution: str
+    share: str
+    gap: str
+
+
+def summarize(flow: Flow, width: int | None = None) -> str:
+    """Header, then per layer the strongest source → destination edges with the head that carries each, and gaps.
+
+    Args:
+        flow: any Flow; edges come from its attn map, else from block, else the parts of its mlp map.
+        width: of the terminal in columns; None for text that is piped, which is never wrapped.
+    """
+    edge_map = next(name for name in ("attn", "block", "mlp") if name in flow.maps)
+    table = _table("layer", "source → destination" if edge_map != "mlp" else "position", "by")
+    for name in ("contribution", "share", "worst gap"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in _rows(flow, edge_map):
+        table.add_row(*[Text(cell) for cell in row])
+    return "\n".join([*_header(flow, width), "", _render(table, width), "", _convergence(flow)])
+
+
+def _header(flow: Flow, width: int | None) -> list[str]:
+    counts = f"{_count(len(flow.tokens), 'token')}, {_count(len(flow.layers), 'layer')} of {flow.model_name}"
+    if len(flow.destinations) < len(flow.tokens):
+        counts += f", {_count(len(flow.destinations), 'destination')}"
+    settings = flow.settings
+    baselines = ", ".join(
+        f"{name} from {settings[f'{name}_baseline']}" for name in flow.maps if f"{name}_baseline" in settings
+    )
+    asked = ", ".join(f"{key} {settings[key]}" for key in ("target", "tol") if key in settings)
+    tokens = " ".join(show_token(token) for token in flow.tokens)
+    return [line for line in (counts, _cut(tokens, width or _PLAIN_WIDTH), "; ".join(filter(None, (baselines, asked)))) if line]
+
+
+def _rows(flow: Flow, edge_map: str) -> list[_Row]:
+    rows = []
+    for place, layer in enumerate(flow.layers):
+        gap = max(float(flow.gap[name][place].max()) for name in flow.maps)
+        for number, edge in enumerate(_distinct(flow.top(_EDGES_PER_LAYER * 40, edge_map, layer))):
+            first = number == 0
+            rows.append(
+                _Row(
+                    str(layer) if first else "",
+                    _edge_label(edge, edge_map),
+                    _carrier(edge),
+                    f"{edge.contribution:+.3g}",
+                    f"{edge.share:.0%}",
+                    f"{gap:.1e}" if first else "",
+                )
+            )
+    return rows
+
+
+def _distinct(edges: Sequence[Edge]) -> list[Edge]:
+    """The first few edges with the strongest carrier of each, so that one token pair fills one line."""
+    seen: dict[tuple[int, int], Edge] = {}
+    for edge in edges:
+        if edge.contribution != 0:
+            seen.setdefault((edge.src, edge.dst), edge)
+    return list(seen.values())[:_EDGES_PER_LAYER] or list(edges[:1])
+
+
+def _edge_label(edge: Edge, edge_map: str) -> str:
+    dst = f"{show_token(edge.dst_token, 20)} ({edge.dst})"
+    return dst if edge_map == "mlp" else f"{show_token(edge.src_token, 20)} ({edge.src}) → {dst}"
+
+
+def _carrier(edge: Edge) -> str:
+    return edge.part if edge.head is None else f"head {edge.head}"
+
+
+def _convergence(flow: Flow) -> str:
+    masks = [flow.converged[name] for name in flow.maps]
+    cells, missed = sum(mask.numel() for mask in masks), sum(int((~mask).sum()) for mask in masks)
+    tol = flow.settings.get("tol")
+    within = f"tol {tol}" if tol is not None else "the tolerance"
+    gaps = ", ".join(f"{name} {flow.worst_gap(name):.1e}" for name in flow.maps)
+    if missed:
+        return f"Worst gaps: {gaps}; {missed:,} of {cells:,} columns miss {within}: allow more nodes or a larger tol."
+    return f"Worst gaps: {gaps}; all {cells:,} columns add up within {within}."
+
+
+def boundaries_table(model_name: str, blocks: Sequence[Any], width: int | None = None) -> str:
+    """Table of `describe_boundaries`: one row per block, hook names without the `blocks.N.` that all share."""
+    table = _table("block", "layout", "heads", "d_head", "norms", "engine")
+    nodes = ("resid_pre", "hook_z", "resid_mid", "resid_post")
+    for node in nodes:
+        table.add_column(node, overflow="fold")
+    for block in blocks:
+        heads = str(block.n_heads)
+        if block.n_key_value_heads != block.n_heads:
+            heads += f" ({block.n_key_value_heads} kv)"
+        names = [(getattr(block, node) or "-").removeprefix(f"blocks.{block.layer}.") for node in nodes]
+        cells = [block.layer, block.layout, heads, block.d_head, ", ".join(block.norms) or "-", block.engine, *names]
+        table.add_row(*[Text(str(cell)) for cell in cells])
+    title = f"{model_name}: {_count(len(blocks), 'block')}; hooks are named blocks.N.…"
+    return f"{title}\n\n{_render(table, width)}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _render(table: Table, width: int | None) -> str:
+    console = Console(
+        file=io.StringIO(), width=width or _PLAIN_WIDTH, force_terminal=False, color_system=None, legacy_windows=False
+    )
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
+
+
+def _cut(text: str, width: int) -> str:
+    if cell_len(text) <= width:
+        return text
+    while text and cell_len(text) > width - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
