@@ -20,7 +20,7 @@ from lig_lens.baselines import (
     self_share,
     tail_path,
 )
-from lig_lens.block import record_calls
+from lig_lens.block import prepared, record_calls
 from lig_lens.boundaries import BlockNodes, find_nodes
 from lig_lens.config import ENGINES, MAPS
 from lig_lens.engines.hooks import Budget, integrate_resid, integrate_tail
@@ -257,22 +257,26 @@ def _run(model: Any, settings: Settings, job: _Job) -> Flow:
         total=total, desc="lig_lens", unit="col", disable=not settings.progress, file=sys.stderr, leave=False
     ) as bar:
         for index, layer in enumerate(job.layers):
-            for name in settings.maps:
-                bar.set_postfix_str(f"layer {layer} {name}")
-                compute = _attention_columns if name != "mlp" else _tail_columns
-                pieces = []
-                for part in _portions(job, layer, name):
-                    pieces.append(compute(model, settings, job, index, name, part))
-                    bar.update(len(part))
-                results[name].append(
-                    {key: torch.cat([p[key] for p in pieces], -1).cpu() for key in pieces[0]}
-                )
+            with prepared(model, model.blocks[layer]):
+                for name in settings.maps:
+                    bar.set_postfix_str(f"layer {layer} {name}")
+                    results[name].append(_columns(settings, job, index, name, bar))
     tensors = {
         name: {key: torch.stack([r[key] for r in layered]) for key in layered[0]}
         for name, layered in results.items()
     }
     _warn(settings, tensors)
     return _flow(model, settings, job, tensors)
+
+
+def _columns(settings: Settings, job: _Job, index: int, name: str, bar: Any) -> dict[str, Tensor]:
+    """All columns of one map at one layer, on the CPU."""
+    compute = _tail_columns if name == "mlp" else _attention_columns
+    pieces = []
+    for part in _portions(job, job.layers[index], name):
+        pieces.append(compute(settings, job, index, name, part))
+        bar.update(len(part))
+    return {key: torch.cat([piece[key] for piece in pieces], -1).cpu() for key in pieces[0]}
 
 
 def _portions(job: _Job, layer: int, name: str) -> Iterator[Int[Tensor, "dst"]]:
@@ -285,7 +289,7 @@ def _portions(job: _Job, layer: int, name: str) -> Iterator[Int[Tensor, "dst"]]:
 
 
 def _attention_columns(
-    model: Any, settings: Settings, job: _Job, index: int, name: str, dst: Int[Tensor, "dst"]
+    settings: Settings, job: _Job, index: int, name: str, dst: Int[Tensor, "dst"]
 ) -> dict[str, Tensor]:
     """Columns of the `attn` or `block` map at one layer: contributions [head] src dst, and cells [head] dst."""
     layer = job.layers[index]
@@ -295,7 +299,7 @@ def _attention_columns(
 
     def along(start: "str | Tensor") -> Integral:
         path = resid_path(nodes, start, corrupted, index)
-        return integrate_resid(model, nodes, path, settings.target, dst, to_heads, budget)
+        return integrate_resid(nodes, path, settings.target, dst, to_heads, budget)
 
     main = along(baseline)
     cells = _cells(main)
@@ -313,7 +317,7 @@ def _attention_columns(
 
 
 def _tail_columns(
-    model: Any, settings: Settings, job: _Job, index: int, name: str, dst: Int[Tensor, "dst"]
+    settings: Settings, job: _Job, index: int, name: str, dst: Int[Tensor, "dst"]
 ) -> dict[str, Tensor]:
     """Columns of the `mlp` map at one layer: heads [head dst], skip, bias and cells [dst]."""
     layer = job.layers[index]
@@ -321,7 +325,7 @@ def _tail_columns(
     budget = Budget(settings.tol, settings.max_nodes, settings.max_batch_tokens)
     chunk = budget.items(len(job.prompt))
     path = tail_path(nodes, settings.baselines[name], job.corrupted.get(layer), index, chunk)
-    integral = integrate_tail(model, nodes, path, settings.target, dst, budget)
+    integral = integrate_tail(nodes, path, settings.target, dst, budget)
     parts = integral.parts[:, 0].T
     cells = {key: value[0] for key, value in _cells(integral).items()}
     return {"contributions": parts[:-2], "skip": parts[-2], "bias": parts[-1], **cells}

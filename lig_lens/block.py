@@ -133,6 +133,7 @@ class BlockCall:
     resid_key: int | str
     """Where the residual stands in the call: position in `args`, or name in `kwargs`."""
     modules: dict[str, nn.Module] = field(repr=False)
+    recorded_dtype: torch.dtype = torch.float32
 
     def run(
         self,
@@ -243,4 +244,5 @@ def _block_call(
         kwargs={k: _without_cache(v) for k, v in kwargs.items()},
         resid_key=resid_key,
         modules=dict(submodules(block)),
+        recorded_dtype=output.dtype,
     )

@@ -113,7 +113,7 @@ def find_nodes(model: Any, call: BlockCall) -> BlockNodes:
     _check_finite(call, "resid_pre", call.resid_pre)
     with torch.no_grad(), prepared(model, call.block):
         values, order, output = _read_everything(call)
-        _check_replay(model, call, output)
+        _check_replay(call, output)
         norms = {path: call.modules[path] for path in _norm_paths(call)}
         resid_pre_path = _hook_with_value(values, call.resid_pre, first=True)
         resid_post_path = _hook_with_value(values, output, first=False)
@@ -185,10 +185,10 @@ def _read_everything(call: BlockCall) -> tuple[dict[str, Tensor], list[str], Ten
     return values, order, output[0]
 
 
-def _check_replay(model: Any, call: BlockCall, output: Tensor) -> None:
+def _check_replay(call: BlockCall, output: Tensor) -> None:
     _check_finite(call, "resid_post", output)
     # A half-precision model was recorded in its own rounding and is replayed in float32.
-    tolerance = 1e-4 if model.cfg.dtype in (torch.float32, torch.float64) else 0.1
+    tolerance = max(1e-4, 20 * torch.finfo(call.recorded_dtype).eps)
     error = _relative(output - call.resid_post, call.resid_post)
     if error > tolerance:
         raise BoundaryError(

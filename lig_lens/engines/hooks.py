@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lig_lens.baselines import ResidPath, TailPath, z_at_start
-from lig_lens.block import prepared
 from lig_lens.boundaries import BlockNodes
 from lig_lens.quadrature import Integral, integrate
 from lig_lens.targets import Direction, Scalar
@@ -148,7 +147,6 @@ class _FromHeads:
 
 
 def integrate_resid(
-    model: object,
     nodes: BlockNodes,
     path: ResidPath,
     target: "str | Direction",
@@ -164,15 +162,13 @@ def integrate_resid(
     W_O = nodes.W_O if to_heads else None  # noqa: N806
     scalar = Scalar(target, len(nodes.resid_pre), nodes.resid_pre, W_O)
     chunk = budget.items(len(nodes.resid_pre))
-    with prepared(model, nodes.call.block):
-        integrand = _FromResid(nodes, path, scalar, dst, to_heads, chunk)
-        normed = nodes.attn_normed or not to_heads
-        s0, s1 = _layers_of_paths(path.starts, nodes.resid_pre, dst, nodes.eps, normed)
-        return _integrate(integrand, s0, s1, integrand.noise(), budget, chunk)
+    integrand = _FromResid(nodes, path, scalar, dst, to_heads, chunk)
+    normed = nodes.attn_normed or not to_heads
+    s0, s1 = _layers_of_paths(path, dst, nodes.eps, normed)
+    return _integrate(integrand, s0, s1, integrand.noise(), budget, chunk)
 
 
 def integrate_tail(
-    model: object,
     nodes: BlockNodes,
     path: TailPath,
     target: "str | Direction",
@@ -188,11 +184,10 @@ def integrate_tail(
     scalar = Scalar(target, len(nodes.resid_pre), nodes.resid_pre)
     n_pos = len(nodes.resid_pre)
     chunk = budget.items(n_pos) * n_pos
-    with prepared(model, nodes.call.block):
-        integrand = _FromHeads(nodes, path, scalar, dst, chunk)
-        start, end = integrand.attn_out_start + path.skip_start, integrand.attn_out_end + path.skip_end
-        s0, s1 = _widths(_rms(start[dst]), _rms(end[dst]), nodes.eps)
-        return _integrate(integrand, s0, s1, integrand.noise(), budget, chunk)
+    integrand = _FromHeads(nodes, path, scalar, dst, chunk)
+    start, end = integrand.attn_out_start + path.skip_start, integrand.attn_out_end + path.skip_end
+    s0, s1 = _widths(_rms(start[dst]), _rms(end[dst]), nodes.eps)
+    return _integrate(integrand, s0, s1, integrand.noise(), budget, chunk)
 
 
 def _integrate(
@@ -202,18 +197,16 @@ def _integrate(
 
 
 def _layers_of_paths(
-    starts: object, end: Tensor, dst: Tensor, eps: float, normed: bool
-) -> tuple[Tensor, Tensor]:
+    path: ResidPath, dst: Int[Tensor, "dst"], eps: float, normed: bool
+) -> tuple[Float[Tensor, "dst"], Float[Tensor, "dst"]]:
     """Widths of the boundary layers at both ends of each destination's path, narrowest source first."""
-    s0 = torch.ones(len(dst), dtype=torch.float64, device=end.device)
-    s1 = s0.clone()
+    one = torch.ones(len(dst), dtype=torch.float64, device=dst.device)
     if not normed:
-        return s0, s1
-    for number in range(len(dst)):
-        start = starts(dst[number : number + 1])[0]  # type: ignore[operator]
-        low, high = _widths(_rms(start), _rms(end), eps)
-        s0[number], s1[number] = low.min(), high.min()
-    return s0, s1
+        return one, one
+    end = _rms(path.end)
+    start = end[dst][:, None] if path.start is None else _rms(path.start).expand(len(dst), -1)
+    s0, s1 = _widths(start, end.expand(len(dst), -1), eps)
+    return s0.amin(-1), s1.amin(-1)
 
 
 def _widths(start: Tensor, end: Tensor, eps: float) -> tuple[Tensor, Tensor]:
