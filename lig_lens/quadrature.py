@@ -16,7 +16,7 @@ Gauss-Legendre nodes leave out the end points, where the gradient of a norm does
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ NODES_PER_PANEL = 8
 PANEL_LENGTH = 4.0
 
 
+@runtime_checkable
 class Integrand(Protocol):
     """What an engine provides: scalars and their gradient parts at given points of the paths."""
 

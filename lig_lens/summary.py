@@ -56,9 +56,11 @@ def _header(flow: Flow, width: int | None) -> list[str]:
 
 def _rows(flow: Flow, edge_map: str) -> list[_Row]:
     rows = []
+    # The third token pair comes at latest after two that every head carries.
+    enough = (_EDGES_PER_LAYER - 1) * flow.columns(edge_map).shape[1] + 1
     for place, layer in enumerate(flow.layers):
         gap = max(float(flow.gap[name][place].max()) for name in flow.maps)
-        for number, edge in enumerate(_distinct(flow.top(_EDGES_PER_LAYER * 40, edge_map, layer))):
+        for number, edge in enumerate(_distinct(flow.top(enough, edge_map, layer))):
             first = number == 0
             rows.append(
                 _Row(

@@ -25,6 +25,7 @@ _SEQUENTIAL = ["#fcfbfd", "#efedf5", "#dadaeb", "#bcbddc", "#9e9ac8", "#807dba",
 _FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 _INK, _QUIET, _LINE = "#24292f", "#6e7781", "#d0d7de"
 _QUANTILE = 0.995
+_WIDE = 1200  # pixels that a row of panels aims at
 _TITLES = {
     "attn": "Source tokens → heads",
     "mlp": "Heads → block output",
@@ -160,19 +161,21 @@ class _Geometry:
 
 def _geometry(n_panels: int, n_columns: int, down: Sequence[str], across: Sequence[str]) -> _Geometry:
     longest_down, longest_across = (max(len(_bare(label)) for label in labels) for labels in (down, across))
-    # Few tokens get cells that hold a label each; many get small cells, and _label_step thins the labels.
-    cell = min(26.0, max(3.5, 230 / max(len(down), len(across)))) if n_columns > 3 else min(30.0, max(6.0, 420 / len(across)))
+    n_cells, gap_x = len(across), 10
+    # A row of panels should fit a wide window, but a cell keeps a size at which it is seen.
+    fitting = (_WIDE / n_columns - gap_x) / n_cells
+    cell = min(26.0, max(fitting, min(8.0, 130 / n_cells), 3.0))
     return _Geometry(
         n_rows=math.ceil(n_panels / n_columns),
         n_columns=n_columns,
-        width=max(72.0, cell * len(across)),
-        height=max(40.0, cell * len(down)),
-        gap_x=12,
-        gap_y=26,
-        left=56 + 6.2 * longest_down,
+        width=max(72.0, cell * n_cells),
+        height=max(24.0, cell * len(down)) if len(down) != n_cells else max(72.0, cell * n_cells),
+        gap_x=gap_x,
+        gap_y=24,
+        left=48 + 5.6 * longest_down,
         right=112,
-        top=96,
-        bottom=44 + 6.2 * longest_across,
+        top=88,
+        bottom=36 + 5.6 * longest_across,
     )
 
 
@@ -200,8 +203,6 @@ def _draw(
         subplot_titles=[panel.caption for panel in panels],
     )
     value = "share of the column %{z:.2%}" if share else "contribution %{z:+.4g}"
-    # x and y count cells; the alias of an axis turns a count into its token, on the ticks and in the hover alike.
-    where = f"%{{x}} → {titles[0].split()[0]} %{{y}}" if map != "mlp" else "%{y} → %{x}"
     numbers = _position_numbers(flow, map, len(down), len(across))
     for number, panel in enumerate(panels):
         figure.add_trace(
@@ -251,6 +252,8 @@ def _style_axes(figure: go.Figure, size: _Geometry, n_panels: int, down: Sequenc
         "tick0": 0,
         "showticklabels": False,
     }
+    # An axis counts cells, so that equal tokens stay apart; its alias shows a count as the token, on the ticks and in
+    # the hover alike, also where the tick itself is left out.
     figure.update_xaxes(
         **common,
         tickangle=-90,

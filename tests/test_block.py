@@ -1,0 +1,119 @@
+"""One block alone does what it does inside the model, and leaves nothing behind on it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import KINDS, tiny_bridge
+from torch import nn
+
+import lig_lens
+from lig_lens.block import prepared, record_calls
+from lig_lens.boundaries import find_nodes
+
+
+def hooks_on(model: nn.Module) -> int:
+    """Hooks of every kind on every module: torch's own and TransformerLens' lists."""
+    count = 0
+    for module in model.modules():
+        count += len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+        count += len(getattr(module, "fwd_hooks", ())) + len(getattr(module, "bwd_hooks", ()))
+    return count
+
+
+def state(model: nn.Module) -> list[tuple[Any, ...]]:
+    return [(p.data_ptr(), p.dtype, p.requires_grad) for p in model.parameters()]
+
+
+@pytest.fixture(params=["bert", "llama"])
+def model(request: pytest.FixtureRequest, ids: torch.Tensor) -> Iterator[Any]:
+    model = tiny_bridge(request.param)
+    model(ids[None])  # a bridge wires some hooks of its own in its first forward pass
+    yield model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_block_alone_is_exact(kind: str, layer: int, ids: torch.Tensor) -> None:
+    model = tiny_bridge(kind)
+    call = record_calls(model, ids[None], [layer])[layer]
+    with torch.no_grad(), prepared(model, call.block):
+        batch = call.resid_pre.expand(3, -1, -1)
+        out = call.run(batch)
+    assert out is not None
+    torch.testing.assert_close(out, call.resid_post.expand_as(out), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_items_do_not_mix(kind: str, ids: torch.Tensor) -> None:
+    model = tiny_bridge(kind)
+    call = record_calls(model, ids[None], [1])[1]
+    with torch.no_grad():
+        batch = torch.stack([call.resid_pre, 0.5 * call.resid_pre, call.resid_pre.flip(0)])
+        together = call.run(batch)
+        alone = [call.run(item[None]) for item in batch]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tail_from_nodes_gives_resid_post(kind: str, ids: torch.Tensor) -> None:
+    model = tiny_bridge(kind)
+    nodes = find_nodes(model, record_calls(model, ids[None], [1])[1])
+    with torch.no_grad():
+        out = nodes.run_tail(nodes.attn_out(nodes.z, 1.0)[None], nodes.resid_pre[None])
+        z = nodes.read_z(nodes.resid_pre[None])
+    torch.testing.assert_close(out[0], nodes.resid_post, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(z[0], nodes.z, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_match_finite_differences(kind: str, ids: torch.Tensor) -> None:
+    model = tiny_bridge(kind, torch.float64)
+    call = record_calls(model, ids[None], [0])[0]
+    x = call.resid_pre[None].clone().requires_grad_()
+    out = call.run(x)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+    (gradient,) = torch.autograd.grad((out * weight).sum(), x)
+    step = torch.zeros_like(x)
+    step[0, 2, 3] = 1e-3
+    with torch.no_grad():
+        difference = ((call.run(x + step) - call.run(x - step)) * weight).sum() / 2e-3
+    torch.testing.assert_close(gradient[0, 2, 3], difference, rtol=1e-3, atol=1e-3)
+
+
+def test_nothing_left_after_success(model: Any, ids: torch.Tensor) -> None:
+    before, kept = hooks_on(model), state(model)
+    lig_lens.attribute(model, ids, layers=0, progress=False)
+    assert (hooks_on(model), state(model)) == (before, kept)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("inside a hook"), KeyboardInterrupt()])
+@pytest.mark.parametrize("when", [1, 4, 9])
+def test_nothing_left_after_a_failure(
+    model: Any, ids: torch.Tensor, error: BaseException, when: int
+) -> None:
+    before, kept = hooks_on(model), state(model)
+    calls = 0
+
+    def fail(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == when:
+            raise error
+
+    handle = model.blocks[0].attn.o.hook_in.register_forward_hook(fail)
+    try:
+        with pytest.raises(type(error)):
+            lig_lens.attribute(model, ids, layers=0, progress=False)
+    finally:
+        handle.remove()
+    assert calls == when
+    assert (hooks_on(model), state(model)) == (before, kept)
+
+
+def test_half_precision_weights_come_back(ids: torch.Tensor) -> None:
+    model = tiny_bridge("llama", torch.bfloat16)
+    kept = state(model)
+    lig_lens.attribute(model, ids, layers=1, maps="attn", progress=False)
+    assert state(model) == kept and model.cfg.dtype == torch.bfloat16
