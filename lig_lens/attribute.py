@@ -1,9 +1,10 @@
 """The one entry: prompt in, Flow out."""
 
 import importlib.metadata
+import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,7 @@ def attribute(
     target: "str | Direction" = "l2",
     corrupted: Any = None,
     tol: float = 1e-3,
-    max_nodes: int = 4096,
+    max_nodes: int = 2048,
     max_batch_tokens: int = 4096,
     engine: str = "auto",
     prepend_bos: bool | None = None,
@@ -157,13 +158,12 @@ def attribute(
             check_same_length(clean, second)
         read.append((clean, second))
     chosen = _chosen("layer", layers, int(model.cfg.n_layers))
-    # Every prompt is checked before the first is computed.
     wanted = [_chosen("destination", destinations, len(clean)) for clean, _ in read]
-    jobs = (
-        _prepare(model, settings, clean, second, chosen, dsts)
-        for (clean, second), dsts in zip(read, wanted, strict=True)
-    )
-    flows = [_run(model, settings, job) for job in jobs]
+    first = _prepare(model, settings, *read[0], chosen, wanted[0])
+    for clean, second in read:
+        _check_shapes(settings, first.nodes[chosen[0]], len(clean), len(chosen), second is not None)
+    rest = (_prepare(model, settings, *pair, chosen, dst) for pair, dst in zip(read[1:], wanted[1:], strict=True))
+    flows = [_run(model, settings, job) for job in itertools.chain([first], rest)]
     return flows if several else flows[0]
 
 
@@ -220,29 +220,34 @@ def _prepare(
     layers: tuple[int, ...],
     destinations: tuple[int, ...],
 ) -> _Job:
-    """Record the prompt's blocks, verify their nodes, and check what depends on their shapes."""
+    """Record the prompt's blocks, verify their nodes, and check that they have what the maps need."""
     nodes = _nodes(model, clean, layers)
     corrupted = _nodes(model, second, layers) if second is not None else {}
-    n_pos, d_model = nodes[layers[0]].resid_pre.shape
-    check_target(settings.target, n_pos, d_model)
+    heads = [name for name in settings.maps if name in ("attn", "mlp")]
     for layer in layers:
-        if nodes[layer].z is None and set(settings.maps) & {"attn", "mlp"}:
-            missing = next(name for name in settings.maps if name in ("attn", "mlp"))
+        if heads and nodes[layer].z is None:
             raise InputError(
-                f"Block {layer} has no attention with separable heads, so it has no {missing!r} map: "
+                f"Block {layer} has no attention with separable heads, so it has no {heads[0]!r} map: "
                 "use maps=('block',) or leave the layer out."
             )
-    for name in settings.maps:
-        z = nodes[layers[0]].z
-        shape = tuple(z.shape) if name == "mlp" and z is not None else (n_pos, d_model)
-        baseline = check_baseline(name, settings.baselines[name], len(layers), shape, second is not None)
-        no_pattern = next((layer for layer in layers if nodes[layer].pattern is None), None)
-        if isinstance(baseline, str) and baseline == "itb_map_ratio" and no_pattern is not None:
+        ratio = settings.baselines["attn"]
+        if "attn" in heads and isinstance(ratio, str) and ratio == "itb_map_ratio" and nodes[layer].pattern is None:
             raise InputError(
-                f"attn_baseline='itb_map_ratio' needs the attention pattern, which block {no_pattern} does not show "
+                f"attn_baseline='itb_map_ratio' needs the attention pattern, which block {layer} does not show "
                 "(attn.hook_pattern): use 'itb_zero_ratio', or load the model with eager attention."
             )
     return _Job(clean, layers, destinations, nodes, corrupted)
+
+
+def _check_shapes(settings: Settings, nodes: BlockNodes, n_pos: int, n_layers: int, has_corrupted: bool) -> None:
+    """Check target and baselines against a prompt of `n_pos` tokens."""
+    d_model = nodes.resid_pre.shape[-1]
+    check_target(settings.target, n_pos, d_model)
+    for name in settings.maps:
+        shape = (n_pos, d_model)
+        if name == "mlp" and nodes.z is not None:
+            shape = (n_pos, *nodes.z.shape[1:])
+        check_baseline(name, settings.baselines[name], n_layers, shape, has_corrupted)
 
 
 def _nodes(model: Any, prompt: Prompt, layers: tuple[int, ...]) -> dict[int, BlockNodes]:
@@ -295,9 +300,9 @@ def _attention_columns(
     layer = job.layers[index]
     nodes, corrupted = job.nodes[layer], job.corrupted.get(layer)
     baseline, to_heads = settings.baselines[name], name == "attn"
-    budget = Budget(settings.tol, settings.max_nodes, settings.max_batch_tokens)
 
-    def along(start: "str | Tensor") -> Integral:
+    def along(start: "str | Tensor", tol: float = settings.tol) -> Integral:
+        budget = Budget(tol, settings.max_nodes, settings.max_batch_tokens)
         path = resid_path(nodes, start, corrupted, index)
         return integrate_resid(nodes, path, settings.target, dst, to_heads, budget)
 
@@ -305,9 +310,12 @@ def _attention_columns(
     cells = _cells(main)
     contributions = main.parts.permute(1, 2, 0)  # dst head src -> head src dst
     if isinstance(baseline, str) and baseline == "itb_zero_ratio":
-        zero = along("zero")
-        contributions = refill_self(contributions, self_share(zero.parts.permute(1, 2, 0), dst), dst)
-        cells["converged"] &= zero.converged.T
+        zero = along("zero", settings.tol / 4)  # its error grows when a share is taken
+        share = self_share(zero.parts.permute(1, 2, 0), dst)
+        contributions = refill_self(contributions, share, dst)
+        # The share of a column takes over the error of the sum that it is a share of.
+        cells["gap"] = torch.maximum(cells["gap"], zero.gap.T * (1 + share.abs()))
+        cells["converged"] &= zero.converged.T & (cells["gap"] <= settings.tol)
     elif isinstance(baseline, str) and baseline == "itb_map_ratio":
         assert nodes.pattern is not None  # checked in _prepare
         pattern = nodes.pattern.transpose(-1, -2)[..., dst]  # head dst src -> head src dst
@@ -380,7 +388,6 @@ def _flow(model: Any, settings: Settings, job: _Job, tensors: dict[str, dict[str
 
 def _record(model: Any, settings: Settings, job: _Job) -> dict[str, Any]:
     """Settings as a Flow keeps them."""
-    version: Callable[[str], str] = importlib.metadata.version
     return {
         "maps": list(settings.maps),
         **{f"{name}_baseline": describe_baseline(settings.baselines[name]) for name in settings.maps},
@@ -390,5 +397,5 @@ def _record(model: Any, settings: Settings, job: _Job) -> dict[str, Any]:
         "engine": settings.engine,
         "token_ids": job.prompt.ids[0].tolist(),
         "model": describe_processing(model),
-        "versions": {name: version(name) for name in ("lig-lens", "transformer_lens", "torch")},
+        "versions": {name: importlib.metadata.version(name) for name in ("lig-lens", "transformer_lens", "torch")},
     }

@@ -52,7 +52,8 @@ class BlockNodes:
     """One block of one prompt with its nodes' values: what the engines work on.
 
     `resid_post` is the replayed value in the dtype of integration; `W_O` and `b_O` reproduce the attention
-    output from `z`. `attn_normed` tells whether a norm stands between resid_pre and attention.
+    output from `z`. `norms_to_z` and `norms_to_resid_post` count the norms in a row on the way there, and
+    `rounding` is the relative rounding error of the block: larger than its dtype's where it casts to float32.
     """
 
     call: BlockCall
@@ -61,7 +62,9 @@ class BlockNodes:
     eps: float = 1e-5
     z_path: str | None = None
     attn_out_path: str | None = None
-    attn_normed: bool = True
+    norms_to_z: int = 1
+    norms_to_resid_post: int = 2
+    rounding: float = torch.finfo(torch.float32).eps
     z: Float[Tensor, "pos head d_head"] | None = field(default=None, repr=False)
     pattern: Float[Tensor, "head dst src"] | None = field(default=None, repr=False)
     W_O: Float[Tensor, "head d_head d_model"] | None = field(default=None, repr=False)
@@ -130,7 +133,8 @@ def find_nodes(model: Any, call: BlockCall) -> BlockNodes:
             "norms": tuple(f"{path} {_norm_kind(module)}" for path, module in norms.items()),
             "engine": "hooks",
         }
-        nodes = {"call": call, "resid_post": output, "eps": float(getattr(model.cfg, "eps", 1e-5) or 1e-5)}
+        eps = float(getattr(model.cfg, "eps", 1e-5) or 1e-5)
+        nodes = {"call": call, "resid_post": output, "eps": eps, "rounding": _rounding(call, output)}
         found = next((p for p in _Z_PATHS if p[0] in values and p[1] in values), None)
         W_O = getattr(getattr(call.block, "attn", None), "W_O", None)  # noqa: N806
         if found is None or not isinstance(W_O, Tensor) or W_O.ndim != 3:
@@ -151,11 +155,13 @@ def find_nodes(model: Any, call: BlockCall) -> BlockNodes:
             "d_head": W_O.shape[1],
         }
         pattern = values.get(_PATTERN_PATH)
+        norms_to_z = int(_norm_before(order, z_path)) + int(_qk_normed(order, z_path))
         return BlockNodes(
             boundaries=BlockBoundaries(**fields),
             z_path=z_path,
             attn_out_path=attn_out_path,
-            attn_normed=_norm_before(order, z_path),
+            norms_to_z=norms_to_z,
+            norms_to_resid_post=norms_to_z + (2 if layout == "pre_post_ln" else 1 if norms else 0),
             z=z,
             pattern=None if pattern is None else pattern.to(output.dtype),
             W_O=W_O,
@@ -280,6 +286,23 @@ def _norm_paths(call: BlockCall) -> list[str]:
 def _norm_before(order: Sequence[str], z_path: str) -> bool:
     before = order[: order.index(z_path)]
     return any(p.endswith(".hook_normalized") and not p.startswith("attn.") for p in before)
+
+
+def _qk_normed(order: Sequence[str], z_path: str) -> bool:
+    before = order[: order.index(z_path)]
+    return any(p.startswith("attn.") and p.endswith(".hook_normalized") for p in before)
+
+
+def _rounding(call: BlockCall, output: Tensor) -> float:
+    """Relative rounding error of a block, measured: Hugging Face norms cast to float32 whatever the dtype is."""
+    single, double = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+    if output.dtype != torch.float64:
+        return single
+    nudged = call.run(call.resid_pre[None] * (1 + 1e-10))
+    assert nudged is not None
+    moved = _relative(nudged[0] - output, output)
+    # A block in float64 follows the nudge; one that rounds to float32 inside jumps by its eps, or not at all.
+    return double if 1e-13 < moved < 1e-8 else single
 
 
 def _post_norm(call: BlockCall, values: dict[str, Tensor], attn_out: Tensor) -> str | None:

@@ -28,6 +28,9 @@ BLOCK_BASELINES = ("zero", "itb", "itb_zero_ratio", "corrupted")
 MLP_BASELINES = ("zero", "att_itb_a0", "corrupted")
 ENGINES = ("auto", "hooks")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
+# Integration nodes that may be spent on one cell, and tokens that are run through a block at once.
+MAX_NODES = 2048
+MAX_BATCH_TOKENS = 4096
 
 _BASELINES = {"attn": ATTN_BASELINES, "mlp": MLP_BASELINES, "block": BLOCK_BASELINES}
 
@@ -42,16 +45,15 @@ def _no_repeats(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
     return values
 
 
-NonNegativeInt = Annotated[StrictInt, Field(ge=0)]
 PositiveInt = Annotated[StrictInt, Field(ge=1)]
-Positions = Annotated[tuple[NonNegativeInt, ...], AfterValidator(_no_repeats)]
+Positions = Annotated[tuple[StrictInt, ...], AfterValidator(_no_repeats)]
 
 
 class ExplainConfig(BaseModel):
     """Settings of one `lig-lens explain` run: every flag, under its name with `_` for `-`.
 
     Unknown keys and values of the wrong type are errors, in a YAML file as on the command line. `None` means
-    the library's own choice: all layers, all destinations, its device, its budget.
+    all layers, all destinations, TransformerLens' device, no file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -66,8 +68,8 @@ class ExplainConfig(BaseModel):
     corrupted: StrictStr | None = None
     tol: Annotated[float, Strict(), Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-3
     engine: StrictStr = "auto"
-    max_nodes: PositiveInt | None = None
-    max_batch_tokens: PositiveInt | None = None
+    max_nodes: PositiveInt = MAX_NODES
+    max_batch_tokens: PositiveInt = MAX_BATCH_TOKENS
     device: StrictStr | None = None
     dtype: StrictStr | None = None
     progress: StrictBool = True
@@ -93,18 +95,19 @@ class ExplainConfig(BaseModel):
         """Check what no single key shows; called once flags and file are merged.
 
         Raises:
-            InputError: a `corrupted` baseline without a second prompt, a second prompt that no baseline uses, or
-                two outputs with one path.
+            InputError: a `corrupted` baseline without a second prompt, a second prompt that no baseline uses,
+                or two outputs with one path.
         """
         used = [name for name in self.maps if getattr(self, f"{name}_baseline") == "corrupted"]
         if used and self.corrupted is None:
             raise InputError(
-                f"The {used[0]} baseline is 'corrupted', but there is no second prompt: add --corrupted TEXT2."
+                f"The {used[0]} baseline is 'corrupted', but there is no second prompt: "
+                "add --corrupted TEXT2."
             )
         if self.corrupted is not None and not used:
             raise InputError(
-                f"--corrupted {self.corrupted!r} is given, but no baseline of the maps {', '.join(self.maps)} is "
-                "'corrupted': add for example --attn-baseline corrupted."
+                f"--corrupted {self.corrupted!r} is given, but no baseline of the maps "
+                f"{', '.join(self.maps)} is 'corrupted': add for example --attn-baseline corrupted."
             )
         paths = [path for path in (self.out, self.json_path, self.html) if path is not None]
         if len({Path(path).absolute() for path in paths}) < len(paths):
@@ -112,14 +115,13 @@ class ExplainConfig(BaseModel):
         return self
 
     def attribute_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for `lig_lens.attribute`; what is None there has the library's default."""
+        """Keyword arguments for `lig_lens.attribute`."""
         arguments: dict[str, Any] = {
             name: getattr(self, name)
             for name in ("maps", "layers", "destinations", "corrupted", "tol", "engine", "progress")
         }
-        arguments |= {f"{name}_baseline": getattr(self, f"{name}_baseline") for name in MAPS}
-        budget = {"max_nodes": self.max_nodes, "max_batch_tokens": self.max_batch_tokens}
-        return arguments | {name: value for name, value in budget.items() if value is not None}
+        arguments |= {"max_nodes": self.max_nodes, "max_batch_tokens": self.max_batch_tokens}
+        return arguments | {f"{name}_baseline": getattr(self, f"{name}_baseline") for name in MAPS}
 
 
 def parse_settings(values: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
@@ -158,7 +160,8 @@ def load_config(path: str | Path) -> dict[str, Any]:
     """Read settings from a YAML file.
 
     Raises:
-        InputError: no such file, no valid YAML, not a mapping, a key given twice, or what `parse_settings` refuses.
+        InputError: no such file, no valid YAML, not a mapping, a key given twice, or what `parse_settings`
+            refuses.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -174,29 +177,52 @@ def load_config(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise InputError(
-            f"The config {str(path)!r} holds {type(values).__name__}, not 'key: value' lines: write for example 'tol: 0.001'."
+            f"The config {str(path)!r} holds {type(values).__name__}, "
+            "not 'key: value' lines: write for example 'tol: 0.001'."
         )
     return parse_settings(values, f"{path}: ")
 
 
 def parse_numbers(what: str, text: str) -> tuple[int, ...]:
-    """Numbers from a flag: `"0,3"`, or with inclusive ranges `"0-2,5"`.
+    """Numbers from a flag: `"0,3"`, with inclusive ranges `"0-2,5"`, or counted from the end `"-1"`.
 
     Raises:
         InputError: anything else.
 
-    >>> parse_numbers("--layers", "0-2,5")
-    (0, 1, 2, 5)
+    >>> parse_numbers("--layers", "0-2,-1")
+    (0, 1, 2, -1)
     """
     numbers: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part, flags=re.ASCII)
-        first = int(match[1]) if match else 0
-        last = int(match[2]) if match and match[2] else first
+        match = re.fullmatch(
+            r"\s*(-?\d{1,9}|(?P<from>\d{1,9})\s*-\s*(?P<to>\d{1,9}))\s*", part, flags=re.ASCII
+        )
+        if match and match["from"] is None:
+            numbers.append(int(match[1]))
+            continue
+        first, last = (int(match["from"]), int(match["to"])) if match else (0, 0)
         if match is None or last < first or last - first > 100_000:
-            raise InputError(f"{what}: cannot read {part!r} in {text!r}: write numbers like 0,3 or ranges like 0-5.")
+            raise InputError(
+                f"{what}: cannot read {part!r} in {text!r}: write numbers like 0,3 or ranges like 0-5."
+            )
         numbers.extend(range(first, last + 1))
     return tuple(numbers)
+
+
+def parse_number(what: str, text: str, kind: type[float] | type[int]) -> float | int:
+    """One number from a flag.
+
+    Raises:
+        InputError: anything else.
+
+    >>> parse_number("--tol", "1e-3", float)
+    0.001
+    """
+    try:
+        return kind(text)
+    except ValueError:
+        example = "4096" if kind is int else "0.001"
+        raise InputError(f"{what}: {text!r} is not a number: write for example {example}.") from None
 
 
 def parse_names(text: str) -> tuple[str, ...]:
@@ -231,7 +257,7 @@ def _nearest(key: str, valid: Sequence[str]) -> str:
 
 
 def _type_hint(key: str) -> str:
-    """What a list-valued key wants, for people who write one number or a comma list."""
+    """Say what a list-valued key wants, for people who write one number or a comma list."""
     if key in ("layers", "destinations"):
         return "; write a list such as [0, 3]"
     if key == "maps":

@@ -32,8 +32,8 @@ CELL_AXES = {"attn": ("layer", "head", "dst"), "mlp": ("layer", "dst"), "block":
 class Edge(NamedTuple):
     """One contribution with its labels.
 
-    `part` says what carries it: `"head"`, or `"skip"` and `"bias"` (mlp map), or `"block"`. `head` is None where no
-    head is meant. In the mlp map everything happens at one position, so there src = dst.
+    `part` says what carries it: `"head"`, or `"skip"` and `"bias"` (mlp map), or `"block"`. `head` is None
+    where no head is meant. In the mlp map everything happens at one position, so there src = dst.
     """
 
     layer: int
@@ -54,15 +54,16 @@ class Flow:
     Three maps, each None unless it was asked for. Axis order is always `layer head src dst`; TransformerLens
     patterns are `[head, dst(query), src(key)]`, and `to_tl()` gives that order.
 
-    - `attn[l, h, i, j]`: contribution of source token i to the output of head h at destination j (resid_pre → hook_z).
-    - `mlp[l, h, j]`, `skip[l, j]`, `bias[l, j]`: contribution of head h, of the skip connection and of the attention
-      output's bias at j to the block's output at j (hook_z, skip → resid_post).
+    - `attn[l, h, i, j]`: contribution of source token i to the output of head h at destination j (resid_pre
+      → hook_z).
+    - `mlp[l, h, j]`, `skip[l, j]`, `bias[l, j]`: contribution of head h, of the skip connection and of the
+      attention output's bias at j to the block's output at j (hook_z, skip → resid_post).
     - `block[l, i, j]`: contribution of source i to the block's output at j (resid_pre → resid_post).
 
-    The unit is that of the target: for `l2` the length of the output vector's change between baseline and prompt,
-    so raw values of different heads and layers live on different scales (`shares()` puts them on one). The sign says
-    whether the source pushes the target up or down. All tensors are float32 (masks bool) on the CPU, whatever the
-    model's dtype and device; others are converted.
+    The unit is that of the target: for `l2` the length of the output vector's change between baseline and
+    prompt, so raw values of different heads and layers live on different scales (`shares()` puts them on
+    one). The sign says whether the source pushes the target up or down. All tensors are float32 (masks
+    bool) on the CPU, whatever the model's dtype and device; others are converted.
 
     Args:
         tokens: one string per position, as the tokenizer prints them.
@@ -70,7 +71,8 @@ class Flow:
         layers: the model's block numbers that the layer axis stands for.
         destinations: the positions that the dst axis stands for; all of them by default.
         model_name: as given to `load_model`.
-        settings: what was asked for (maps, baselines, target, tol, engine, versions, model processing); JSON-able.
+        settings: what was asked for (maps, baselines, target, tol, engine, versions, model processing);
+            JSON-able.
         layouts: one per layer (`pre_ln`, `post_ln`, `pre_post_ln`, `parallel`, `block_only`).
         engines: for each map, the engine that computed each layer.
         attn: "layer head src dst", or None.
@@ -78,13 +80,14 @@ class Flow:
         skip: see `mlp`.
         bias: see `mlp`.
         block: "layer src dst", or None.
-        total: for each map, L(x) - L(x0): the exact change of the target that a column adds up to. "layer head dst"
-            for attn, "layer dst" for mlp and block, here and in `gap` and `converged`.
+        total: for each map, L(x) - L(x0): the exact change of the target that a column adds up to. Axes
+            "layer head dst" for attn, "layer dst" for mlp and block, as in `gap` and `converged`.
         gap: for each map, |column sum - total| relative to |total| (floored at rounding).
         converged: for each map, gap <= tol.
 
     Raises:
-        InputError: labels, tensors and masks whose shapes do not belong together, or settings that JSON cannot hold.
+        InputError: labels, tensors and masks whose shapes do not belong together, or settings that JSON
+            cannot hold.
     """
 
     tokens: tuple[str, ...]
@@ -119,13 +122,16 @@ class Flow:
         try:
             json.dumps(self.settings, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise InputError(f"Flow settings cannot be written as JSON ({error}): use plain values.") from error
+            raise InputError(
+                f"Flow settings cannot be written as JSON ({error}): use plain values."
+            ) from error
 
     def _check_labels(self) -> None:
         n_pos, n_layers = len(self.tokens), len(self.layers)
         if not n_pos or not n_layers or not self.maps:
             raise InputError(
-                f"A Flow needs tokens, layers and a map: got {n_pos} tokens, {n_layers} layers, maps {self.maps}."
+                f"A Flow needs tokens, layers and a map: got {n_pos} tokens, {n_layers} layers, "
+                f"maps {self.maps}."
             )
         for name, length, expected, what in (
             ("special", len(self.special), n_pos, "tokens"),
@@ -133,7 +139,9 @@ class Flow:
             *((f"engines[{name!r}]", len(e), n_layers, "layers") for name, e in self.engines.items()),
         ):
             if length != expected:
-                raise InputError(f"Flow: {name} has {length} entries for {expected} {what}: give one for each.")
+                raise InputError(
+                    f"Flow: {name} has {length} entries for {expected} {what}: give one for each."
+                )
         outside = [j for j in self.destinations if not 0 <= j < n_pos]
         if outside:
             raise InputError(f"Flow: destination {outside[0]} is outside the positions 0 to {n_pos - 1}.")
@@ -142,11 +150,15 @@ class Flow:
                 raise InputError(f"Flow: {name} {values} repeat a number: give each once.")
         parts = [name for name in ("mlp", "skip", "bias") if getattr(self, name) is not None]
         if parts and len(parts) < 3:
-            raise InputError(f"Flow: the mlp map has only {', '.join(parts)}: give mlp, skip and bias together.")
+            raise InputError(
+                f"Flow: the mlp map has only {', '.join(parts)}: give mlp, skip and bias together."
+            )
         for name in ("total", "gap", "converged", "engines"):
             keys = set(getattr(self, name))
             if keys != set(self.maps):
-                raise InputError(f"Flow: {name} has keys {sorted(keys)} for the maps {list(self.maps)}: give one each.")
+                raise InputError(
+                    f"Flow: {name} has keys {sorted(keys)} for the maps {list(self.maps)}: give one each."
+                )
 
     def _check_shapes(self) -> None:
         sizes = {"layer": len(self.layers), "src": len(self.tokens), "dst": len(self.destinations)}
@@ -174,11 +186,11 @@ class Flow:
         return tuple(name for name in MAPS if getattr(self, name) is not None)
 
     def columns(self, map: str = "attn") -> Float[Tensor, "layer *rest dst"]:
-        """The terms that add up to `total[map]`, along the axis before the last.
+        """Return the terms that add up to `total[map]`, along the axis before the last.
 
         Returns:
-            attn: "layer head src dst". block: "layer src dst". mlp: "layer head+2 dst", the heads in order, then skip,
-            then bias.
+            attn: "layer head src dst". block: "layer src dst". mlp: "layer head+2 dst", the heads in order,
+            then skip, then bias.
 
         Raises:
             InputError: an unknown map, or one that this Flow does not have.
@@ -186,30 +198,29 @@ class Flow:
         check_choice("map", map, MAPS)
         if map not in self.maps:
             raise InputError(
-                f"This Flow has no {map!r} map, only {', '.join(self.maps)}: ask attribute() for it with maps=."
+                f"This Flow has no {map!r} map, only {', '.join(self.maps)}: "
+                "ask attribute() for it with maps=."
             )
-        if map == "mlp":
-            heads, skip, bias = self.mlp, self.skip, self.bias
-            assert heads is not None and skip is not None and bias is not None  # __post_init__ saw to it
-            return torch.cat([heads, skip[:, None], bias[:, None]], dim=1)
+        if map == "mlp" and self.mlp is not None and self.skip is not None and self.bias is not None:
+            return torch.cat([self.mlp, self.skip[:, None], self.bias[:, None]], dim=1)
         tensor: Tensor = getattr(self, map)
         return tensor
 
     def shares(self, map: str = "attn") -> Float[Tensor, "layer *rest dst"]:
         """Columns divided by their sum, so that each adds up to 1; axes as in `columns`.
 
-        A share is positive where the source pushes the way the whole column goes, negative where it pushes against it,
-        and may exceed 1. A column whose sum is rounding gives zeros: |sum| at most the float32 epsilon times the
-        number of terms times the larger of the column's and, a hundredth of it, the layer's strongest column.
+        A share is positive where the source pushes the way the whole column goes, negative where it pushes
+        against it, and may exceed 1. A column whose sum is rounding gives zeros: |sum| at most the float32
+        epsilon, times the number of terms, times the largest sum of absolute values in a column of that
+        layer.
 
         Raises:
             InputError: an unknown map, or one that this Flow does not have.
         """
         terms = self.columns(map)
         column_sum = terms.sum(dim=-2, keepdim=True)
-        size = terms.abs().sum(dim=-2, keepdim=True)
-        strongest = size.flatten(1).amax(dim=1).reshape(-1, *[1] * (terms.ndim - 1))
-        rounding = torch.finfo(terms.dtype).eps * terms.shape[-2] * torch.maximum(size, strongest / 100)
+        strongest = terms.abs().sum(dim=-2).flatten(1).amax(dim=1).reshape(-1, *[1] * (terms.ndim - 1))
+        rounding = torch.finfo(terms.dtype).eps * terms.shape[-2] * strongest
         vanishing = column_sum.abs() <= rounding
         return torch.where(vanishing, torch.zeros_like(terms), terms / column_sum.masked_fill(vanishing, 1.0))
 
@@ -223,11 +234,13 @@ class Flow:
         """
         terms = self.columns(map)
         if map == "mlp":
-            raise InputError("The 'mlp' map has no source axis to transpose: use flow.mlp, or map='attn' or 'block'.")
+            raise InputError(
+                "The 'mlp' map has no source axis to transpose: use flow.mlp, or map='attn' or 'block'."
+            )
         return rearrange(terms, "... src dst -> ... dst src").contiguous()
 
     def top(self, k: int, map: str = "attn", layer: int | None = None) -> list[Edge]:
-        """The k strongest contributions by absolute value, strongest first; ties in index order.
+        """Find the k strongest contributions by absolute value, strongest first; ties in index order.
 
         Args:
             k: how many; fewer come back if there are fewer.
@@ -267,7 +280,15 @@ class Flow:
         else:
             part, src = "block", index[1]
         return Edge(
-            self.layers[index[0]], part, head, src, self.tokens[src], dst, self.tokens[dst], contribution, share
+            self.layers[index[0]],
+            part,
+            head,
+            src,
+            self.tokens[src],
+            dst,
+            self.tokens[dst],
+            contribution,
+            share,
         )
 
     def worst_gap(self, map: str | None = None) -> float:
@@ -285,8 +306,10 @@ class Flow:
         masks = [self.converged[name] for name in self.maps]
         return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
-    def select(self, layers: tuple[int, ...] | None = None, destinations: tuple[int, ...] | None = None) -> "Flow":
-        """The same Flow with only some layers (block numbers) or destinations (positions), in the order given.
+    def select(
+        self, layers: tuple[int, ...] | None = None, destinations: tuple[int, ...] | None = None
+    ) -> "Flow":
+        """Keep only some layers (block numbers) or destinations (positions), in the order given.
 
         Raises:
             InputError: a layer or destination that this Flow does not have.
@@ -341,7 +364,9 @@ class Flow:
             raise FlowFileError(f"{str(path)!r} is damaged ({error}) Save the Flow again.") from error
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Everything as JSON text, schema `lig_lens.flow` version 1 (docs/flow-json.md); written to `path` if given.
+        """Everything as JSON text, schema `lig_lens.flow` version 1 (docs/flow-json.md).
+
+        Also written to `path`, if given.
 
         Raises:
             InputError: `path` cannot be written.
@@ -365,7 +390,7 @@ class Flow:
         return flow_io.to_dataframe(self, map)
 
     def to_xarray(self) -> "xarray.Dataset":
-        """All tensors with labelled axes layer, head, src, dst (numbers as in the model) and token coordinates.
+        """All tensors with labelled axes layer, head, src, dst (the model's numbers) and token coordinates.
 
         Raises:
             MissingPackageError: xarray is not installed (`pip install "lig-lens[xarray]"`).
@@ -375,7 +400,9 @@ class Flow:
         return flow_io.to_xarray(self)
 
     def __repr__(self) -> str:
-        maps = ", ".join(f"{name} {list(getattr(self, name).shape)} gap ≤ {self.worst_gap(name):.1e}" for name in self.maps)
+        maps = ", ".join(
+            f"{name} {list(getattr(self, name).shape)} gap ≤ {self.worst_gap(name):.1e}" for name in self.maps
+        )
         return (
             f"Flow({self.model_name!r}, {len(self.tokens)} tokens, layers {_ranges(self.layers)}: {maps}; "
             f"{self.converged_share():.1%} converged)"

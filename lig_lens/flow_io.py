@@ -44,7 +44,7 @@ class FlowHeader(BaseModel):
 
 
 def save(flow: Flow, path: str | os.PathLike[str]) -> Path:
-    """Write `flow` to `path`; see `Flow.save`. The header is one JSON text under the metadata key `lig_lens`."""
+    """Write `flow` to `path`; see `Flow.save`. The labels are one JSON text in the metadata."""
     tensors = {name: getattr(flow, name) for name in AXES if getattr(flow, name) is not None}
     for group in _CELLS:
         tensors |= {f"{group}.{name}": value for name, value in getattr(flow, group).items()}
@@ -63,18 +63,21 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise FlowFileError(
-            f"{shown} cannot be read as safetensors ({_brief(error)}): it is damaged or another kind of file. "
-            "Give a file that Flow.save wrote."
+            f"{shown} cannot be read as safetensors ({_brief(error)}): it is damaged or another kind of "
+            "file. Give a file that Flow.save wrote."
         ) from error
     if "lig_lens" not in metadata:
         raise FlowFileError(
-            f"{shown} is a safetensors file but holds no Flow (no 'lig_lens' in its header): give one that Flow.save wrote."
+            f"{shown} is a safetensors file but holds no Flow (no 'lig_lens' in its header): "
+            "give one that Flow.save wrote."
         )
     header = _parse_header(metadata["lig_lens"], shown)
-    fields = {name: getattr(header, name) for name in FlowHeader.model_fields if not name.startswith("schema")}
+    fields = {
+        name: getattr(header, name) for name in FlowHeader.model_fields if not name.startswith("schema")
+    }
     return fields, _group(tensors, shown)
 
 
@@ -86,15 +89,17 @@ def _parse_header(text: str, shown: str) -> FlowHeader:
             raise ValueError(f"schema {raw['schema']!r}, version {version!r}")
         if version > SCHEMA_VERSION:
             raise FlowFileError(
-                f"{shown} has Flow schema version {version}, and this lig_lens reads up to {SCHEMA_VERSION}: update it "
-                "with pip install --upgrade lig-lens."
+                f"{shown} has Flow schema version {version}, and this lig_lens reads up to {SCHEMA_VERSION}: "
+                "update it with pip install --upgrade lig-lens."
             )
         raw["schema_name"] = raw.pop("schema")
         return FlowHeader.model_validate_json(json.dumps(raw))
     except FlowFileError:
         raise
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FlowFileError(f"{shown} has a damaged Flow header ({_brief(error)}): save the Flow again.") from error
+        raise FlowFileError(
+            f"{shown} has a damaged Flow header ({_brief(error)}): save the Flow again."
+        ) from error
 
 
 def _group(tensors: dict[str, Tensor], shown: str) -> dict[str, Any]:
@@ -106,7 +111,8 @@ def _group(tensors: dict[str, Tensor], shown: str) -> dict[str, Any]:
         known = name in AXES or (group in _CELLS and map_name in CELL_AXES)
         if not known or tensor.dtype != expected:
             raise FlowFileError(
-                f"{shown} holds an unexpected tensor {name!r} ({tensor.dtype}): it is damaged. Save the Flow again."
+                f"{shown} holds an unexpected tensor {name!r} ({tensor.dtype}): it is damaged. "
+                "Save the Flow again."
             )
         if map_name:
             grouped[group][map_name] = tensor
@@ -164,19 +170,19 @@ def _nested(tensor: Tensor) -> Any:
 def to_dataframe(flow: Flow, map: str = "attn") -> "pandas.DataFrame":
     """Long form of one map; see `Flow.to_dataframe`."""
     terms, shares = flow.columns(map), flow.shares(map)
-    pandas = _optional("pandas", "Flow.to_dataframe", "dataframe")
+    pd = _optional("pandas", "Flow.to_dataframe", "dataframe")
     grids = torch.meshgrid(*[torch.arange(size) for size in terms.shape], indexing="ij")
     layer, dst = grids[0].flatten(), grids[-1].flatten()
     dst_pos = torch.tensor(flow.destinations)[dst]
     src_pos = grids[-2].flatten() if map != "mlp" else dst_pos
     part, head = _parts(map, terms, grids)
     cell = (layer, grids[1].flatten(), dst) if map == "attn" else (layer, dst)
-    return pandas.DataFrame(
+    frame: pandas.DataFrame = pd.DataFrame(
         {
             "map": map,
             "layer": torch.tensor(flow.layers)[layer].numpy(),
             "part": part,
-            "head": pandas.array(head, dtype="Int64"),
+            "head": pd.array(head, dtype="Int64"),
             "src": src_pos.numpy(),
             "src_token": [flow.tokens[i] for i in src_pos.tolist()],
             "dst": dst_pos.numpy(),
@@ -187,6 +193,7 @@ def to_dataframe(flow: Flow, map: str = "attn") -> "pandas.DataFrame":
             "converged": flow.converged[map][cell].numpy(),
         }
     )
+    return frame
 
 
 def _parts(map: str, terms: Tensor, grids: tuple[Tensor, ...]) -> tuple[list[str], list[int | None]]:
@@ -203,7 +210,11 @@ def _parts(map: str, terms: Tensor, grids: tuple[Tensor, ...]) -> tuple[list[str
 def to_xarray(flow: Flow) -> "xarray.Dataset":
     """Labelled Dataset; see `Flow.to_xarray`."""
     xarray = _optional("xarray", "Flow.to_xarray", "xarray")
-    variables = {name: (AXES[name], getattr(flow, name).numpy().copy()) for name in AXES if getattr(flow, name) is not None}
+    variables = {
+        name: (AXES[name], getattr(flow, name).numpy().copy())
+        for name in AXES
+        if getattr(flow, name) is not None
+    }
     for group in _CELLS:
         for name, value in getattr(flow, group).items():
             variables[f"{name}_{group}"] = (CELL_AXES[name], value.numpy().copy())

@@ -3,8 +3,9 @@
 A *cell* is one integral whose completeness can be checked: a destination, or a destination and a head. Its
 integrand has several *parts* (source tokens, or heads, skip and bias) that share the path, and for each cell
 the sum of the parts is the derivative of a known scalar L along the path. So every panel [a, b] of the rule
-comes with its own error estimate for free: how far the sum of its parts is from L(b) - L(a). Panels are halved
-where that gap is too large, and only for the cells that still need it.
+comes with its own error estimate for free: how far the sum of its parts is from L(b) - L(a). Errors of single
+parts can cancel in that sum, so each part is also asked how much of it lies in the two highest Legendre modes
+that the nodes resolve. Panels are halved where either is too large, and only for the cells that still need it.
 
 Norms put boundary layers at the ends of a path: `LN(a x)` jumps from 0 to its final value within
 a ~ sqrt(eps / var(x)). Panels are therefore laid out, and halved, in a stretched variable t with
@@ -26,6 +27,7 @@ from torch import Tensor
 # Panels that one Gauss-Legendre rule covers, and its nodes: see benchmarks of accuracy.
 NODES_PER_PANEL = 8
 PANEL_LENGTH = 4.0
+_NARROWEST = 1e-12
 
 
 @runtime_checkable
@@ -53,12 +55,14 @@ class Integral:
 
     `gap` adds the panels' gaps up without letting them cancel, so the plain completeness gap
     |sum of parts - total| is never larger (beyond rounding). It is relative to |total|, or, where a cell moves
-    by less than rounding, to the smallest change that `tol` could be asked of.
+    by less than rounding, to the smallest change that `tol` could be asked of. `error` estimates how far the
+    worst part is off, relative to the cell's largest part. A cell has converged when both are within `tol`.
     """
 
     parts: Float[Tensor, "dst group part"]
     total: Float[Tensor, "dst group"]
     gap: Float[Tensor, "dst group"]
+    error: Float[Tensor, "dst group"]
     converged: Bool[Tensor, "dst group"]
     nodes: Int[Tensor, "dst group"]
 
@@ -123,24 +127,36 @@ def integrate(
     """
     n_dst, n_groups = integrand.n_dst, integrand.n_groups
     device = s0.device
-    s0, s1 = s0.double().clamp(1e-12, 1.0), s1.double().clamp(1e-12, 1.0)
+    s0, s1 = s0.double().clamp(_NARROWEST, 1.0), s1.double().clamp(_NARROWEST, 1.0)
     every = torch.arange(n_dst, device=device)
     total = integrand_scalars(integrand, every, torch.ones(n_dst, device=device), chunk)
     allowed = torch.maximum(tol * total.abs(), noise)
     parts = torch.zeros(n_dst, n_groups, integrand.n_parts, device=device, dtype=total.dtype)
-    gaps, spent = torch.zeros_like(total), torch.zeros_like(total, dtype=torch.long)
+    gaps, errors = torch.zeros_like(total), torch.zeros_like(total)
+    spent = torch.zeros_like(total, dtype=torch.long)
+    largest = torch.zeros_like(total)
     panels = _first_panels(integrand, s0, s1, total, chunk)
     while len(panels):
-        values, gap = _evaluate(integrand, panels, s0, s1, chunk)
+        values, gap, error = _evaluate(integrand, panels, s0, s1, chunk)
         spent.index_put_((panels.dst,), NODES_PER_PANEL * panels.groups.long(), accumulate=True)
         broke = spent + 2 * NODES_PER_PANEL > max_nodes
-        keep = _choose(panels, gap, gaps, allowed, broke)
+        estimate = parts.index_put((panels.dst,), values, accumulate=True)
+        largest = torch.where(estimate.isfinite().all(-1), estimate.abs().amax(-1), largest)
+        bound = torch.maximum(tol * largest, noise)
+        # In units of what the cell may miss. A gap within rounding would not shrink by halving.
+        use = torch.where(gap > noise[panels.dst], gap / allowed[panels.dst], 0.0)
+        use = torch.maximum(use, error / bound[panels.dst])
+        used = torch.maximum(torch.where(gaps > noise, gaps / allowed, 0.0), errors / bound)
+        keep = _choose(panels, use, used, broke)
         parts.index_put_((panels.dst,), values * keep[..., None], accumulate=True)
         gaps.index_put_((panels.dst,), gap * keep, accumulate=True)
+        errors.index_put_((panels.dst,), error * keep, accumulate=True)
         panels = _halve(integrand, panels, panels.groups & ~keep, s0, s1, chunk)
-    # Rounding is allowed for by `allowed`; a gap relative to it would be meaningless below.
-    relative = gaps / torch.maximum(total.abs(), noise / tol).clamp(min=torch.finfo(total.dtype).tiny)
-    return Integral(parts, total, relative, gaps <= allowed, spent)
+    tiny = torch.finfo(total.dtype).tiny
+    # Rounding is allowed for by `noise`; a gap relative to less than that would be meaningless.
+    gap = gaps / torch.maximum(total.abs(), noise / tol).clamp(min=tiny)
+    error = errors / torch.maximum(largest, noise / tol).clamp(min=tiny)
+    return Integral(parts, total, gap, error, (gap <= tol) & (error <= tol), spent)
 
 
 def integrand_scalars(integrand: Integrand, dst: Tensor, a: Tensor, chunk: int) -> Tensor:
@@ -173,46 +189,60 @@ def _first_panels(
 
 def _evaluate(
     integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor, chunk: int
-) -> tuple[Tensor, Tensor]:
-    """Parts of every panel by Gauss-Legendre, and how far their sum is from the change of L over it."""
-    nodes, weights = np.polynomial.legendre.leggauss(NODES_PER_PANEL)
-    unit = torch.as_tensor(0.5 * (nodes + 1), device=panels.low.device)
-    width = panels.high - panels.low
-    t = (panels.low[:, None] + width[:, None] * unit).reshape(-1)
-    dst = panels.dst.repeat_interleave(NODES_PER_PANEL)
-    a = unstretch(t, s0[dst], s1[dst])
-    weight = torch.as_tensor(0.5 * weights, device=t.device) * width[:, None]
-    weight = (weight.reshape(-1) * density(a, s0[dst], s1[dst])).to(panels.scalar_low.dtype)
-    groups = panels.groups.repeat_interleave(NODES_PER_PANEL, 0)
-    shape = (len(panels), integrand.n_groups, integrand.n_parts)
-    values = torch.zeros(shape, device=t.device, dtype=panels.scalar_low.dtype)
-    owner = torch.arange(len(panels), device=t.device).repeat_interleave(NODES_PER_PANEL)
-    for d, p, w, g, o in zip(*(x.split(chunk) for x in (dst, a, weight, groups, owner)), strict=True):
-        values.index_add_(0, o, integrand.parts(d, p, g) * w[:, None, None])
-    gap = (values.sum(-1) - (panels.scalar_high - panels.scalar_low)).abs()
-    return values, gap * panels.groups
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Parts of every panel by Gauss-Legendre, the gap of their sum, and the estimated error of the worst one.
 
-
-def _choose(panels: _Panels, gap: Tensor, settled: Tensor, allowed: Tensor, broke: Tensor) -> Tensor:
-    """Which panels to keep as they are, per group.
-
-    All panels of a cell if their gaps fit what is allowed, or if the budget is spent; else those with the
-    smallest gaps, up to half of what is allowed, so that something is left for the halves of the others.
+    With n nodes the rule is exact up to mode 2n - 1 while its values show modes up to n - 1. Where modes fall off
+    geometrically, mode 2n is about (mode n - 1)^(2n / (n - 1)): that, with the two highest visible modes standing
+    in for the last (one of them vanishes for odd or even integrands), is the estimate.
     """
-    open_gap = torch.zeros_like(settled).index_put_((panels.dst,), gap, accumulate=True)
-    done = ((settled + open_gap) <= allowed) | broke
-    # Cells sorted together, smallest gap first: one running sum serves all of them.
+    n = NODES_PER_PANEL
+    nodes, weights = np.polynomial.legendre.leggauss(n)
+    modes = [np.polynomial.legendre.Legendre.basis(m)(nodes) * (2 * m + 1) for m in (0, n - 2, n - 1)]
+    rule = torch.as_tensor(np.stack(modes) * 0.5 * weights, device=panels.low.device)
+    width = panels.high - panels.low
+    t = panels.low[:, None] + width[:, None] * torch.as_tensor(0.5 * (nodes + 1), device=width.device)
+    dst = panels.dst.repeat_interleave(n)
+    a = unstretch(t.reshape(-1), s0[dst], s1[dst])
+    jacobian = (density(a, s0[dst], s1[dst]) * width.repeat_interleave(n)).to(panels.scalar_low.dtype)
+    groups = panels.groups.repeat_interleave(n, 0)
+    owner = torch.arange(len(panels), device=t.device).repeat_interleave(n)
+    node = torch.arange(n, device=t.device).repeat(len(panels))
+    shape = (len(panels), integrand.n_groups, integrand.n_parts)
+    sums = [torch.zeros(shape, device=t.device, dtype=jacobian.dtype) for _ in range(4)]
+    for d, p, j, g, o, k in zip(*(x.split(chunk) for x in (dst, a, jacobian, groups, owner, node)), strict=True):
+        values = integrand.parts(d, p, g) * j[:, None, None]
+        for total, factor in zip(sums, rule[:, k].to(values.dtype), strict=False):
+            total.index_add_(0, o, values * factor[:, None, None])
+        sums[3].index_add_(0, o, values**2 * rule[0, k].to(values.dtype)[:, None, None])
+    integral, *top, square = sums
+    tail, size = torch.hypot(*top), square.sqrt()
+    ratio = (tail / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1.0)
+    error = (size * ratio ** (2 * n / (n - 1))).amax(-1)
+    gap = (integral.sum(-1) - (panels.scalar_high - panels.scalar_low)).abs()
+    return integral, gap * panels.groups, error * panels.groups
+
+
+def _choose(panels: _Panels, use: Tensor, used: Tensor, broke: Tensor) -> Tensor:
+    """Which panels to keep as they are, per group, given what share of its allowance each uses up.
+
+    All panels of a cell if they fit into what is left, or if the budget is spent; else those that use least, up to
+    half of the allowance, so that something is left for the halves of the others.
+    """
+    open_use = torch.zeros_like(used).index_put_((panels.dst,), use * panels.groups, accumulate=True)
+    done = (used + open_use <= 1) | broke
+    # Cells sorted together, least use first: one running sum serves all of them.
     keep = torch.zeros_like(panels.groups)
-    for group in range(gap.shape[1]):
-        by_gap = torch.argsort(gap[:, group], stable=True)
-        order = by_gap[torch.argsort(panels.dst[by_gap], stable=True)]
+    for group in range(use.shape[1]):
+        by_use = torch.argsort(use[:, group], stable=True)
+        order = by_use[torch.argsort(panels.dst[by_use], stable=True)]
         d = panels.dst[order]
-        running = torch.cumsum(gap[order, group].double(), 0)
+        running = torch.cumsum(use[order, group].double(), 0)
         starts = torch.ones_like(d, dtype=torch.bool)
         starts[1:] = d[1:] != d[:-1]
-        before = torch.where(starts, running - gap[order, group], torch.zeros_like(running))
+        before = torch.where(starts, running - use[order, group], torch.zeros_like(running))
         within = running - torch.cummax(before, 0).values
-        keep[order, group] = settled[d, group] + within <= 0.5 * allowed[d, group]
+        keep[order, group] = used[d, group] + within <= 0.5
     return (keep | done[panels.dst]) & panels.groups
 
 

@@ -26,7 +26,7 @@ class _Row(NamedTuple):
 
 
 def summarize(flow: Flow, width: int | None = None) -> str:
-    """Header, then per layer the strongest source → destination edges with the head that carries each, and gaps.
+    """Write a Flow in lines: per layer the strongest source → destination edges, their heads, and gaps.
 
     Args:
         flow: any Flow; edges come from its attn map, else from block, else the parts of its mlp map.
@@ -51,7 +51,11 @@ def _header(flow: Flow, width: int | None) -> list[str]:
     )
     asked = ", ".join(f"{key} {settings[key]}" for key in ("target", "tol") if key in settings)
     tokens = " ".join(show_token(token) for token in flow.tokens)
-    return [line for line in (counts, _cut(tokens, width or _PLAIN_WIDTH), "; ".join(filter(None, (baselines, asked)))) if line]
+    return [
+        line
+        for line in (counts, _cut(tokens, width or _PLAIN_WIDTH), "; ".join(filter(None, (baselines, asked))))
+        if line
+    ]
 
 
 def _rows(flow: Flow, edge_map: str) -> list[_Row]:
@@ -67,7 +71,7 @@ def _rows(flow: Flow, edge_map: str) -> list[_Row]:
                     str(layer) if first else "",
                     _edge_label(edge, edge_map),
                     _carrier(edge),
-                    f"{edge.contribution:+.3g}",
+                    f"{edge.contribution:+#.3g}",
                     f"{edge.share:.0%}",
                     f"{gap:.1e}" if first else "",
                 )
@@ -76,7 +80,7 @@ def _rows(flow: Flow, edge_map: str) -> list[_Row]:
 
 
 def _distinct(edges: Sequence[Edge]) -> list[Edge]:
-    """The first few edges with the strongest carrier of each, so that one token pair fills one line."""
+    """Keep the first few edges, with the strongest carrier of each, so that one token pair fills one line."""
     seen: dict[tuple[int, int], Edge] = {}
     for edge in edges:
         if edge.contribution != 0:
@@ -100,12 +104,13 @@ def _convergence(flow: Flow) -> str:
     within = f"tol {tol}" if tol is not None else "the tolerance"
     gaps = ", ".join(f"{name} {flow.worst_gap(name):.1e}" for name in flow.maps)
     if missed:
-        return f"Worst gaps: {gaps}; {missed:,} of {cells:,} columns miss {within}: allow more nodes or a larger tol."
+        miss = f"{missed:,} of {cells:,} columns miss {within}: allow more nodes or a larger tol."
+        return f"Worst gaps: {gaps}; {miss}"
     return f"Worst gaps: {gaps}; all {cells:,} columns add up within {within}."
 
 
 def boundaries_table(model_name: str, blocks: Sequence[Any], width: int | None = None) -> str:
-    """Table of `describe_boundaries`: one row per block, hook names without the `blocks.N.` that all share."""
+    """Lay out `describe_boundaries`: one row per block, hook names without their `blocks.N.`."""
     table = _table("block", "layout", "heads", "d_head", "norms", "engine")
     nodes = ("resid_pre", "hook_z", "resid_mid", "resid_post")
     for node in nodes:
@@ -115,7 +120,15 @@ def boundaries_table(model_name: str, blocks: Sequence[Any], width: int | None =
         if block.n_key_value_heads != block.n_heads:
             heads += f" ({block.n_key_value_heads} kv)"
         names = [(getattr(block, node) or "-").removeprefix(f"blocks.{block.layer}.") for node in nodes]
-        cells = [block.layer, block.layout, heads, block.d_head, ", ".join(block.norms) or "-", block.engine, *names]
+        cells = [
+            block.layer,
+            block.layout,
+            heads,
+            block.d_head,
+            ", ".join(block.norms) or "-",
+            block.engine,
+            *names,
+        ]
         table.add_row(*[Text(str(cell)) for cell in cells])
     title = f"{model_name}: {_count(len(blocks), 'block')}; hooks are named blocks.N.…"
     return f"{title}\n\n{_render(table, width)}"
@@ -130,7 +143,11 @@ def _table(*columns: str) -> Table:
 
 def _render(table: Table, width: int | None) -> str:
     console = Console(
-        file=io.StringIO(), width=width or _PLAIN_WIDTH, force_terminal=False, color_system=None, legacy_windows=False
+        file=io.StringIO(),
+        width=width or _PLAIN_WIDTH,
+        force_terminal=False,
+        color_system=None,
+        legacy_windows=False,
     )
     with console.capture() as capture:
         console.print(table)

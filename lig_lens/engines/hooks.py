@@ -83,10 +83,9 @@ class _FromResid:
 
     def noise(self) -> Float[Tensor, "dst group"]:
         """Change of each scalar that rounding alone can cause."""
-        every = torch.arange(self.n_dst, device=self.positions.device)
         end = self.nodes.z if self.to_heads else self.nodes.resid_post[:, None]
         assert end is not None
-        return _rounding(self.scalar, self.start, end[self.positions], self.positions[every])
+        return _rounding(self.nodes, self.scalar, self.start, end[self.positions], self.positions)
 
 
 class _FromHeads:
@@ -143,7 +142,7 @@ class _FromHeads:
     def noise(self) -> Float[Tensor, "dst group"]:
         """Change of each scalar that rounding alone can cause."""
         end = self.nodes.resid_post[self.positions][:, None]
-        return _rounding(self.scalar, self.start, end, self.positions)
+        return _rounding(self.nodes, self.scalar, self.start, end, self.positions)
 
 
 def integrate_resid(
@@ -163,8 +162,8 @@ def integrate_resid(
     scalar = Scalar(target, len(nodes.resid_pre), nodes.resid_pre, W_O)
     chunk = budget.items(len(nodes.resid_pre))
     integrand = _FromResid(nodes, path, scalar, dst, to_heads, chunk)
-    normed = nodes.attn_normed or not to_heads
-    s0, s1 = _layers_of_paths(path, dst, nodes.eps, normed)
+    depth = nodes.norms_to_z if to_heads else nodes.norms_to_resid_post
+    s0, s1 = _layers_of_paths(path, dst, nodes.eps, depth)
     return _integrate(integrand, s0, s1, integrand.noise(), budget, chunk)
 
 
@@ -186,7 +185,8 @@ def integrate_tail(
     chunk = budget.items(n_pos) * n_pos
     integrand = _FromHeads(nodes, path, scalar, dst, chunk)
     start, end = integrand.attn_out_start + path.skip_start, integrand.attn_out_end + path.skip_end
-    s0, s1 = _widths(_rms(start[dst]), _rms(end[dst]), nodes.eps)
+    depth = nodes.norms_to_resid_post - nodes.norms_to_z
+    s0, s1 = _widths(_rms(start[dst]), _rms(end[dst]), nodes.eps, depth)
     return _integrate(integrand, s0, s1, integrand.noise(), budget, chunk)
 
 
@@ -197,28 +197,34 @@ def _integrate(
 
 
 def _layers_of_paths(
-    path: ResidPath, dst: Int[Tensor, "dst"], eps: float, normed: bool
+    path: ResidPath, dst: Int[Tensor, "dst"], eps: float, depth: int
 ) -> tuple[Float[Tensor, "dst"], Float[Tensor, "dst"]]:
     """Widths of the boundary layers at both ends of each destination's path, narrowest source first."""
-    one = torch.ones(len(dst), dtype=torch.float64, device=dst.device)
-    if not normed:
+    if depth == 0:
+        one = torch.ones(len(dst), dtype=torch.float64, device=dst.device)
         return one, one
     end = _rms(path.end)
     start = end[dst][:, None] if path.start is None else _rms(path.start).expand(len(dst), -1)
-    s0, s1 = _widths(start, end.expand(len(dst), -1), eps)
+    s0, s1 = _widths(start, end.expand(len(dst), -1), eps, depth)
     return s0.amin(-1), s1.amin(-1)
 
 
-def _widths(start: Tensor, end: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Where a norm turns from one end's direction to the other's: rms of the ends, eps standing in for 0."""
-    start, end = (start.double() ** 2 + eps).sqrt(), (end.double() ** 2 + eps).sqrt()
-    return (start / end).clamp(max=1.0), (end / start).clamp(max=1.0)
+def _widths(start: Tensor, end: Tensor, eps: float, depth: int) -> tuple[Tensor, Tensor]:
+    """Where a norm turns from one end's direction to the other's: rms of the ends, eps standing in for 0.
+
+    A path from 0 through several norms in a row has a layer for each: the next norm sees the first one's steep
+    rise, and so turns within the square of the width, and so on.
+    """
+    narrow_start, narrow_end = ((side.double() ** 2 + eps).sqrt() for side in (start, end))
+    s0, s1 = (narrow_start / narrow_end).clamp(max=1.0), (narrow_end / narrow_start).clamp(max=1.0)
+    from_zero, to_zero = (side.double() ** 2 <= eps for side in (start, end))
+    return torch.where(from_zero, s0**depth, s0), torch.where(to_zero, s1**depth, s1)
 
 
 def _rms(vectors: Tensor) -> Tensor:
     return vectors.double().pow(2).mean(-1).sqrt()
 
 
-def _rounding(scalar: Scalar, start: Tensor, end: Tensor, positions: Tensor) -> Tensor:
+def _rounding(nodes: BlockNodes, scalar: Scalar, start: Tensor, end: Tensor, positions: Tensor) -> Tensor:
     size = torch.maximum(scalar.size(start, positions), scalar.size(end, positions))
-    return 8 * torch.finfo(start.dtype).eps * size
+    return 8 * nodes.rounding * size

@@ -12,6 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 import plotly.io
 import torch
+from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from lig_lens.config import MAPS
@@ -19,9 +20,29 @@ from lig_lens.errors import InputError, check_choice
 from lig_lens.files import write_atomic
 from lig_lens.flow import Flow
 
-# ColorBrewer's RdBu and Purples: told apart under the common kinds of colour blindness, and in grey by the hover.
-_DIVERGING = ["#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#fafafa", "#fddbc7", "#f4a582", "#d6604d", "#b2182b"]
-_SEQUENTIAL = ["#fcfbfd", "#efedf5", "#dadaeb", "#bcbddc", "#9e9ac8", "#807dba", "#6a51a3", "#54278f", "#3f007d"]
+# ColorBrewer's RdBu and Purples: told apart under the common kinds of colour blindness.
+_DIVERGING = [
+    "#2166ac",
+    "#4393c3",
+    "#92c5de",
+    "#d1e5f0",
+    "#fafafa",
+    "#fddbc7",
+    "#f4a582",
+    "#d6604d",
+    "#b2182b",
+]
+_SEQUENTIAL = [
+    "#fcfbfd",
+    "#efedf5",
+    "#dadaeb",
+    "#bcbddc",
+    "#9e9ac8",
+    "#807dba",
+    "#6a51a3",
+    "#54278f",
+    "#3f007d",
+]
 _FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 _INK, _QUIET, _LINE = "#24292f", "#6e7781", "#d0d7de"
 _QUANTILE = 0.995
@@ -35,15 +56,17 @@ _MARKS = {"Ġ": "·", "▁": "·", " ": "·", "\u00a0": "·", "Ċ": "↵", "\n":
 
 
 def show_token(token: str, longest: int = 40) -> str:
-    """A token as plain text for people: spaces (also `Ġ` and `▁`) as `·`, line breaks as `↵`, the rest as it is.
+    """Write a token for people: spaces (also `Ġ` and `▁`) as `·`, line breaks as `↵`, the rest as it is.
 
-    Characters that do not print are written as their escapes; `##ing` stays, as BERT's readers know it.
+    The result is plain text. Characters that do not print are written as their escapes; `##ing` stays, as
+    BERT's readers know it.
 
     >>> show_token("Ġcat"), show_token("##ing"), show_token("")
     ('·cat', '##ing', '∅')
     """
     shown = "".join(
-        _MARKS.get(char, char if char.isprintable() else char.encode("unicode_escape").decode()) for char in token
+        _MARKS.get(char, char if char.isprintable() else char.encode("unicode_escape").decode())
+        for char in token
     )
     if len(shown) > longest:
         shown = shown[: longest - 1] + "…"
@@ -60,7 +83,7 @@ class _Panel:
     """One heatmap: `values[y, x]`, the caption above it, and what its hover says before the numbers."""
 
     caption: str
-    values: np.ndarray[Any, Any]
+    values: NDArray[np.float32]
     hover: str
 
 
@@ -73,17 +96,18 @@ def head_grid(
 ) -> go.Figure:
     """Grid of heatmaps, read like attention patterns: destinations down, sources across.
 
-    attn has a row of panels per layer and a column per head; block has one panel per layer, and so has mlp, with
-    the heads, skip and bias down and the destinations across. All panels share one colour scale, which is cut at the
-    99.5th percentile of the absolute values (the hover gives the exact ones), and zoom together.
+    attn has a row of panels per layer and a column per head; block has one panel per layer, and so has mlp,
+    with the heads, skip and bias down and the destinations across. All panels share one colour scale, which
+    is cut at the 99.5th percentile of the absolute values (the hover gives the exact ones), and zoom
+    together.
 
     Args:
         flow: where the numbers come from: `[layer, head, src, dst]`; a panel is the transpose, `[dst, src]`.
         layers: block numbers, in the order to draw; all layers of the Flow by default.
         heads: head numbers, in the order to draw (attn only); all by default.
         map: attn, block or mlp.
-        share: draw `flow.shares(map)`, without unit, on a sequential scale (negative shares get the colour of 0), rather
-            than signed contributions in units of the target on a diverging scale centred on 0.
+        share: draw `flow.shares(map)`, without unit, on a sequential scale (negative shares get the colour
+            of 0), rather than signed contributions in units of the target on a diverging scale centred on 0.
 
     Raises:
         InputError: a map, layer or head that the Flow does not have.
@@ -93,11 +117,17 @@ def head_grid(
     layers = flow.layers if layers is None else tuple(layers)
     places = _places("layer", layers, flow.layers)
     if map != "attn" and heads is not None:
-        raise InputError(f"head_grid: heads={list(heads)} picks panels of the 'attn' map, not of {map!r}: leave it out.")
+        raise InputError(
+            f"head_grid: heads={list(heads)} picks panels of the 'attn' map, not of {map!r}: leave it out."
+        )
     if map == "attn":
         n_heads = terms.shape[1]
         rows = _places("head", range(n_heads) if heads is None else heads, range(n_heads))
-        panels = [_attn_panel(terms, layer, place, head) for layer, place in zip(layers, places, strict=True) for head in rows]
+        panels = [
+            _attn_panel(terms, layer, place, head)
+            for layer, place in zip(layers, places, strict=True)
+            for head in rows
+        ]
         n_columns = len(rows)
     else:
         panels = [_layer_panel(map, terms, layer, place) for layer, place in zip(layers, places, strict=True)]
@@ -161,26 +191,26 @@ class _Geometry:
 
 def _geometry(n_panels: int, n_columns: int, down: Sequence[str], across: Sequence[str]) -> _Geometry:
     longest_down, longest_across = (max(len(_bare(label)) for label in labels) for labels in (down, across))
-    n_cells, gap_x = len(across), 10
+    n_cells, gap_x = len(across), 10.0
     # A row of panels should fit a wide window, but a cell keeps a size at which it is seen.
     fitting = (_WIDE / n_columns - gap_x) / n_cells
-    cell = min(26.0, max(fitting, min(8.0, 130 / n_cells), 3.0))
+    cell = min(26.0, max(fitting, min(9.0, 150 / n_cells), 3.0))
     return _Geometry(
         n_rows=math.ceil(n_panels / n_columns),
         n_columns=n_columns,
         width=max(72.0, cell * n_cells),
         height=max(24.0, cell * len(down)) if len(down) != n_cells else max(72.0, cell * n_cells),
         gap_x=gap_x,
-        gap_y=24,
+        gap_y=24.0,
         left=48 + 5.6 * longest_down,
-        right=112,
-        top=88,
+        right=28.0,
+        top=132.0,
         bottom=36 + 5.6 * longest_across,
     )
 
 
 def _bare(label: str) -> str:
-    """A tick label without its markup, to estimate its width."""
+    """Strip a tick label of its markup, to estimate its width."""
     return html.unescape(label.split("'>")[-1].removesuffix("</span></i>"))
 
 
@@ -220,12 +250,12 @@ def _draw(
         )
     _style_axes(figure, size, len(panels), down, across)
     _style_page(figure, size, flow, titles, map, share)
-    figure.update_layout(coloraxis=_coloraxis(panels, share, size))
+    figure.update_layout(coloraxis=_coloraxis(panels, share))
     return figure
 
 
-def _position_numbers(flow: Flow, map: str, n_down: int, n_across: int) -> np.ndarray[Any, Any]:
-    """Position of each cell's destination, which an axis cannot tell where only some destinations are drawn."""
+def _position_numbers(flow: Flow, map: str, n_down: int, n_across: int) -> NDArray[np.int32]:
+    """Position of each cell's destination, which the axis does not tell when only some are drawn."""
     positions = np.asarray(flow.destinations, dtype=np.int32)
     along = positions[None, :] if map == "mlp" else positions[:, None]
     return np.ascontiguousarray(np.broadcast_to(along, (n_down, n_across)))
@@ -239,7 +269,9 @@ def _hover(head: str, map: str, value: str) -> str:
     return "<br>".join([*lines, value]) + "<extra></extra>"
 
 
-def _style_axes(figure: go.Figure, size: _Geometry, n_panels: int, down: Sequence[str], across: Sequence[str]) -> None:
+def _style_axes(
+    figure: go.Figure, size: _Geometry, n_panels: int, down: Sequence[str], across: Sequence[str]
+) -> None:
     common = {
         "showgrid": False,
         "zeroline": False,
@@ -250,14 +282,15 @@ def _style_axes(figure: go.Figure, size: _Geometry, n_panels: int, down: Sequenc
         "ticks": "",
         "tickmode": "linear",
         "tick0": 0,
+        "exponentformat": "none",  # "10000", as in the aliases, not "10k"
         "showticklabels": False,
     }
-    # An axis counts cells, so that equal tokens stay apart; its alias shows a count as the token, on the ticks and in
-    # the hover alike, also where the tick itself is left out.
+    # An axis counts cells, so that equal tokens stay apart; its alias shows a count as the token, on the
+    # ticks and in the hover alike, also where the tick itself is left out.
     figure.update_xaxes(
         **common,
         tickangle=-90,
-        tickfont={"size": 10},
+        tickfont={"size": _label_size(size.width / len(across))},
         dtick=_label_step(size.width / len(across)),
         labelalias={str(i): label for i, label in enumerate(across)},
         range=[-0.5, len(across) - 0.5],
@@ -265,7 +298,7 @@ def _style_axes(figure: go.Figure, size: _Geometry, n_panels: int, down: Sequenc
     )
     figure.update_yaxes(
         **common,
-        tickfont={"size": 10},
+        tickfont={"size": _label_size(size.height / len(down))},
         dtick=_label_step(size.height / len(down)),
         labelalias={str(j): label for j, label in enumerate(down)},
         range=[len(down) - 0.5, -0.5],
@@ -280,8 +313,12 @@ def _style_axes(figure: go.Figure, size: _Geometry, n_panels: int, down: Sequenc
 
 
 def _label_step(cell: float) -> int:
-    """Every how many cells a label of 10 px fits."""
-    return max(1, math.ceil(11 / cell))
+    """Every how many cells a label fits."""
+    return math.ceil(_label_size(cell) / cell)
+
+
+def _label_size(cell: float) -> int:
+    return 10 if cell >= 11 else 9
 
 
 def _style_page(
@@ -294,58 +331,76 @@ def _style_page(
     tol = flow.settings.get("tol")
     facts = [_text(flow.model_name), f"{len(flow.tokens)} tokens"]
     facts += [f"baseline {_text(str(baseline))}"] if baseline else []
-    facts += [f"worst completeness gap {flow.worst_gap(map):.1e}" + (f" (tol {tol:g})" if isinstance(tol, float) else "")]
+    facts += [
+        f"worst completeness gap {flow.worst_gap(map):.1e}"
+        + (f" (tol {tol:g})" if isinstance(tol, float) else "")
+    ]
     width, height = size.left + size.plot_width + size.right, size.top + size.plot_height + size.bottom
     figure.update_layout(
         template="plotly_white",
         width=max(560, round(width)),
         height=round(height),
-        margin={"l": size.left, "r": size.right + max(0, 560 - width), "t": size.top, "b": size.bottom, "pad": 0},
-        font={"family": _FONT, "size": 12, "color": _INK},
-        title={
-            "text": f"<b>{_TITLES[map]}</b>: {what}<br><span style='font-size:12px;color:{_QUIET}'>{' · '.join(facts)}</span>",
-            "x": 0,
-            "xref": "container",
-            "xanchor": "left",
-            "pad": {"l": 16},
-            "y": 1,
-            "yref": "container",
-            "yanchor": "top",
-            "font": {"size": 16},
+        margin={
+            "l": size.left,
+            "r": size.right + max(0, 560 - width),
+            "t": size.top,
+            "b": size.bottom,
+            "pad": 0,
         },
+        font={"family": _FONT, "size": 12, "color": _INK},
         paper_bgcolor="white",
         plot_bgcolor="#f3f4f6",
-        hoverlabel={"bgcolor": "white", "bordercolor": _LINE, "font": {"family": _FONT, "size": 12, "color": _INK}},
+        hoverlabel={
+            "bgcolor": "white",
+            "bordercolor": _LINE,
+            "font": {"family": _FONT, "size": 12, "color": _INK},
+        },
     )
-    figure.update_layout(title_pad_t=18)
     outer = {"showarrow": False, "xref": "paper", "yref": "paper", "font": {"size": 12, "color": _INK}}
+    # An annotation, because plotly moves a figure's own title when a colour bar lies below it.
+    figure.add_annotation(
+        text=f"<b>{_TITLES[map]}</b>: {what}<br>"
+        f"<span style='font-size:12px;color:{_QUIET}'>{' · '.join(facts)}</span>",
+        **{**outer, "font": {"size": 16, "color": _INK}},
+        x=0,
+        xanchor="left",
+        xshift=-size.left + 12,
+        y=1,
+        yanchor="top",
+        yshift=size.top - 8,
+        align="left",
+    )
     figure.add_annotation(text=titles[1], x=0.5, y=0, yanchor="bottom", yshift=-size.bottom + 8, **outer)
-    figure.add_annotation(text=titles[0], x=0, y=0.5, xanchor="left", xshift=-size.left + 12, textangle=-90, **outer)
+    figure.add_annotation(
+        text=titles[0], x=0, y=0.5, xanchor="left", xshift=-size.left + 12, textangle=-90, **outer
+    )
 
 
-def _coloraxis(panels: Sequence[_Panel], share: bool, size: _Geometry) -> dict[str, Any]:
+def _coloraxis(panels: Sequence[_Panel], share: bool) -> dict[str, Any]:
     values = np.concatenate([panel.values.ravel() for panel in panels])
     values = np.abs(values[np.isfinite(values)])
     drawn = values[values > 0]  # a causal model's exact zeros say nothing about the scale
     top = float(np.quantile(drawn, _QUANTILE)) if drawn.size else 1.0
-    title = "share" if share else "contribution<br>(target's unit)"
-    length = min(260.0, max(90.0, size.plot_height))
+    title = "share of the column" if share else "in the target's unit"
     return {
         "colorscale": _SEQUENTIAL if share else _DIVERGING,
         "cmin": 0.0 if share else -top,
         "cmax": min(top, 1.0) if share else top,
+        # Lying above the first panels, it is in sight however wide the grid is.
         "colorbar": {
-            "title": {"text": title, "font": {"size": 11, "color": _QUIET}, "side": "top"},
+            "orientation": "h",
+            "title": {"text": f" {title}", "font": {"size": 11, "color": _QUIET}, "side": "right"},
             "tickformat": ".0%" if share else ".2~g",
             "tickfont": {"size": 10},
-            "thickness": 12,
+            "thickness": 9,
             "lenmode": "pixels",
-            "len": length,
-            "x": 1,
-            "xpad": 18,
+            "len": 260,
+            "x": 0,
+            "xanchor": "left",
+            "xpad": 0,
             "y": 1,
-            "yanchor": "top",
-            "ypad": 0,
+            "yanchor": "bottom",
+            "ypad": 22,
             "outlinewidth": 0,
             "nticks": 5,
         },

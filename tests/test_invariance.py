@@ -1,0 +1,94 @@
+"""How the work is cut, and what else is asked for, changes nothing."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import KINDS, tiny_bridge
+
+import lig_lens
+
+NAMES = ("attn", "mlp", "skip", "bias", "block")
+IDS = [5, 12, 30, 7, 22, 39]
+
+
+def attend(kind: str, ids: object = IDS, **options: object) -> lig_lens.Flow:
+    defaults = {"attn_baseline": "itb", "mlp_baseline": "zero", "block_baseline": "zero", "progress": False}
+    return lig_lens.attribute(tiny_bridge(kind), ids, **(defaults | options))
+
+
+def assert_same(one: lig_lens.Flow, other: lig_lens.Flow) -> None:
+    for name in NAMES:
+        a, b = getattr(one, name), getattr(other, name)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()) + 1e-7)
+
+
+@settings(max_examples=7)
+@given(st.sampled_from(KINDS), st.integers(1, 400))
+def test_any_batch_size(kind: str, max_batch_tokens: int) -> None:
+    options = {"layers": 1, "destinations": [0, 3, 5]}
+    assert_same(attend(kind, max_batch_tokens=max_batch_tokens, **options), attend(kind, **options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_subset_of_layers_and_destinations(kind: str) -> None:
+    whole, part = attend(kind), attend(kind, layers=-1, destinations=[4, 1, -1])
+    assert part.layers == (1,) and part.destinations == (4, 1, 5)
+    for name in NAMES:
+        b = getattr(whole, name)[1:, ..., [4, 1, 5]]
+        torch.testing.assert_close(
+            getattr(part, name), b, rtol=1e-4, atol=1e-5 * float(b.abs().max()) + 1e-7
+        )
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_several_prompts_equal_their_single_runs(kind: str) -> None:
+    prompts = [[5, 12, 30], [7, 22, 39, 8, 9], "w3 w14 w9"]
+    flows = attend(kind, prompts)
+    assert len(flows) == 3
+    for flow, prompt in zip(flows, prompts, strict=True):
+        single = attend(kind, prompt)
+        assert flow.tokens == single.tokens
+        assert_same(flow, single)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_padding_is_dropped(kind: str) -> None:
+    plain = attend(kind, IDS)
+    padded = torch.tensor([0, 0, *IDS, 0])  # [PAD] is 0
+    mask = (padded != 0).long()
+    for flow in (attend(kind, padded), attend(kind, padded[None], attention_mask=mask)):
+        assert flow.tokens == plain.tokens
+        assert_same(flow, plain)
+
+
+def test_padding_agrees_with_a_masked_batch() -> None:
+    # What the model itself does with a right-padded batch: the kept positions must not notice.
+    model = tiny_bridge("bert")
+    padded = torch.tensor([[*IDS, 0, 0]])
+    mask = (padded != 0).long()
+    _, masked = model.run_with_cache(padded, attention_mask=mask)
+    _, alone = model.run_with_cache(torch.tensor([IDS]))
+    name = "blocks.1.hook_out"
+    torch.testing.assert_close(masked[name][:, : len(IDS)], alone[name], atol=1e-5, rtol=1e-5)
+
+
+def test_text_and_its_ids_agree() -> None:
+    model = tiny_bridge("bert")
+    text = attend("bert", "w3 w14 w9")
+    assert list(text.tokens) == model.to_str_tokens("w3 w14 w9")
+    assert_same(text, attend("bert", model.to_tokens("w3 w14 w9")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype, near", [(torch.float16, 0.01), (torch.bfloat16, 0.08)])
+def test_half_precision_models_give_float32_results_near_the_float32_ones(
+    kind: str, dtype: torch.dtype, near: float
+) -> None:
+    half = lig_lens.attribute(tiny_bridge(kind, dtype), IDS, progress=False)
+    full = lig_lens.attribute(tiny_bridge(kind), IDS, progress=False)
+    for name in ("attn", "mlp", "block"):
+        a, b = getattr(half, name), getattr(full, name)
+        assert a.dtype == torch.float32
+        assert (a - b).abs().max() <= near * b.abs().max(), name
+        assert bool(half.converged[name].all())

@@ -1,0 +1,132 @@
+"""The head grid: right numbers in the right panels, tokens as text, a page that needs no network."""
+
+import re
+
+import numpy as np
+import pytest
+from flows import make_flow
+
+from lig_lens.errors import InputError
+from lig_lens.plots import head_grid, show_token, write_html
+
+
+def _alias(figure, axis, position):
+    return getattr(figure.layout, axis).labelalias[str(position)]
+
+
+def test_one_panel_per_layer_and_head_with_destinations_down():
+    flow = make_flow()
+    figure = head_grid(flow)
+    assert len(figure.data) == 6
+    np.testing.assert_array_equal(figure.data[4].z, flow.attn[1, 1].T.numpy())
+    captions = [note.text for note in figure.layout.annotations]
+    assert captions[4] == "L3 · H1" and {"source token", "destination token"} <= set(captions)
+    low, high = figure.layout.yaxis.range
+    assert low > high  # the first destination is on top
+    assert "layer 3, head 1" in figure.data[4].hovertemplate
+
+
+def test_equal_tokens_keep_their_places():
+    figure = head_grid(make_flow())
+    assert _alias(figure, "xaxis", 1) == _alias(figure, "xaxis", 4) == "the"
+    assert figure.layout.xaxis.dtick == 1 and figure.layout.xaxis.type != "category"
+
+
+def test_layers_heads_and_destinations_can_be_chosen():
+    flow = make_flow(destinations=(2, 6))
+    figure = head_grid(flow, layers=[3], heads=[2, 0])
+    np.testing.assert_array_equal(figure.data[0].z, flow.attn[1, 2].T.numpy())
+    assert _alias(figure, "yaxis", 1) == "<i><span style='color:#6e7781'>[SEP]</span></i>"
+    assert figure.data[0].customdata[1][0] == 6
+
+
+def test_signed_values_diverge_around_zero_and_shares_run_up_from_it():
+    flow = make_flow()
+    scale = head_grid(flow).layout.coloraxis
+    assert scale.cmin == -scale.cmax and scale.cmax <= float(flow.attn.abs().max())
+    shares = head_grid(flow, share=True)
+    assert shares.layout.coloraxis.cmin == 0 and shares.layout.coloraxis.cmax <= 1
+    np.testing.assert_array_equal(shares.data[0].z, flow.shares()[0, 0].T.numpy())
+
+
+def test_the_other_maps_have_a_panel_per_layer():
+    flow = make_flow()
+    block, mlp = head_grid(flow, map="block"), head_grid(flow, map="mlp")
+    np.testing.assert_array_equal(block.data[1].z, flow.block[1].T.numpy())
+    np.testing.assert_array_equal(mlp.data[1].z, flow.columns("mlp")[1].numpy())
+    assert _alias(mlp, "yaxis", 3) == "skip" and _alias(mlp, "yaxis", 4) == "bias"
+
+
+def test_many_tokens_get_thinner_labels_and_a_bounded_figure():
+    figure = head_grid(make_flow(tokens=tuple(f"w{i}" for i in range(64)), n_heads=12))
+    assert figure.layout.xaxis.dtick > 1 and figure.layout.width < 3000
+    assert len(figure.layout.xaxis.labelalias) == 64  # the hover still knows all of them
+
+
+def test_all_zero_values_can_be_drawn():
+    flow = make_flow(maps=("block",))
+    flow.block.zero_()
+    assert head_grid(flow, map="block").layout.coloraxis.cmax == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": [1]}, r"no layer 1: use some of \[0, 3\]"),
+        ({"heads": [3]}, r"no head 3: use some of \[0, 1, 2\]"),
+        ({"heads": []}, "no head is named"),
+        ({"map": "attention"}, "Unknown map 'attention'"),
+        ({"map": "block", "heads": [0]}, "picks panels of the 'attn' map"),
+    ],
+)
+def test_what_the_flow_does_not_have(arguments, message):
+    with pytest.raises(InputError, match=message):
+        head_grid(make_flow(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"),
+    [("Ġcat", "·cat"), ("▁cat", "·cat"), (" a b", "·a·b"), ("\n\t", "↵⇥"), ("##ing", "##ing"), ("", "∅")],
+)
+def test_tokens_are_shown_for_people(token, shown):
+    assert show_token(token) == shown
+
+
+def test_tokens_that_do_not_print_or_never_end():
+    assert show_token("\x00\u200b") == "\\x00\\u200b"
+    assert show_token("a" * 99, longest=5) == "aaaa…"
+
+
+def test_token_text_is_never_markup(tmp_path):
+    tokens = ("<b>x</b>", "a&amp;", "</script><script>alert(1)</script>", "%{z}", "x", "y", "z")
+    figure = head_grid(make_flow(tokens=tokens))
+    assert _alias(figure, "xaxis", 0) == "&lt;b&gt;x&lt;/b&gt;"
+    assert _alias(figure, "xaxis", 1) == "a&amp;amp;"
+    assert all("%{z}" not in trace.hovertemplate.replace("%{z:", "") for trace in figure.data)
+    page = write_html(figure, tmp_path / "x.html", title="</title><script>alert(2)</script>").read_text()
+    assert "<script>alert(" not in page and "&lt;/title&gt;" in page
+
+
+def test_page_needs_no_network(tmp_path):
+    flow = make_flow()
+    path = write_html([head_grid(flow, map=name) for name in flow.maps], tmp_path / "x.html")
+    page = path.read_text(encoding="utf-8")
+    assert (
+        not re.search(r"<(?:script|img|iframe)[^>]*\ssrc=", page) and "<link" not in page.split("<script")[0]
+    )
+    assert "cdn.plot.ly" not in page.split("<body>")[0]
+    assert page.count('id="figure-') == 3 and page.count("plotly.js v") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["x.html"]
+
+
+def test_same_flow_same_page(tmp_path):
+    flow = make_flow()
+    first = write_html(head_grid(flow), tmp_path / "a.html").read_bytes()
+    assert write_html(head_grid(flow), tmp_path / "b.html").read_bytes() == first
+
+
+def test_page_that_cannot_be_written(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        write_html(head_grid(make_flow()), tmp_path / "none" / "x.html")
+    with pytest.raises(InputError, match="no figure"):
+        write_html([], tmp_path / "x.html")
