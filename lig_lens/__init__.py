@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "attribute": "attribute",
+    "attribute": "attribution",
     "load_model": "loading",
     "describe_boundaries": "boundaries",
     "BlockBoundaries": "boundaries",
@@ -27,7 +27,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from lig_lens.attribute import attribute as attribute
+    from lig_lens.attribution import attribute as attribute
     from lig_lens.boundaries import BlockBoundaries as BlockBoundaries
     from lig_lens.boundaries import describe_boundaries as describe_boundaries
     from lig_lens.errors import BoundaryError as BoundaryError
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-        globals()[name] = value  # also wins over the submodule `attribute`, which shares the name
+        globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

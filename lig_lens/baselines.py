@@ -85,9 +85,7 @@ class TailPath:
     bias_start: float
 
 
-def resid_path(
-    nodes: BlockNodes, baseline: "str | Tensor", corrupted: BlockNodes | None, index: int
-) -> ResidPath:
+def resid_path(nodes: BlockNodes, baseline: "str | Tensor", corrupted: BlockNodes | None, index: int) -> ResidPath:
     """Path of the `attn` or `block` map; ratio baselines start from the ITB path that they refill."""
     end = nodes.resid_pre
     if isinstance(baseline, Tensor):
@@ -126,7 +124,7 @@ def z_at_start(
     with torch.no_grad():
         pieces = [
             nodes.read_z(path.starts(part))[torch.arange(len(part), device=dst.device), part]
-            for part in dst.split(chunk)
+            for part in torch.split(dst, chunk)
         ]
     return torch.cat(pieces)
 
@@ -154,9 +152,7 @@ def refill_self(
     return refilled
 
 
-def self_share(
-    quantity: Float[Tensor, "*head src dst"], dst: Int[Tensor, "dst"]
-) -> Float[Tensor, "*head dst"]:
+def self_share(quantity: Float[Tensor, "*head src dst"], dst: Int[Tensor, "dst"]) -> Float[Tensor, "*head dst"]:
     """Share of the destination itself in each column: `zero ratio` of contributions, `map ratio` of patterns.
 
     0 where the others' sum or the column's sum vanishes (|.| <= 1e-8), which leaves the ITB column as it is.

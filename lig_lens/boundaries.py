@@ -80,9 +80,7 @@ class BlockNodes:
         """Residual vectors that entered the block."""
         return self.call.resid_pre
 
-    def read_z(
-        self, resid_pre: Float[Tensor, "batch pos d_model"]
-    ) -> Float[Tensor, "batch pos head d_head"]:
+    def read_z(self, resid_pre: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos head d_head"]:
         """Head outputs (before W_O) for given residual vectors; the rest of the block does not run."""
         assert self.z_path is not None and self.z is not None  # callers asked for attention nodes
         read: list[Tensor] = []
@@ -98,9 +96,7 @@ class BlockNodes:
         assert result is not None
         return result
 
-    def attn_out(
-        self, z: Float[Tensor, "*batch head d_head"], bias: float
-    ) -> Float[Tensor, "*batch d_model"]:
+    def attn_out(self, z: Float[Tensor, "*batch head d_head"], bias: float) -> Float[Tensor, "*batch d_model"]:
         """Attention output of head outputs `z`, with `bias` times b_O."""
         assert self.W_O is not None and self.b_O is not None
         return torch.einsum("...he,hem->...m", z, self.W_O) + bias * self.b_O
@@ -134,16 +130,16 @@ def find_nodes(model: Any, call: BlockCall) -> BlockNodes:
             "engine": "hooks",
         }
         eps = float(getattr(model.cfg, "eps", 1e-5) or 1e-5)
-        nodes = {"call": call, "resid_post": output, "eps": eps, "rounding": _rounding(call, output)}
+        nodes: dict[str, Any] = {"call": call, "resid_post": output, "eps": eps, "rounding": _rounding(call, output)}
         found = next((p for p in _Z_PATHS if p[0] in values and p[1] in values), None)
-        W_O = getattr(getattr(call.block, "attn", None), "W_O", None)  # noqa: N806
+        W_O = getattr(getattr(call.block, "attn", None), "W_O", None)
         if found is None or not isinstance(W_O, Tensor) or W_O.ndim != 3:
             return BlockNodes(boundaries=BlockBoundaries(**fields), **nodes)
         z_path, attn_out_path = found
-        W_O = W_O.detach().to(output.dtype)  # noqa: N806
+        W_O = W_O.detach().to(output.dtype)
         z = values[z_path].reshape(-1, *W_O.shape[:2])
         _check_finite(call, "hook_z", z)
-        layout, b_O = _layout(call, z_path, attn_out_path, z, W_O, values, output, order)  # noqa: N806
+        layout, b_O = _layout(call, z_path, attn_out_path, z, W_O, values, output, order)
         middle = _middle(layout, call, values, attn_out_path)
         mid_path = None if middle is None else _hook_with_value(values, middle, first=True)
         fields |= {
@@ -208,7 +204,7 @@ def _layout(
     z_path: str,
     attn_out_path: str,
     z: Tensor,
-    W_O: Tensor,  # noqa: N803
+    W_O: Tensor,
     values: dict[str, Tensor],
     output: Tensor,
     order: list[str],
@@ -236,7 +232,7 @@ def _layout(
     hooks = {z_path: lambda now: changed_z.reshape(now.shape), attn_out_path: on_attn_out}
     outputs = call.run(skip, hooks)
     assert outputs is not None
-    attn_out, b_O = values[attn_out_path], attn_outs[0][1, 0]  # noqa: N806
+    attn_out, b_O = values[attn_out_path], attn_outs[0][1, 0]
     error = _relative(torch.einsum("phd,hdm->pm", z, W_O) + b_O - attn_out, attn_out)
     if error > 1e-3:
         raise BoundaryError(

@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, TextIO, cast
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -37,9 +37,7 @@ from lig_lens.files import check_writable
 
 _BAD_INPUT = (InputError, MissingPackageError, FlowFileError)
 # Newer typer carries its own copy of click, older typer uses the package: find the base of what is raised.
-_USAGE_ERROR: type[Exception] = next(
-    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
-)
+_USAGE_ERROR: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 _INTERRUPTED = 130  # what newer typer makes of Ctrl-C; older typer raises Abort
 
 app = typer.Typer(
@@ -83,23 +81,15 @@ _Text = Annotated[str, typer.Argument(metavar="TEXT", help="The prompt.", show_d
 _Model = Annotated[
     str | None, _option("--model", default="minilm", help="minilm, smollm2, a local folder or a hub id.")
 ]
-_Layers = Annotated[
-    str | None, _option("--layers", default="all", help="Block numbers: 0,3 or 0-5; -1 is the last.")
-]
+_Layers = Annotated[str | None, _option("--layers", default="all", help="Block numbers: 0,3 or 0-5; -1 is the last.")]
 _Maps = Annotated[str | None, _option("--maps", default=",".join(MAPS), help=f"Any of {_listed(MAPS)}.")]
 _Destinations = Annotated[
     str | None,
     _option("--destinations", default="all", help="Positions whose columns are computed: 4 or 2-6."),
 ]
-_AttnBaseline = Annotated[
-    str | None, _option("--attn-baseline", default="itb", help=f"{_listed(ATTN_BASELINES)}.")
-]
-_MlpBaseline = Annotated[
-    str | None, _option("--mlp-baseline", default="att_itb_a0", help=f"{_listed(MLP_BASELINES)}.")
-]
-_BlockBaseline = Annotated[
-    str | None, _option("--block-baseline", default="itb", help=f"{_listed(BLOCK_BASELINES)}.")
-]
+_AttnBaseline = Annotated[str | None, _option("--attn-baseline", default="itb", help=f"{_listed(ATTN_BASELINES)}.")]
+_MlpBaseline = Annotated[str | None, _option("--mlp-baseline", default="att_itb_a0", help=f"{_listed(MLP_BASELINES)}.")]
+_BlockBaseline = Annotated[str | None, _option("--block-baseline", default="itb", help=f"{_listed(BLOCK_BASELINES)}.")]
 _Corrupted = Annotated[
     str | None,
     _option("--corrupted", help="Second prompt of the same length, for the corrupted baselines."),
@@ -123,15 +113,11 @@ _MaxBatchTokens = Annotated[
 ]
 _Device = Annotated[str | None, _option("--device", help="cpu, cuda, cuda:1, mps.")]
 _Dtype = Annotated[str | None, _option("--dtype", default="float32", help=f"{_listed(DTYPES)}.")]
-_Config = Annotated[
-    str | None, _option("--config", help="YAML file with any of these settings; flags win over it.")
-]
+_Config = Annotated[str | None, _option("--config", help="YAML file with any of these settings; flags win over it.")]
 _Out = Annotated[str | None, _option("--out", help="Write the Flow here, as safetensors.")]
 _Json = Annotated[str | None, _option("--json", help="Write the Flow here, as JSON.")]
 _Html = Annotated[str | None, _option("--html", help="Write a page of per-head heatmaps here.")]
-_Progress = Annotated[
-    bool | None, _option("--progress/--no-progress", default="progress", help="Show a progress bar.")
-]
+_Progress = Annotated[bool | None, _option("--progress/--no-progress", default="progress", help="Show a progress bar.")]
 
 
 @app.command()
@@ -196,7 +182,7 @@ def _check_before_work(text: str, settings: ExplainConfig) -> None:
 
 
 def _explain(text: str, settings: ExplainConfig) -> None:
-    from lig_lens.attribute import attribute
+    from lig_lens.attribution import attribute
     from lig_lens.flow import Flow
     from lig_lens.loading import load_model
     from lig_lens.summary import summarize
@@ -204,7 +190,8 @@ def _explain(text: str, settings: ExplainConfig) -> None:
     if settings.device is not None:
         _check_device(settings.device)
     model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
-    flow = cast(Flow, attribute(model, text, **settings.attribute_arguments()))  # one text gives one Flow
+    flow = attribute(model, text, **settings.attribute_arguments())
+    assert isinstance(flow, Flow)  # one text gives one Flow
     # Written before anything is printed, so that a closed pipe costs no result.
     written: list[str | os.PathLike[str]] = []
     if settings.out is not None:
@@ -238,9 +225,7 @@ def _check_device(device: str) -> None:
 def boundaries(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL", help="minilm, smollm2, a local folder or a hub id.", show_default=False
-        ),
+        typer.Argument(metavar="MODEL", help="minilm, smollm2, a local folder or a hub id.", show_default=False),
     ],
     config_only: Annotated[
         bool, typer.Option("--config-only", help="Build the architecture with random weights, load none.")

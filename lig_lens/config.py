@@ -101,8 +101,7 @@ class ExplainConfig(BaseModel):
         used = [name for name in self.maps if getattr(self, f"{name}_baseline") == "corrupted"]
         if used and self.corrupted is None:
             raise InputError(
-                f"The {used[0]} baseline is 'corrupted', but there is no second prompt: "
-                "add --corrupted TEXT2."
+                f"The {used[0]} baseline is 'corrupted', but there is no second prompt: add --corrupted TEXT2."
             )
         if self.corrupted is not None and not used:
             raise InputError(
@@ -194,17 +193,13 @@ def parse_numbers(what: str, text: str) -> tuple[int, ...]:
     """
     numbers: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(
-            r"\s*(-?\d{1,9}|(?P<from>\d{1,9})\s*-\s*(?P<to>\d{1,9}))\s*", part, flags=re.ASCII
-        )
+        match = re.fullmatch(r"\s*(-?\d{1,9}|(?P<from>\d{1,9})\s*-\s*(?P<to>\d{1,9}))\s*", part, flags=re.ASCII)
         if match and match["from"] is None:
             numbers.append(int(match[1]))
             continue
         first, last = (int(match["from"]), int(match["to"])) if match else (0, 0)
         if match is None or last < first or last - first > 100_000:
-            raise InputError(
-                f"{what}: cannot read {part!r} in {text!r}: write numbers like 0,3 or ranges like 0-5."
-            )
+            raise InputError(f"{what}: cannot read {part!r} in {text!r}: write numbers like 0,3 or ranges like 0-5.")
         numbers.extend(range(first, last + 1))
     return tuple(numbers)
 

@@ -47,6 +47,7 @@ def check_choice(what: str, value: object, valid: Sequence[str]) -> str:
         return value
     listed = ", ".join(repr(name) for name in valid)
     near = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.5)
+    near = near or [name for name in valid if str(value) and str(value) in name]
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise InputError(f"Unknown {what} {value!r}: use one of {listed}.{hint}")
 

@@ -22,20 +22,14 @@ def check_writable(path: str | os.PathLike[str], what: str = "output") -> Path:
         raise InputError(f"{what}: {shown} is a folder: give the name of a file in it.")
     parent = file.parent
     if not parent.exists():
-        raise InputError(
-            f"{what}: cannot write {shown}: the folder {str(parent)!r} does not exist: create it."
-        )
+        raise InputError(f"{what}: cannot write {shown}: the folder {str(parent)!r} does not exist: create it.")
     if not parent.is_dir():
-        raise InputError(
-            f"{what}: cannot write {shown}: {str(parent)!r} is a file, not a folder: choose another."
-        )
+        raise InputError(f"{what}: cannot write {shown}: {str(parent)!r} is a file, not a folder: choose another.")
     blocked = parent if not os.access(parent, os.W_OK | os.X_OK) else None
     if blocked is None and file.exists() and not os.access(file, os.W_OK):
         blocked = file
     if blocked is not None:
-        raise InputError(
-            f"{what}: cannot write {shown}: no permission to write {str(blocked)!r}: choose another path."
-        )
+        raise InputError(f"{what}: cannot write {shown}: no permission to write {str(blocked)!r}: choose another path.")
     return file
 
 

@@ -122,16 +122,13 @@ class Flow:
         try:
             json.dumps(self.settings, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise InputError(
-                f"Flow settings cannot be written as JSON ({error}): use plain values."
-            ) from error
+            raise InputError(f"Flow settings cannot be written as JSON ({error}): use plain values.") from error
 
     def _check_labels(self) -> None:
         n_pos, n_layers = len(self.tokens), len(self.layers)
         if not n_pos or not n_layers or not self.maps:
             raise InputError(
-                f"A Flow needs tokens, layers and a map: got {n_pos} tokens, {n_layers} layers, "
-                f"maps {self.maps}."
+                f"A Flow needs tokens, layers and a map: got {n_pos} tokens, {n_layers} layers, maps {self.maps}."
             )
         for name, length, expected, what in (
             ("special", len(self.special), n_pos, "tokens"),
@@ -139,9 +136,7 @@ class Flow:
             *((f"engines[{name!r}]", len(e), n_layers, "layers") for name, e in self.engines.items()),
         ):
             if length != expected:
-                raise InputError(
-                    f"Flow: {name} has {length} entries for {expected} {what}: give one for each."
-                )
+                raise InputError(f"Flow: {name} has {length} entries for {expected} {what}: give one for each.")
         outside = [j for j in self.destinations if not 0 <= j < n_pos]
         if outside:
             raise InputError(f"Flow: destination {outside[0]} is outside the positions 0 to {n_pos - 1}.")
@@ -150,15 +145,11 @@ class Flow:
                 raise InputError(f"Flow: {name} {values} repeat a number: give each once.")
         parts = [name for name in ("mlp", "skip", "bias") if getattr(self, name) is not None]
         if parts and len(parts) < 3:
-            raise InputError(
-                f"Flow: the mlp map has only {', '.join(parts)}: give mlp, skip and bias together."
-            )
+            raise InputError(f"Flow: the mlp map has only {', '.join(parts)}: give mlp, skip and bias together.")
         for name in ("total", "gap", "converged", "engines"):
             keys = set(getattr(self, name))
             if keys != set(self.maps):
-                raise InputError(
-                    f"Flow: {name} has keys {sorted(keys)} for the maps {list(self.maps)}: give one each."
-                )
+                raise InputError(f"Flow: {name} has keys {sorted(keys)} for the maps {list(self.maps)}: give one each.")
 
     def _check_shapes(self) -> None:
         sizes = {"layer": len(self.layers), "src": len(self.tokens), "dst": len(self.destinations)}
@@ -198,8 +189,7 @@ class Flow:
         check_choice("map", map, MAPS)
         if map not in self.maps:
             raise InputError(
-                f"This Flow has no {map!r} map, only {', '.join(self.maps)}: "
-                "ask attribute() for it with maps=."
+                f"This Flow has no {map!r} map, only {', '.join(self.maps)}: ask attribute() for it with maps=."
             )
         if map == "mlp" and self.mlp is not None and self.skip is not None and self.bias is not None:
             return torch.cat([self.mlp, self.skip[:, None], self.bias[:, None]], dim=1)
@@ -234,9 +224,7 @@ class Flow:
         """
         terms = self.columns(map)
         if map == "mlp":
-            raise InputError(
-                "The 'mlp' map has no source axis to transpose: use flow.mlp, or map='attn' or 'block'."
-            )
+            raise InputError("The 'mlp' map has no source axis to transpose: use flow.mlp, or map='attn' or 'block'.")
         return rearrange(terms, "... src dst -> ... dst src").contiguous()
 
     def top(self, k: int, map: str = "attn", layer: int | None = None) -> list[Edge]:
@@ -306,9 +294,7 @@ class Flow:
         masks = [self.converged[name] for name in self.maps]
         return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
-    def select(
-        self, layers: tuple[int, ...] | None = None, destinations: tuple[int, ...] | None = None
-    ) -> "Flow":
+    def select(self, layers: tuple[int, ...] | None = None, destinations: tuple[int, ...] | None = None) -> "Flow":
         """Keep only some layers (block numbers) or destinations (positions), in the order given.
 
         Raises:

@@ -75,9 +75,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             "give one that Flow.save wrote."
         )
     header = _parse_header(metadata["lig_lens"], shown)
-    fields = {
-        name: getattr(header, name) for name in FlowHeader.model_fields if not name.startswith("schema")
-    }
+    fields = {name: getattr(header, name) for name in FlowHeader.model_fields if not name.startswith("schema")}
     return fields, _group(tensors, shown)
 
 
@@ -97,9 +95,7 @@ def _parse_header(text: str, shown: str) -> FlowHeader:
     except FlowFileError:
         raise
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FlowFileError(
-            f"{shown} has a damaged Flow header ({_brief(error)}): save the Flow again."
-        ) from error
+        raise FlowFileError(f"{shown} has a damaged Flow header ({_brief(error)}): save the Flow again.") from error
 
 
 def _group(tensors: dict[str, Tensor], shown: str) -> dict[str, Any]:
@@ -111,8 +107,7 @@ def _group(tensors: dict[str, Tensor], shown: str) -> dict[str, Any]:
         known = name in AXES or (group in _CELLS and map_name in CELL_AXES)
         if not known or tensor.dtype != expected:
             raise FlowFileError(
-                f"{shown} holds an unexpected tensor {name!r} ({tensor.dtype}): it is damaged. "
-                "Save the Flow again."
+                f"{shown} holds an unexpected tensor {name!r} ({tensor.dtype}): it is damaged. Save the Flow again."
             )
         if map_name:
             grouped[group][map_name] = tensor
@@ -211,9 +206,7 @@ def to_xarray(flow: Flow) -> "xarray.Dataset":
     """Labelled Dataset; see `Flow.to_xarray`."""
     xarray = _optional("xarray", "Flow.to_xarray", "xarray")
     variables = {
-        name: (AXES[name], getattr(flow, name).numpy().copy())
-        for name in AXES
-        if getattr(flow, name) is not None
+        name: (AXES[name], getattr(flow, name).numpy().copy()) for name in AXES if getattr(flow, name) is not None
     }
     for group in _CELLS:
         for name, value in getattr(flow, group).items():

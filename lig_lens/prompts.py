@@ -100,16 +100,15 @@ def _from_text(model: Any, text: str, prepend_bos: bool | None, what: str) -> Te
             f"{type(model).__name__}.to_tokens takes no prepend_bos={prepend_bos}: leave it out."
         ) from error
     # HookedEncoder returns (ids, token type ids, mask); one text alone needs the ids only.
-    return tokens[0] if isinstance(tokens, tuple) else tokens
+    ids: Tensor = tokens[0] if isinstance(tokens, tuple) else tokens
+    return ids
 
 
 def _from_ids(model: Any, prompt: Any, attention_mask: Any, what: str) -> Tensor:
     try:
         ids = torch.as_tensor(prompt)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"The {what} is of type {type(prompt).__name__}: give a text or token ids [pos]."
-        ) from error
+        raise InputError(f"The {what} is of type {type(prompt).__name__}: give a text or token ids [pos].") from error
     if ids.numel() == 0:
         raise InputError(f"The {what} is empty: give at least one token.")
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim not in (1, 2):

@@ -38,9 +38,7 @@ class Integrand(Protocol):
     n_groups: int
     n_parts: int
 
-    def scalars(
-        self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]
-    ) -> Float[Tensor, "item group"]:
+    def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
         """L at `a` on the path of destination number `dst`."""
 
     def parts(
@@ -161,13 +159,11 @@ def integrate(
 
 def integrand_scalars(integrand: Integrand, dst: Tensor, a: Tensor, chunk: int) -> Tensor:
     """`integrand.scalars` in chunks."""
-    pieces = [integrand.scalars(d, p) for d, p in zip(dst.split(chunk), a.split(chunk), strict=True)]
+    pieces = [integrand.scalars(d, p) for d, p in zip(torch.split(dst, chunk), torch.split(a, chunk), strict=True)]
     return torch.cat(pieces)
 
 
-def _first_panels(
-    integrand: Integrand, s0: Tensor, s1: Tensor, total: Tensor, chunk: int
-) -> _Panels:
+def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor, total: Tensor, chunk: int) -> _Panels:
     """Panels of about `PANEL_LENGTH` in t over the whole path of each destination."""
     zero, one = torch.zeros_like(s0), torch.ones_like(s0)
     start, end = stretch(zero, s0, s1), stretch(one, s0, s1)
@@ -210,7 +206,7 @@ def _evaluate(
     node = torch.arange(n, device=t.device).repeat(len(panels))
     shape = (len(panels), integrand.n_groups, integrand.n_parts)
     sums = [torch.zeros(shape, device=t.device, dtype=jacobian.dtype) for _ in range(4)]
-    for d, p, j, g, o, k in zip(*(x.split(chunk) for x in (dst, a, jacobian, groups, owner, node)), strict=True):
+    for d, p, j, g, o, k in zip(*(torch.split(x, chunk) for x in (dst, a, jacobian, groups, owner, node)), strict=True):
         values = integrand.parts(d, p, g) * j[:, None, None]
         for total, factor in zip(sums, rule[:, k].to(values.dtype), strict=False):
             total.index_add_(0, o, values * factor[:, None, None])
@@ -246,9 +242,7 @@ def _choose(panels: _Panels, use: Tensor, used: Tensor, broke: Tensor) -> Tensor
     return (keep | done[panels.dst]) & panels.groups
 
 
-def _halve(
-    integrand: Integrand, panels: _Panels, groups: Tensor, s0: Tensor, s1: Tensor, chunk: int
-) -> _Panels:
+def _halve(integrand: Integrand, panels: _Panels, groups: Tensor, s0: Tensor, s1: Tensor, chunk: int) -> _Panels:
     """Two halves, in t, of every panel that is still open for some group."""
     rows = groups.any(-1).nonzero()[:, 0]
     dst, low, high, groups = panels.dst[rows], panels.low[rows], panels.high[rows], groups[rows]

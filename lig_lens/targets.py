@@ -23,7 +23,7 @@ class Direction:
     w: Float[Tensor, "#pos d_model"]
 
 
-def direction(w: Float[Tensor, "d_model"] | Float[Tensor, "pos d_model"]) -> Direction:
+def direction(w: Tensor) -> Direction:
     """Target that measures movement along `w`, for example along an unembedding column.
 
     Args:
@@ -76,7 +76,7 @@ class Scalar:
         target: "str | Direction",
         n_pos: int,
         like: Tensor,
-        W_O: Float[Tensor, "head d_head d_model"] | None = None,  # noqa: N803
+        W_O: Float[Tensor, "head d_head d_model"] | None = None,
     ) -> None:
         self.weights: Float[Tensor, "pos group dim"] | None = None
         if isinstance(target, Direction):
@@ -88,12 +88,15 @@ class Scalar:
     ) -> Float[Tensor, "item group"]:
         """Scalar of each item and group, `dst` being the item's destination position."""
         if self.weights is None:
-            return torch.linalg.vector_norm(displacement, dim=-1)
+            return _length(displacement)
         return (self.weights[dst] * displacement).sum(-1)
 
-    def size(
-        self, vector: Float[Tensor, "item group dim"], dst: Int[Tensor, "item"]
-    ) -> Float[Tensor, "item group"]:
+    def size(self, vector: Float[Tensor, "item group dim"], dst: Int[Tensor, "item"]) -> Float[Tensor, "item group"]:
         """Largest scalar that a vector of this length can give: the yardstick for rounding errors."""
-        norm = torch.linalg.vector_norm(vector, dim=-1)
-        return norm if self.weights is None else norm * torch.linalg.vector_norm(self.weights[dst], dim=-1)
+        norm = _length(vector)
+        return norm if self.weights is None else norm * _length(self.weights[dst])
+
+
+def _length(vectors: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return length

@@ -155,9 +155,7 @@ class _Weights:
 
     def __init__(self, state: dict[str, Tensor], prefix: str):
         self.values = {
-            name.removeprefix(prefix): value.to(DOUBLE)
-            for name, value in state.items()
-            if name.startswith(prefix)
+            name.removeprefix(prefix): value.to(DOUBLE) for name, value in state.items() if name.startswith(prefix)
         }
 
     def __call__(self, *names: str) -> tuple[Tensor, ...]:
@@ -364,8 +362,7 @@ def naive_ig(
         ]
         values = scalar(forward(*points) - y_start)
         per_cell = [
-            torch.autograd.grad(values[..., cell].sum(), points, retain_graph=True)
-            for cell in range(values.shape[-1])
+            torch.autograd.grad(values[..., cell].sum(), points, retain_graph=True) for cell in range(values.shape[-1])
         ]
         parts = [
             move * torch.stack([torch.einsum("n,n...->...", weights, grad) for grad in grads])

@@ -1,11 +1,10 @@
 """Every wrong argument is a typed error with the value and the remedy, before anything is computed."""
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_bridge
+from tiny_models import fresh_bridge, tiny_bridge
 
 import lig_lens
 from lig_lens.errors import InputError
@@ -21,8 +20,8 @@ def refused(prompt: Any = IDS, model: Any = None, **options: Any) -> str:
         def never(*_: Any, **__: Any) -> None:
             raise AssertionError("work had started")
 
-        patch.setattr("lig_lens.attribute.integrate_resid", never)
-        patch.setattr("lig_lens.attribute.integrate_tail", never)
+        patch.setattr("lig_lens.attribution.integrate_resid", never)
+        patch.setattr("lig_lens.attribution.integrate_tail", never)
         with pytest.raises(InputError) as caught:
             lig_lens.attribute(model, prompt, progress=False, **options)
     return str(caught.value)
@@ -129,7 +128,7 @@ def test_attention_mask_of_another_length() -> None:
 
 
 def test_train_mode_with_dropout() -> None:
-    model = copy.deepcopy(tiny_bridge("gpt2")).train()
+    model = fresh_bridge("gpt2").train()
     message = refused(model=model)
     assert "in train mode with dropout" in message and "= 0.1)" in message and "model.eval()" in message
 

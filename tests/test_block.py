@@ -90,9 +90,7 @@ def test_nothing_left_after_success(model: Any, ids: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("inside a hook"), KeyboardInterrupt()])
 @pytest.mark.parametrize("when", [1, 4, 9])
-def test_nothing_left_after_a_failure(
-    model: Any, ids: torch.Tensor, error: BaseException, when: int
-) -> None:
+def test_nothing_left_after_a_failure(model: Any, ids: torch.Tensor, error: BaseException, when: int) -> None:
     before, kept = hooks_on(model), state(model)
     calls = 0
 

@@ -45,7 +45,7 @@ class Core:
 @pytest.fixture
 def core(monkeypatch):
     core = Core()
-    for module, name in (("loading", "load_model"), ("attribute", "attribute")):
+    for module, name in (("loading", "load_model"), ("attribution", "attribute")):
         stand_in = types.SimpleNamespace(**{name: getattr(core, name)})
         monkeypatch.setitem(sys.modules, f"lig_lens.{module}", stand_in)
     monkeypatch.delenv("LIG_LENS_TRACEBACK", raising=False)
@@ -199,7 +199,7 @@ def test_the_convergence_warning_is_one_line(core, capsys, monkeypatch):
         warnings.warn("3 of 9 cells missed tol", ConvergenceWarning, stacklevel=2)
         return core.flow
 
-    monkeypatch.setattr(sys.modules["lig_lens.attribute"], "attribute", attribute)
+    monkeypatch.setattr(sys.modules["lig_lens.attribution"], "attribute", attribute)
     assert run(["explain", "a"]) == 0
     assert capsys.readouterr().err == "lig-lens: warning: 3 of 9 cells missed tol\n"
 
@@ -252,7 +252,7 @@ def test_default_yaml_says_what_happens_without_it():
     settings = load_config(CONFIGS / "default.yaml")
     assert set(settings) == {field.alias or name for name, field in ExplainConfig.model_fields.items()}
     assert merge_settings(settings) == ExplainConfig()
-    parameters = inspect.signature(importlib.import_module("lig_lens.attribute").attribute).parameters
+    parameters = inspect.signature(importlib.import_module("lig_lens.attribution").attribute).parameters
     for name, value in ExplainConfig().attribute_arguments().items():
         assert parameters[name].default == value, name
 
@@ -328,7 +328,7 @@ def test_a_terminal_that_cannot_show_a_token_does_not_end_the_run():
         "import sys, types\nsys.path.insert(0, sys.argv.pop(1))\nfrom flows import make_flow\n"
         "sys.modules['lig_lens.loading'] = types.SimpleNamespace(load_model=lambda *a, **k: None)\n"
         "fake = types.SimpleNamespace(attribute=lambda *a, **k: make_flow(tokens=('Ġä', '日本')))\n"
-        "sys.modules['lig_lens.attribute'] = fake\nfrom lig_lens.cli import main\nmain()"
+        "sys.modules['lig_lens.attribution'] = fake\nfrom lig_lens.cli import main\nmain()"
     )
     done = _python(code, str(Path(__file__).parent), "explain", "a", encoding="latin-1")
     assert done.returncode == 0, done.stderr

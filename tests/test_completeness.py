@@ -48,9 +48,7 @@ def test_complete_along_any_start(kind: str, ids: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(2, 4, model.cfg.d_model, generator=generator)
     heads = torch.randn(4, model.cfg.n_heads, model.cfg.d_head, generator=generator)
-    flow = lig_lens.attribute(
-        model, ids, attn_baseline=start, block_baseline=start, mlp_baseline=heads, progress=False
-    )
+    flow = lig_lens.attribute(model, ids, attn_baseline=start, block_baseline=start, mlp_baseline=heads, progress=False)
     check_complete(flow, 1e-3)
 
 
@@ -82,9 +80,7 @@ def test_l2_total_is_the_distance_between_two_runs(ids: torch.Tensor, corrupted_
 def test_what_misses_is_counted_in_one_warning(ids: torch.Tensor) -> None:
     model = tiny_bridge("llama")
     with pytest.warns(ConvergenceWarning) as caught:
-        flow = lig_lens.attribute(
-            model, ids, attn_baseline="zero", block_baseline="zero", max_nodes=8, progress=False
-        )
+        flow = lig_lens.attribute(model, ids, attn_baseline="zero", block_baseline="zero", max_nodes=8, progress=False)
     missed = sum(int((~flow.converged[name]).sum()) for name in flow.maps)
     cells = sum(flow.converged[name].numel() for name in flow.maps)
     assert missed > 0 and len([w for w in caught if w.category is ConvergenceWarning]) == 1

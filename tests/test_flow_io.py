@@ -170,9 +170,7 @@ def test_json_follows_its_documented_schema(tmp_path):
 def test_json_has_null_for_what_is_not_finite():
     flow = make_flow(maps=("block",))
     flow.block[0, 0, 0] = float("inf")
-    values = json.loads(flow.to_json(), parse_constant=pytest.fail)["maps"]["block"]["tensors"]["block"][
-        "values"
-    ]
+    values = json.loads(flow.to_json(), parse_constant=pytest.fail)["maps"]["block"]["tensors"]["block"]["values"]
     assert values[0][0][0] is None and values[0][0][1] == pytest.approx(float(flow.block[0, 0, 1]))
 
 
@@ -194,9 +192,7 @@ def test_dataframe_rows_are_contributions(name):
             index, cell = (layer, part, dst), (layer, dst)
         assert row["contribution"] == float(flow.columns(name)[index])
         assert row["share"] == float(shares[index])
-        assert row["gap"] == float(flow.gap[name][cell]) and row["converged"] == bool(
-            flow.converged[name][cell]
-        )
+        assert row["gap"] == float(flow.gap[name][cell]) and row["converged"] == bool(flow.converged[name][cell])
 
 
 def test_dataframe_does_not_alias_the_flow():

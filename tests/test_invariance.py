@@ -36,9 +36,7 @@ def test_subset_of_layers_and_destinations(kind: str) -> None:
     assert part.layers == (1,) and part.destinations == (4, 1, 5)
     for name in NAMES:
         b = getattr(whole, name)[1:, ..., [4, 1, 5]]
-        torch.testing.assert_close(
-            getattr(part, name), b, rtol=1e-4, atol=1e-5 * float(b.abs().max()) + 1e-7
-        )
+        torch.testing.assert_close(getattr(part, name), b, rtol=1e-4, atol=1e-5 * float(b.abs().max()) + 1e-7)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

@@ -111,9 +111,7 @@ def test_page_needs_no_network(tmp_path):
     flow = make_flow()
     path = write_html([head_grid(flow, map=name) for name in flow.maps], tmp_path / "x.html")
     page = path.read_text(encoding="utf-8")
-    assert (
-        not re.search(r"<(?:script|img|iframe)[^>]*\ssrc=", page) and "<link" not in page.split("<script")[0]
-    )
+    assert not re.search(r"<(?:script|img|iframe)[^>]*\ssrc=", page) and "<link" not in page.split("<script")[0]
     assert "cdn.plot.ly" not in page.split("<body>")[0]
     assert page.count('id="figure-') == 3 and page.count("plotly.js v") == 1
     assert [file.name for file in tmp_path.iterdir()] == ["x.html"]

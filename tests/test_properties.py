@@ -103,9 +103,7 @@ def test_permuting_heads_permutes_the_result(
     tiny_tokenizer(kind).save_pretrained(folder)
     permuted = TransformerBridge.boot_transformers(str(folder), device="cpu")
     one = attend(kind, ids, attn_baseline="zero", mlp_baseline="zero", tol=1e-4)
-    other = lig_lens.attribute(
-        permuted, ids, attn_baseline="zero", mlp_baseline="zero", tol=1e-4, progress=False
-    )
+    other = lig_lens.attribute(permuted, ids, attn_baseline="zero", mlp_baseline="zero", tol=1e-4, progress=False)
     torch.testing.assert_close(other.attn, one.attn[:, order], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(other.mlp, one.mlp[:, order], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(other.skip, one.skip, rtol=1e-3, atol=1e-4)

@@ -51,9 +51,7 @@ def _empty_model(kind: str) -> transformers.PreTrainedModel:
         sizes.update(hidden_size=32, num_attention_heads=4, rope_parameters=rope)
         return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes))
     if kind == "gptj":
-        return transformers.GPTJForCausalLM(
-            transformers.GPTJConfig(**gpt_sizes, n_embd=32, n_head=4, rotary_dim=4)
-        )
+        return transformers.GPTJForCausalLM(transformers.GPTJConfig(**gpt_sizes, n_embd=32, n_head=4, rotary_dim=4))
     if kind == "gemma2":
         # The default cap of 50 would bend scores of this size by less than a thousandth.
         gemma["attn_logit_softcapping"] = 3.0
@@ -101,9 +99,7 @@ def tiny_tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
         pair="[CLS] $A [SEP] $B [SEP]",
         special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
     )
-    return transformers.PreTrainedTokenizerFast(
-        **common, cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
-    )
+    return transformers.PreTrainedTokenizerFast(**common, cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
 
 
 def save_tiny(kind: str, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -126,6 +122,11 @@ def tiny_bridge(kind: str, dtype: torch.dtype = torch.float32) -> TransformerBri
     return TransformerBridge.boot_transformers(str(folder), dtype=dtype, device="cpu")
 
 
+def fresh_bridge(kind: str) -> TransformerBridge:
+    """Load a bridge that a test may change or break."""
+    return tiny_bridge.__wrapped__(kind)
+
+
 class _Float64Everywhere(TorchFunctionMode):
     """Turns every cast to float32 into one to float64.
 
@@ -139,9 +140,7 @@ class _Float64Everywhere(TorchFunctionMode):
 
         if func is torch.Tensor.float:
             func = torch.Tensor.double
-        return func(
-            *(widen(value) for value in args), **{key: widen(value) for key, value in (kwargs or {}).items()}
-        )
+        return func(*(widen(value) for value in args), **{key: widen(value) for key, value in (kwargs or {}).items()})
 
 
 @functools.cache
@@ -186,6 +185,4 @@ def hf_residuals(kind: str, ids: torch.Tensor) -> torch.Tensor:
             states = model(ids[None], output_hidden_states=True).hidden_states
     finally:
         handle.remove()
-    return torch.stack(
-        [*(state[0] for state in states[:N_LAYERS]), last_output[0].reshape(states[0].shape)[0]]
-    )
+    return torch.stack([*(state[0] for state in states[:N_LAYERS]), last_output[0].reshape(states[0].shape)[0]])

@@ -42,7 +42,7 @@ class _FromResid:
         else:
             zero = torch.zeros(1, device=dst.device)
             with torch.no_grad():
-                pieces = [self._read(d, zero.expand(len(d)))[1] for d in dst.split(chunk)]
+                pieces = [self._read(d, zero.expand(len(d)))[1] for d in torch.split(dst, chunk)]
             self.start = torch.cat(pieces)
         self.n_groups = self.start.shape[1]
 
@@ -75,9 +75,7 @@ class _FromResid:
         result = steps.new_zeros(len(dst), self.n_groups, self.n_parts)
         wanted = groups.any(0).nonzero()[:, 0].tolist()
         for group in wanted:
-            (gradient,) = torch.autograd.grad(
-                values[:, group].sum(), resid, retain_graph=group != wanted[-1]
-            )
+            (gradient,) = torch.autograd.grad(values[:, group].sum(), resid, retain_graph=group != wanted[-1])
             result[:, group] = (gradient * steps).sum(-1)
         return result * groups[..., None]
 
@@ -102,7 +100,7 @@ class _FromHeads:
         self.attn_out_end = nodes.attn_out(path.z_end, 1.0)
         with torch.no_grad():
             zero = torch.zeros(1, device=dst.device)
-            self.start = torch.cat([self._read(d, zero.expand(len(d)))[1] for d in dst.split(chunk)])
+            self.start = torch.cat([self._read(d, zero.expand(len(d)))[1] for d in torch.split(dst, chunk)])
 
     def _read(self, positions: Tensor, a: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         nodes, path, n_pos = self.nodes, self.path, len(self.path.z_end)
@@ -136,7 +134,7 @@ class _FromHeads:
         by_z = torch.einsum("im,hem->ihe", by_attn_out, self.nodes.W_O)
         heads = ((path.z_end - path.z_start)[positions] * by_z).sum(-1)
         skip = ((path.skip_end - path.skip_start)[positions] * by_skip).sum(-1)
-        bias = (by_attn_out @ self.nodes.b_O) * (1 - path.bias_start)
+        bias = torch.einsum("im,m->i", by_attn_out, self.nodes.b_O) * (1 - path.bias_start)
         return torch.cat([heads, skip[:, None], bias[:, None]], -1)[:, None] * groups[..., None]
 
     def noise(self) -> Float[Tensor, "dst group"]:
@@ -158,7 +156,7 @@ def integrate_resid(
     Returns:
         parts [dst, head or 1, src].
     """
-    W_O = nodes.W_O if to_heads else None  # noqa: N806
+    W_O = nodes.W_O if to_heads else None
     scalar = Scalar(target, len(nodes.resid_pre), nodes.resid_pre, W_O)
     chunk = budget.items(len(nodes.resid_pre))
     integrand = _FromResid(nodes, path, scalar, dst, to_heads, chunk)

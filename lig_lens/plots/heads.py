@@ -65,8 +65,7 @@ def show_token(token: str, longest: int = 40) -> str:
     ('·cat', '##ing', '∅')
     """
     shown = "".join(
-        _MARKS.get(char, char if char.isprintable() else char.encode("unicode_escape").decode())
-        for char in token
+        _MARKS.get(char, char if char.isprintable() else char.encode("unicode_escape").decode()) for char in token
     )
     if len(shown) > longest:
         shown = shown[: longest - 1] + "…"
@@ -124,9 +123,7 @@ def head_grid(
         n_heads = terms.shape[1]
         rows = _places("head", range(n_heads) if heads is None else heads, range(n_heads))
         panels = [
-            _attn_panel(terms, layer, place, head)
-            for layer, place in zip(layers, places, strict=True)
-            for head in rows
+            _attn_panel(terms, layer, place, head) for layer, place in zip(layers, places, strict=True) for head in rows
         ]
         n_columns = len(rows)
     else:
@@ -269,9 +266,7 @@ def _hover(head: str, map: str, value: str) -> str:
     return "<br>".join([*lines, value]) + "<extra></extra>"
 
 
-def _style_axes(
-    figure: go.Figure, size: _Geometry, n_panels: int, down: Sequence[str], across: Sequence[str]
-) -> None:
+def _style_axes(figure: go.Figure, size: _Geometry, n_panels: int, down: Sequence[str], across: Sequence[str]) -> None:
     common = {
         "showgrid": False,
         "zeroline": False,
@@ -321,9 +316,7 @@ def _label_size(cell: float) -> int:
     return 10 if cell >= 11 else 9
 
 
-def _style_page(
-    figure: go.Figure, size: _Geometry, flow: Flow, titles: tuple[str, str], map: str, share: bool
-) -> None:
+def _style_page(figure: go.Figure, size: _Geometry, flow: Flow, titles: tuple[str, str], map: str, share: bool) -> None:
     for caption in figure.layout.annotations:
         caption.update(font={"size": 10, "color": _QUIET}, yshift=0)
     what = "share of each column" if share else "signed contribution"
@@ -332,8 +325,7 @@ def _style_page(
     facts = [_text(flow.model_name), f"{len(flow.tokens)} tokens"]
     facts += [f"baseline {_text(str(baseline))}"] if baseline else []
     facts += [
-        f"worst completeness gap {flow.worst_gap(map):.1e}"
-        + (f" (tol {tol:g})" if isinstance(tol, float) else "")
+        f"worst completeness gap {flow.worst_gap(map):.1e}" + (f" (tol {tol:g})" if isinstance(tol, float) else "")
     ]
     width, height = size.left + size.plot_width + size.right, size.top + size.plot_height + size.bottom
     figure.update_layout(
@@ -359,8 +351,7 @@ def _style_page(
     outer = {"showarrow": False, "xref": "paper", "yref": "paper", "font": {"size": 12, "color": _INK}}
     # An annotation, because plotly moves a figure's own title when a colour bar lies below it.
     figure.add_annotation(
-        text=f"<b>{_TITLES[map]}</b>: {what}<br>"
-        f"<span style='font-size:12px;color:{_QUIET}'>{' · '.join(facts)}</span>",
+        text=f"<b>{_TITLES[map]}</b>: {what}<br><span style='font-size:12px;color:{_QUIET}'>{' · '.join(facts)}</span>",
         **{**outer, "font": {"size": 16, "color": _INK}},
         x=0,
         xanchor="left",
@@ -371,9 +362,7 @@ def _style_page(
         align="left",
     )
     figure.add_annotation(text=titles[1], x=0.5, y=0, yanchor="bottom", yshift=-size.bottom + 8, **outer)
-    figure.add_annotation(
-        text=titles[0], x=0, y=0.5, xanchor="left", xshift=-size.left + 12, textangle=-90, **outer
-    )
+    figure.add_annotation(text=titles[0], x=0, y=0.5, xanchor="left", xshift=-size.left + 12, textangle=-90, **outer)
 
 
 def _coloraxis(panels: Sequence[_Panel], share: bool) -> dict[str, Any]:
@@ -425,9 +414,7 @@ body {{ margin: 0; padding: 12px 16px 32px; background: white; color: {ink}; fon
 """
 
 
-def write_html(
-    figures: go.Figure | Sequence[go.Figure], path: str | os.PathLike[str], title: str = "lig_lens"
-) -> Path:
+def write_html(figures: go.Figure | Sequence[go.Figure], path: str | os.PathLike[str], title: str = "lig_lens") -> Path:
     """Write one page with the figures below each other, everything inlined: it opens without network.
 
     Args:

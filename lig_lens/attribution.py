@@ -23,7 +23,7 @@ from lig_lens.baselines import (
 )
 from lig_lens.block import prepared, record_calls
 from lig_lens.boundaries import BlockNodes, find_nodes
-from lig_lens.config import ENGINES, MAPS
+from lig_lens.config import ENGINES, MAPS, MAX_BATCH_TOKENS, MAX_NODES
 from lig_lens.engines.hooks import Budget, integrate_resid, integrate_tail
 from lig_lens.errors import ConvergenceWarning, InputError, check_choice
 from lig_lens.flow import Flow
@@ -87,8 +87,8 @@ def attribute(
     target: "str | Direction" = "l2",
     corrupted: Any = None,
     tol: float = 1e-3,
-    max_nodes: int = 2048,
-    max_batch_tokens: int = 4096,
+    max_nodes: int = MAX_NODES,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
     engine: str = "auto",
     prepend_bos: bool | None = None,
     attention_mask: Any = None,
@@ -267,8 +267,7 @@ def _run(model: Any, settings: Settings, job: _Job) -> Flow:
                     bar.set_postfix_str(f"layer {layer} {name}")
                     results[name].append(_columns(settings, job, index, name, bar))
     tensors = {
-        name: {key: torch.stack([r[key] for r in layered]) for key in layered[0]}
-        for name, layered in results.items()
+        name: {key: torch.stack([r[key] for r in layered]) for key in layered[0]} for name, layered in results.items()
     }
     _warn(settings, tensors)
     return _flow(model, settings, job, tensors)
@@ -290,7 +289,7 @@ def _portions(job: _Job, layer: int, name: str) -> Iterator[Int[Tensor, "dst"]]:
     width = len(job.prompt) * (nodes.boundaries.n_heads if name == "attn" else 1)
     size = max(1, _PANEL_BYTES // (width * 8 * 32))
     dst = torch.tensor(job.destinations, device=nodes.resid_pre.device)
-    yield from dst.split(size)
+    yield from torch.split(dst, size)
 
 
 def _attention_columns(
@@ -324,9 +323,7 @@ def _attention_columns(
     return result if to_heads else {key: value[0] for key, value in result.items()}
 
 
-def _tail_columns(
-    settings: Settings, job: _Job, index: int, name: str, dst: Int[Tensor, "dst"]
-) -> dict[str, Tensor]:
+def _tail_columns(settings: Settings, job: _Job, index: int, name: str, dst: Int[Tensor, "dst"]) -> dict[str, Tensor]:
     """Columns of the `mlp` map at one layer: heads [head dst], skip, bias and cells [dst]."""
     layer = job.layers[index]
     nodes = job.nodes[layer]
@@ -350,9 +347,7 @@ def _warn(settings: Settings, tensors: dict[str, dict[str, Tensor]]) -> None:
         return
     cells = sum(t["converged"].numel() for t in tensors.values())
     listed = ", ".join(
-        f"{name} {count} (worst gap {float(tensors[name]['gap'].max()):.1e})"
-        for name, count in missed.items()
-        if count
+        f"{name} {count} (worst gap {float(tensors[name]['gap'].max()):.1e})" for name, count in missed.items() if count
     )
     warnings.warn(
         f"{sum(missed.values())} of {cells} cells missed tol={settings.tol:g} within max_nodes="
