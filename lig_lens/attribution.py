@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ from lig_lens.block import prepared, record_calls
 from lig_lens.boundaries import BlockNodes, find_nodes
 from lig_lens.config import ENGINES, MAPS, MAX_BATCH_TOKENS, MAX_NODES
 from lig_lens.engines.hooks import Budget, integrate_resid, integrate_tail
-from lig_lens.errors import ConvergenceWarning, InputError, check_choice
+from lig_lens.errors import ConvergenceWarning, InputError, NonFiniteError, check_choice
 from lig_lens.flow import Flow
 from lig_lens.loading import check_hooked, describe_processing, model_name
 from lig_lens.prompts import Prompt, check_same_length, is_batch, read_prompt
-from lig_lens.quadrature import NODES_PER_PANEL, Integral
+from lig_lens.quadrature import NODES_PER_PANEL
+from lig_lens.quadrature import Integral as Integrated
 from lig_lens.targets import Direction, check_target, describe_target
 
 # Destinations whose unfinished panels may be held at once, in bytes of their contributions.
@@ -74,6 +76,7 @@ class _Job:
     corrupted: dict[int, BlockNodes]
 
 
+@torch.inference_mode(False)  # gradients are needed, whatever mode the caller is in
 def attribute(
     model: Any,
     prompt: Any,
@@ -142,6 +145,14 @@ def attribute(
         engine=engine,
         progress=progress,
     )
+    used = any(
+        isinstance(settings.baselines[name], str) and settings.baselines[name] == "corrupted" for name in settings.maps
+    )
+    if corrupted is not None and not used:
+        raise InputError(
+            f"corrupted is given, but no baseline of the maps {', '.join(settings.maps)} is 'corrupted': set one, or "
+            "leave corrupted out."
+        )
     _check_dropout(model)
     several = is_batch(prompt)
     prompts, others, masks = (
@@ -179,11 +190,11 @@ def _one_each(several: bool, prompt: Any, value: Any, what: str = "prompt") -> l
     return list(value)
 
 
-def _chosen(what: str, values: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+def _chosen(what: str, values: Any, count: int) -> tuple[int, ...]:
     """Indices in `values`, made non-negative; all of `count` for None."""
     if values is None:
         return tuple(range(count))
-    chosen = [values] if isinstance(values, int) else [int(v) for v in values]
+    chosen = [int(values)] if isinstance(values, Integral) else [int(v) for v in values]
     if not chosen:
         raise InputError(f"{what}s is empty: name at least one, or leave it out for all {count}.")
     outside = [v for v in chosen if not -count <= v < count]
@@ -280,7 +291,13 @@ def _columns(settings: Settings, job: _Job, index: int, name: str, bar: Any) -> 
     for part in _portions(job, job.layers[index], name):
         pieces.append(compute(settings, job, index, name, part))
         bar.update(len(part))
-    return {key: torch.cat([piece[key] for piece in pieces], -1).cpu() for key in pieces[0]}
+    columns = {key: torch.cat([piece[key] for piece in pieces], -1).cpu() for key in pieces[0]}
+    if not bool(torch.isfinite(columns["contributions"]).all()):
+        raise NonFiniteError(
+            f"The {name} map of block {job.layers[index]} is NaN or infinite along the path from "
+            f"{name}_baseline={describe_baseline(settings.baselines[name])!r}: choose another baseline."
+        )
+    return columns
 
 
 def _portions(job: _Job, layer: int, name: str) -> Iterator[Int[Tensor, "dst"]]:
@@ -300,7 +317,7 @@ def _attention_columns(
     nodes, corrupted = job.nodes[layer], job.corrupted.get(layer)
     baseline, to_heads = settings.baselines[name], name == "attn"
 
-    def along(start: "str | Tensor", tol: float = settings.tol) -> Integral:
+    def along(start: "str | Tensor", tol: float = settings.tol) -> Integrated:
         budget = Budget(tol, settings.max_nodes, settings.max_batch_tokens)
         path = resid_path(nodes, start, corrupted, index)
         return integrate_resid(nodes, path, settings.target, dst, to_heads, budget)
@@ -336,7 +353,7 @@ def _tail_columns(settings: Settings, job: _Job, index: int, name: str, dst: Int
     return {"contributions": parts[:-2], "skip": parts[-2], "bias": parts[-1], **cells}
 
 
-def _cells(integral: Integral) -> dict[str, Tensor]:
+def _cells(integral: Integrated) -> dict[str, Tensor]:
     names = ("total", "gap", "converged")
     return {name: getattr(integral, name).T for name in names}
 

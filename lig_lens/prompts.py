@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def is_batch(prompt: Any) -> bool:
     """Whether `prompt` is several prompts: a sequence of texts or of id sequences (not one of ids)."""
     if isinstance(prompt, (str, Tensor)) or not isinstance(prompt, Sequence) or not prompt:
         return False
-    return not isinstance(prompt[0], int)
+    return not isinstance(prompt[0], Integral)
 
 
 def read_prompt(

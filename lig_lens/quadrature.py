@@ -14,6 +14,9 @@ a ~ sqrt(eps / var(x)). Panels are therefore laid out, and halved, in a stretche
 
 in which layers of width s0 at a = 0 and s1 at a = 1 are of order one, and which is nearly linear for s ~ 1.
 Gauss-Legendre nodes leave out the end points, where the gradient of a norm does not exist.
+
+Where nodes go and which panels to halve is worked out in float64 on the CPU, since not every device has float64;
+only the integrand's values live on the model's device.
 """
 
 from dataclasses import dataclass
@@ -37,6 +40,8 @@ class Integrand(Protocol):
     n_dst: int
     n_groups: int
     n_parts: int
+    dtype: torch.dtype
+    device: torch.device
 
     def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
         """L at `a` on the path of destination number `dst`."""
@@ -89,7 +94,7 @@ def density(a: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
 
 @dataclass
 class _Panels:
-    """Panels under work: one row each, with the groups it is still open for."""
+    """Panels under work: one row each, with the groups it is still open for. All on the CPU."""
 
     dst: Tensor  # [panel]
     low: Tensor  # [panel] in t
@@ -123,44 +128,49 @@ def integrate(
         max_nodes: budget of nodes per cell.
         chunk: items (points on paths) evaluated together.
     """
-    n_dst, n_groups = integrand.n_dst, integrand.n_groups
-    device = s0.device
-    s0, s1 = s0.double().clamp(_NARROWEST, 1.0), s1.double().clamp(_NARROWEST, 1.0)
-    every = torch.arange(n_dst, device=device)
-    total = integrand_scalars(integrand, every, torch.ones(n_dst, device=device), chunk)
+    n_dst = integrand.n_dst
+    s0, s1 = (side.cpu().double().clamp(_NARROWEST, 1.0) for side in (s0, s1))
+    noise = noise.cpu().double()
+    total = _scalars(integrand, torch.arange(n_dst), torch.ones(n_dst, dtype=torch.float64), chunk)
     allowed = torch.maximum(tol * total.abs(), noise)
-    parts = torch.zeros(n_dst, n_groups, integrand.n_parts, device=device, dtype=total.dtype)
-    gaps, errors = torch.zeros_like(total), torch.zeros_like(total)
+    shape = (n_dst, integrand.n_groups, integrand.n_parts)
+    parts = torch.zeros(shape, dtype=integrand.dtype, device=integrand.device)
+    gaps, errors, largest = (torch.zeros_like(total) for _ in range(3))
     spent = torch.zeros_like(total, dtype=torch.long)
-    largest = torch.zeros_like(total)
     panels = _first_panels(integrand, s0, s1, total, chunk)
     while len(panels):
         values, gap, error = _evaluate(integrand, panels, s0, s1, chunk)
         spent.index_put_((panels.dst,), NODES_PER_PANEL * panels.groups.long(), accumulate=True)
         broke = spent + 2 * NODES_PER_PANEL > max_nodes
-        estimate = parts.index_put((panels.dst,), values, accumulate=True)
-        largest = torch.where(estimate.isfinite().all(-1), estimate.abs().amax(-1), largest)
+        owner = panels.dst.to(integrand.device)
+        largest = parts.index_put((owner,), values, accumulate=True).abs().amax(-1).cpu().double()
         bound = torch.maximum(tol * largest, noise)
         # In units of what the cell may miss. A gap within rounding would not shrink by halving.
         use = torch.where(gap > noise[panels.dst], gap / allowed[panels.dst], 0.0)
         use = torch.maximum(use, error / bound[panels.dst])
         used = torch.maximum(torch.where(gaps > noise, gaps / allowed, 0.0), errors / bound)
         keep = _choose(panels, use, used, broke)
-        parts.index_put_((panels.dst,), values * keep[..., None], accumulate=True)
+        parts.index_put_((owner,), values * keep[..., None].to(integrand.device), accumulate=True)
         gaps.index_put_((panels.dst,), gap * keep, accumulate=True)
         errors.index_put_((panels.dst,), error * keep, accumulate=True)
         panels = _halve(integrand, panels, panels.groups & ~keep, s0, s1, chunk)
-    tiny = torch.finfo(total.dtype).tiny
+    tiny = torch.finfo(torch.float32).tiny
     # Rounding is allowed for by `noise`; a gap relative to less than that would be meaningless.
     gap = gaps / torch.maximum(total.abs(), noise / tol).clamp(min=tiny)
     error = errors / torch.maximum(largest, noise / tol).clamp(min=tiny)
-    return Integral(parts, total, gap, error, (gap <= tol) & (error <= tol), spent)
+    converged = (gap <= tol) & (error <= tol)
+    return Integral(parts, total.to(parts), gap.to(parts), error.to(parts), converged.to(parts.device), spent)
 
 
-def integrand_scalars(integrand: Integrand, dst: Tensor, a: Tensor, chunk: int) -> Tensor:
-    """`integrand.scalars` in chunks."""
-    pieces = [integrand.scalars(d, p) for d, p in zip(torch.split(dst, chunk), torch.split(a, chunk), strict=True)]
-    return torch.cat(pieces)
+def _scalars(integrand: Integrand, dst: Tensor, a: Tensor, chunk: int) -> Tensor:
+    """`integrand.scalars` in chunks, brought to the CPU."""
+    pairs = zip(torch.split(dst, chunk), torch.split(a, chunk), strict=True)
+    return torch.cat([integrand.scalars(*_on_device(integrand, d, p)) for d, p in pairs]).cpu().double()
+
+
+def _on_device(integrand: Integrand, dst: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    # Cast first: a device may not have float64.
+    return dst.to(integrand.device), a.to(integrand.dtype).to(integrand.device)
 
 
 def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor, total: Tensor, chunk: int) -> _Panels:
@@ -168,18 +178,18 @@ def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor, total: Tensor, c
     zero, one = torch.zeros_like(s0), torch.ones_like(s0)
     start, end = stretch(zero, s0, s1), stretch(one, s0, s1)
     counts = ((end - start) / PANEL_LENGTH).ceil().clamp(min=1).long()
-    dst = torch.repeat_interleave(torch.arange(len(s0), device=s0.device), counts)
+    dst = torch.repeat_interleave(torch.arange(len(s0)), counts)
     first = torch.cumsum(counts, 0) - counts
-    number = torch.arange(len(dst), device=s0.device) - first[dst]
+    number = torch.arange(len(dst)) - first[dst]
     width = ((end - start) / counts)[dst]
     low, high = start[dst] + width * number, start[dst] + width * (number + 1)
     scalar_low, scalar_high = torch.zeros_like(total)[dst], total[dst].clone()
     inner = (number > 0).nonzero()[:, 0]
     if len(inner):
         at = unstretch(low[inner], s0[dst[inner]], s1[dst[inner]])
-        scalar_low[inner] = integrand_scalars(integrand, dst[inner], at, chunk)
+        scalar_low[inner] = _scalars(integrand, dst[inner], at, chunk)
         scalar_high[inner - 1] = scalar_low[inner]
-    groups = torch.ones(len(dst), total.shape[1], dtype=torch.bool, device=s0.device)
+    groups = torch.ones(len(dst), total.shape[1], dtype=torch.bool)
     return _Panels(dst, low, high, scalar_low, scalar_high, groups)
 
 
@@ -195,27 +205,27 @@ def _evaluate(
     n = NODES_PER_PANEL
     nodes, weights = np.polynomial.legendre.leggauss(n)
     modes = [np.polynomial.legendre.Legendre.basis(m)(nodes) * (2 * m + 1) for m in (0, n - 2, n - 1)]
-    rule = torch.as_tensor(np.stack(modes) * 0.5 * weights, device=panels.low.device)
+    rule = torch.as_tensor(np.stack([*(mode * 0.5 * weights for mode in modes), np.sqrt(0.5 * weights)]))
     width = panels.high - panels.low
-    t = panels.low[:, None] + width[:, None] * torch.as_tensor(0.5 * (nodes + 1), device=width.device)
+    t = panels.low[:, None] + width[:, None] * torch.as_tensor(0.5 * (nodes + 1))
     dst = panels.dst.repeat_interleave(n)
     a = unstretch(t.reshape(-1), s0[dst], s1[dst])
-    jacobian = (density(a, s0[dst], s1[dst]) * width.repeat_interleave(n)).to(panels.scalar_low.dtype)
+    # One column per quantity to sum: the integral, the two modes, and the root of the square.
+    factors = (density(a, s0[dst], s1[dst]) * width.repeat_interleave(n))[:, None] * rule.T.repeat(len(panels), 1)
     groups = panels.groups.repeat_interleave(n, 0)
-    owner = torch.arange(len(panels), device=t.device).repeat_interleave(n)
-    node = torch.arange(n, device=t.device).repeat(len(panels))
+    owner = torch.arange(len(panels)).repeat_interleave(n)
     shape = (len(panels), integrand.n_groups, integrand.n_parts)
-    sums = [torch.zeros(shape, device=t.device, dtype=jacobian.dtype) for _ in range(4)]
-    for d, p, j, g, o, k in zip(*(torch.split(x, chunk) for x in (dst, a, jacobian, groups, owner, node)), strict=True):
-        values = integrand.parts(d, p, g) * j[:, None, None]
-        for total, factor in zip(sums, rule[:, k].to(values.dtype), strict=False):
-            total.index_add_(0, o, values * factor[:, None, None])
-        sums[3].index_add_(0, o, values**2 * rule[0, k].to(values.dtype)[:, None, None])
+    sums = [torch.zeros(shape, dtype=integrand.dtype, device=integrand.device) for _ in range(4)]
+    for d, p, f, g, o in zip(*(torch.split(x, chunk) for x in (dst, a, factors, groups, owner)), strict=True):
+        values = integrand.parts(*_on_device(integrand, d, p), g.to(integrand.device))
+        rows, columns = o.to(integrand.device), f.to(integrand.dtype).to(integrand.device)
+        for power, total, column in zip((1, 1, 1, 2), sums, columns.T, strict=True):
+            total.index_add_(0, rows, (values * column[:, None, None]) ** power)
     integral, *top, square = sums
     tail, size = torch.hypot(*top), square.sqrt()
     ratio = (tail / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1.0)
-    error = (size * ratio ** (2 * n / (n - 1))).amax(-1)
-    gap = (integral.sum(-1) - (panels.scalar_high - panels.scalar_low)).abs()
+    error = (size * ratio ** (2 * n / (n - 1))).amax(-1).cpu().double()
+    gap = (integral.sum(-1).cpu().double() - (panels.scalar_high - panels.scalar_low)).abs()
     return integral, gap * panels.groups, error * panels.groups
 
 
@@ -233,7 +243,7 @@ def _choose(panels: _Panels, use: Tensor, used: Tensor, broke: Tensor) -> Tensor
         by_use = torch.argsort(use[:, group], stable=True)
         order = by_use[torch.argsort(panels.dst[by_use], stable=True)]
         d = panels.dst[order]
-        running = torch.cumsum(use[order, group].double(), 0)
+        running = torch.cumsum(use[order, group], 0)
         starts = torch.ones_like(d, dtype=torch.bool)
         starts[1:] = d[1:] != d[:-1]
         before = torch.where(starts, running - use[order, group], torch.zeros_like(running))
@@ -250,7 +260,7 @@ def _halve(integrand: Integrand, panels: _Panels, groups: Tensor, s0: Tensor, s1
         empty = panels.scalar_low[:0]
         return _Panels(dst, low, high, empty, empty, groups)
     middle = 0.5 * (low + high)
-    scalar = integrand_scalars(integrand, dst, unstretch(middle, s0[dst], s1[dst]), chunk)
+    scalar = _scalars(integrand, dst, unstretch(middle, s0[dst], s1[dst]), chunk)
     return _Panels(
         torch.cat([dst, dst]),
         torch.cat([low, middle]),

@@ -1,5 +1,6 @@
 """How the work is cut, and what else is asked for, changes nothing."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -69,6 +70,20 @@ def test_padding_agrees_with_a_masked_batch() -> None:
     _, alone = model.run_with_cache(torch.tensor([IDS]))
     name = "blocks.1.hook_out"
     torch.testing.assert_close(masked[name][:, : len(IDS)], alone[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_any_gradient_mode(mode: type) -> None:
+    with mode():
+        inside = attend("llama", torch.tensor(IDS))
+    assert_same(inside, attend("llama"))
+
+
+def test_ids_and_selections_from_numpy() -> None:
+    flow = attend("gpt2", np.array(IDS), layers=np.int64(1), destinations=np.array([2, -1]))
+    assert (flow.layers, flow.destinations) == ((1,), (2, 5))
+    assert_same(flow, attend("gpt2", layers=1, destinations=[2, 5]))
+    assert attend("gpt2", list(np.array(IDS)), layers=1, maps="mlp").tokens == flow.tokens
 
 
 def test_text_and_its_ids_agree() -> None:

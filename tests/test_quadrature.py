@@ -19,6 +19,7 @@ class Analytic:
     """Scalars with known derivatives, one function per group: parts are two uneven halves of dL/da."""
 
     n_parts = 2
+    dtype, device = torch.float64, torch.device("cpu")
 
     def __init__(self, functions, derivatives, n_dst: int = 1) -> None:
         self.functions, self.derivatives = functions, derivatives

@@ -37,6 +37,7 @@ class _FromResid:
         self.nodes, self.path, self.scalar, self.to_heads = nodes, path, scalar, to_heads
         self.positions = dst
         self.n_dst, self.n_parts = len(dst), len(nodes.resid_pre)
+        self.dtype, self.device = nodes.resid_pre.dtype, nodes.resid_pre.device
         if to_heads:
             self.start = z_at_start(nodes, path, dst, chunk)
         else:
@@ -96,6 +97,7 @@ class _FromHeads:
     def __init__(self, nodes: BlockNodes, path: TailPath, scalar: Scalar, dst: Tensor, chunk: int) -> None:
         self.nodes, self.path, self.scalar, self.positions = nodes, path, scalar, dst
         self.n_dst, self.n_groups, self.n_parts = len(dst), 1, path.z_end.shape[1] + 2
+        self.dtype, self.device = nodes.resid_pre.dtype, nodes.resid_pre.device
         self.attn_out_start = nodes.attn_out(path.z_start, path.bias_start)
         self.attn_out_end = nodes.attn_out(path.z_end, 1.0)
         with torch.no_grad():
@@ -199,10 +201,10 @@ def _layers_of_paths(
 ) -> tuple[Float[Tensor, "dst"], Float[Tensor, "dst"]]:
     """Widths of the boundary layers at both ends of each destination's path, narrowest source first."""
     if depth == 0:
-        one = torch.ones(len(dst), dtype=torch.float64, device=dst.device)
+        one = torch.ones(len(dst), dtype=torch.float64)
         return one, one
     end = _rms(path.end)
-    start = end[dst][:, None] if path.start is None else _rms(path.start).expand(len(dst), -1)
+    start = end[dst.cpu()][:, None] if path.start is None else _rms(path.start).expand(len(dst), -1)
     s0, s1 = _widths(start, end.expand(len(dst), -1), eps, depth)
     return s0.amin(-1), s1.amin(-1)
 
@@ -220,7 +222,7 @@ def _widths(start: Tensor, end: Tensor, eps: float, depth: int) -> tuple[Tensor,
 
 
 def _rms(vectors: Tensor) -> Tensor:
-    return vectors.double().pow(2).mean(-1).sqrt()
+    return vectors.cpu().double().pow(2).mean(-1).sqrt()
 
 
 def _rounding(nodes: BlockNodes, scalar: Scalar, start: Tensor, end: Tensor, positions: Tensor) -> Tensor:
