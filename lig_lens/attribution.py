@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -33,6 +34,9 @@ from lig_lens.prompts import Prompt, check_same_length, is_batch, read_prompt
 from lig_lens.quadrature import NODES_PER_PANEL
 from lig_lens.quadrature import Integral as Integrated
 from lig_lens.targets import Direction, check_target, describe_target
+
+Selection = int | np.integer[Any] | Sequence[int] | np.ndarray[Any, Any] | Tensor | None
+"""Layers or destinations: one number, several, or None for all."""
 
 # Destinations whose unfinished panels may be held at once, in bytes of their contributions.
 _PANEL_BYTES = 2**28
@@ -64,6 +68,10 @@ class Settings:
         if self.max_batch_tokens < 1:
             raise InputError(f"max_batch_tokens={self.max_batch_tokens} is too few: give at least 1.")
 
+    def starts_from(self, name: str, baseline: str) -> bool:
+        """Whether map `name` has the named baseline; tensors have no name."""
+        return isinstance(self.baselines[name], str) and self.baselines[name] == baseline
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -82,8 +90,8 @@ def attribute(
     prompt: Any,
     *,
     maps: str | Sequence[str] = ("attn", "mlp", "block"),
-    layers: int | Sequence[int] | None = None,
-    destinations: int | Sequence[int] | None = None,
+    layers: Selection = None,
+    destinations: Selection = None,
     attn_baseline: str | Tensor = "itb",
     mlp_baseline: str | Tensor = "att_itb_a0",
     block_baseline: str | Tensor = "itb",
@@ -145,10 +153,7 @@ def attribute(
         engine=engine,
         progress=progress,
     )
-    used = any(
-        isinstance(settings.baselines[name], str) and settings.baselines[name] == "corrupted" for name in settings.maps
-    )
-    if corrupted is not None and not used:
+    if corrupted is not None and not any(settings.starts_from(name, "corrupted") for name in settings.maps):
         raise InputError(
             f"corrupted is given, but no baseline of the maps {', '.join(settings.maps)} is 'corrupted': set one, or "
             "leave corrupted out."
@@ -190,7 +195,7 @@ def _one_each(several: bool, prompt: Any, value: Any, what: str = "prompt") -> l
     return list(value)
 
 
-def _chosen(what: str, values: Any, count: int) -> tuple[int, ...]:
+def _chosen(what: str, values: Selection, count: int) -> tuple[int, ...]:
     """Indices in `values`, made non-negative; all of `count` for None."""
     if values is None:
         return tuple(range(count))
@@ -241,8 +246,7 @@ def _prepare(
                 f"Block {layer} has no attention with separable heads, so it has no {heads[0]!r} map: "
                 "use maps=('block',) or leave the layer out."
             )
-        ratio = settings.baselines["attn"]
-        if "attn" in heads and isinstance(ratio, str) and ratio == "itb_map_ratio" and nodes[layer].pattern is None:
+        if "attn" in heads and settings.starts_from("attn", "itb_map_ratio") and nodes[layer].pattern is None:
             raise InputError(
                 f"attn_baseline='itb_map_ratio' needs the attention pattern, which block {layer} does not show "
                 "(attn.hook_pattern): use 'itb_zero_ratio', or load the model with eager attention."
@@ -325,14 +329,14 @@ def _attention_columns(
     main = along(baseline)
     cells = _cells(main)
     contributions = main.parts.permute(1, 2, 0)  # dst head src -> head src dst
-    if isinstance(baseline, str) and baseline == "itb_zero_ratio":
+    if settings.starts_from(name, "itb_zero_ratio"):
         zero = along("zero", settings.tol / 4)  # its error grows when a share is taken
         share = self_share(zero.parts.permute(1, 2, 0), dst)
         contributions = refill_self(contributions, share, dst)
         # The share of a column takes over the error of the sum that it is a share of.
         cells["gap"] = torch.maximum(cells["gap"], zero.gap.T * (1 + share.abs()))
         cells["converged"] &= zero.converged.T & (cells["gap"] <= settings.tol)
-    elif isinstance(baseline, str) and baseline == "itb_map_ratio":
+    elif settings.starts_from(name, "itb_map_ratio"):
         assert nodes.pattern is not None  # checked in _prepare
         pattern = nodes.pattern.transpose(-1, -2)[..., dst]  # head dst src -> head src dst
         contributions = refill_self(contributions, self_share(pattern, dst), dst)

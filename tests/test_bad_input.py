@@ -117,7 +117,8 @@ def test_corrupted_prompts() -> None:
         "attn_baseline='corrupted' needs a second prompt: pass corrupted=... as well."
     )
     assert refused(corrupted=IDS) == (
-        "corrupted is given, but no baseline of the maps attn, mlp, block is 'corrupted': set one, or leave corrupted out."
+        "corrupted is given, but no baseline of the maps attn, mlp, block is 'corrupted': set one, "
+        "or leave corrupted out."
     )
     message = refused(attn_baseline="corrupted", corrupted=[5, 12, 31, 8, 9])
     assert "corrupted has 5 tokens, the prompt 4" in message
