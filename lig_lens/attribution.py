@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -31,11 +30,10 @@ from lig_lens.errors import ConvergenceWarning, InputError, NonFiniteError, chec
 from lig_lens.flow import Flow
 from lig_lens.loading import check_hooked, describe_processing, model_name
 from lig_lens.prompts import Prompt, check_same_length, is_batch, read_prompt
-from lig_lens.quadrature import NODES_PER_PANEL
-from lig_lens.quadrature import Integral as Integrated
+from lig_lens.quadrature import NODES_PER_PANEL, Integral
 from lig_lens.targets import Direction, check_target, describe_target
 
-Selection = int | np.integer[Any] | Sequence[int] | np.ndarray[Any, Any] | Tensor | None
+Selection = int | np.integer[Any] | Sequence[int] | Int[np.ndarray, "chosen"] | Int[Tensor, "chosen"] | None
 """Layers or destinations: one number, several, or None for all."""
 
 # Destinations whose unfinished panels may be held at once, in bytes of their contributions.
@@ -105,7 +103,7 @@ def attribute(
     attention_mask: Any = None,
     progress: bool = True,
 ) -> Flow | list[Flow]:
-    """Layer-wise Integrated Gradients of one prompt or of several (LIG, arXiv 2606.21564).
+    """Layer-wise Integral Gradients of one prompt or of several (LIG, arXiv 2606.21564).
 
     Args:
         model: a `TransformerBridge`, `HookedTransformer` or `HookedEncoder`; see `load_model`.
@@ -199,7 +197,8 @@ def _chosen(what: str, values: Selection, count: int) -> tuple[int, ...]:
     """Indices in `values`, made non-negative; all of `count` for None."""
     if values is None:
         return tuple(range(count))
-    chosen = [int(values)] if isinstance(values, Integral) else [int(v) for v in values]
+    several = [values] if isinstance(values, (int, np.integer)) else values
+    chosen = [int(v) for v in several]
     if not chosen:
         raise InputError(f"{what}s is empty: name at least one, or leave it out for all {count}.")
     outside = [v for v in chosen if not -count <= v < count]
@@ -321,7 +320,7 @@ def _attention_columns(
     nodes, corrupted = job.nodes[layer], job.corrupted.get(layer)
     baseline, to_heads = settings.baselines[name], name == "attn"
 
-    def along(start: "str | Tensor", tol: float = settings.tol) -> Integrated:
+    def along(start: "str | Tensor", tol: float = settings.tol) -> Integral:
         budget = Budget(tol, settings.max_nodes, settings.max_batch_tokens)
         path = resid_path(nodes, start, corrupted, index)
         return integrate_resid(nodes, path, settings.target, dst, to_heads, budget)
@@ -357,7 +356,7 @@ def _tail_columns(settings: Settings, job: _Job, index: int, name: str, dst: Int
     return {"contributions": parts[:-2], "skip": parts[-2], "bias": parts[-1], **cells}
 
 
-def _cells(integral: Integrated) -> dict[str, Tensor]:
+def _cells(integral: Integral) -> dict[str, Tensor]:
     names = ("total", "gap", "converged")
     return {name: getattr(integral, name).T for name in names}
 
