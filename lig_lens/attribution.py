@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import itertools
+import operator
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lig_lens import __version__
 from lig_lens.baselines import (
     check_baseline,
     describe_baseline,
@@ -24,20 +26,22 @@ from lig_lens.baselines import (
 )
 from lig_lens.block import prepared, record_calls
 from lig_lens.boundaries import BlockNodes, find_nodes
-from lig_lens.config import ENGINES, MAPS, MAX_BATCH_TOKENS, MAX_NODES
+from lig_lens.config import BASELINES, ENGINES, MAPS, MAX_BATCH_TOKENS, MAX_NODES
 from lig_lens.engines.hooks import Budget, integrate_resid, integrate_tail
 from lig_lens.errors import ConvergenceWarning, InputError, NonFiniteError, check_choice
 from lig_lens.flow import Flow
-from lig_lens.loading import check_hooked, describe_processing, model_name
+from lig_lens.loading import check_evaluating, check_hooked, describe_processing, model_name
 from lig_lens.prompts import Prompt, check_same_length, is_batch, read_prompt
 from lig_lens.quadrature import NODES_PER_PANEL, Integral
 from lig_lens.targets import Direction, check_target, describe_target
 
-Selection = int | np.integer[Any] | Sequence[int] | Int[np.ndarray, "chosen"] | Int[Tensor, "chosen"] | None
-"""Layers or destinations: one number, several, or None for all."""
+Selection = Any
+"""Layers or destinations: one number, several (list, array, tensor), or None for all; checked in `_chosen`."""
 
-# Destinations whose unfinished panels may be held at once, in bytes of their contributions.
+# Contributions of unfinished panels that may be held at once, in bytes, and how many panels a column may have open.
 _PANEL_BYTES = 2**28
+_OPEN_PANELS = 32
+_OUR_FRAMES = ("lig_lens", "torch", "jaxtyping", "beartype")
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,11 @@ class Settings:
             raise InputError("maps is empty: name at least one of 'attn', 'mlp', 'block'.")
         for name in self.maps:
             check_choice("map", name, MAPS)
+        for name, baseline in self.baselines.items():  # a slip is a slip, also where the map is not asked for
+            if not isinstance(baseline, Tensor):
+                check_choice(f"{name}_baseline", baseline, BASELINES[name])
         check_choice("engine", self.engine, ENGINES)
-        if not 0 < self.tol < 1:
+        if not isinstance(self.tol, float) or not 0 < self.tol < 1:
             raise InputError(f"tol={self.tol!r} is not between 0 and 1: it is a relative gap, such as 1e-3.")
         if self.max_nodes < NODES_PER_PANEL:
             raise InputError(f"max_nodes={self.max_nodes} is too few: give at least {NODES_PER_PANEL}.")
@@ -80,6 +87,7 @@ class _Job:
     destinations: tuple[int, ...]
     nodes: dict[int, BlockNodes]
     corrupted: dict[int, BlockNodes]
+    second: Prompt | None
 
 
 @torch.inference_mode(False)  # gradients are needed, whatever mode the caller is in
@@ -103,7 +111,7 @@ def attribute(
     attention_mask: Any = None,
     progress: bool = True,
 ) -> Flow | list[Flow]:
-    """Layer-wise Integral Gradients of one prompt or of several (LIG, arXiv 2606.21564).
+    """Layer-wise Integrated Gradients of one prompt or of several (LIG, arXiv 2606.21564).
 
     Args:
         model: a `TransformerBridge`, `HookedTransformer` or `HookedEncoder`; see `load_model`.
@@ -156,21 +164,8 @@ def attribute(
             f"corrupted is given, but no baseline of the maps {', '.join(settings.maps)} is 'corrupted': set one, or "
             "leave corrupted out."
         )
-    _check_dropout(model)
-    several = is_batch(prompt)
-    prompts, others, masks = (
-        _one_each(several, prompt, prompt),
-        _one_each(several, prompt, corrupted, "corrupted"),
-        _one_each(several, prompt, attention_mask, "attention_mask"),
-    )
-    read = []
-    for one, other, mask in zip(prompts, others, masks, strict=True):
-        clean = read_prompt(model, one, prepend_bos=prepend_bos, attention_mask=mask)
-        second = None
-        if other is not None:
-            second = read_prompt(model, other, prepend_bos=prepend_bos, what="corrupted prompt")
-            check_same_length(clean, second)
-        read.append((clean, second))
+    check_evaluating(model)
+    read = _read_prompts(model, prompt, corrupted, attention_mask, prepend_bos)
     chosen = _chosen("layer", layers, int(model.cfg.n_layers))
     wanted = [_chosen("destination", destinations, len(clean)) for clean, _ in read]
     first = _prepare(model, settings, *read[0], chosen, wanted[0])
@@ -178,7 +173,32 @@ def attribute(
         _check_shapes(settings, first.nodes[chosen[0]], len(clean), len(chosen), second is not None)
     rest = (_prepare(model, settings, *pair, chosen, dst) for pair, dst in zip(read[1:], wanted[1:], strict=True))
     flows = [_run(model, settings, job) for job in itertools.chain([first], rest)]
-    return flows if several else flows[0]
+    return flows if is_batch(prompt) else flows[0]
+
+
+def _read_prompts(
+    model: Any, prompt: Any, corrupted: Any, attention_mask: Any, prepend_bos: bool | None
+) -> list[tuple[Prompt, Prompt | None]]:
+    """Clean and corrupted prompt of every run."""
+    several = is_batch(prompt)
+    prompts, others, masks = (
+        _one_each(several, prompt, prompt),
+        _one_each(several, prompt, corrupted, "corrupted"),
+        _one_each(several, prompt, attention_mask, "attention_mask"),
+    )
+    read: list[tuple[Prompt, Prompt | None]] = []
+    for number, (one, other, mask) in enumerate(zip(prompts, others, masks, strict=True)):
+        try:
+            clean = read_prompt(model, one, prepend_bos=prepend_bos, attention_mask=mask)
+            second = None
+            if other is not None:
+                second = read_prompt(model, other, prepend_bos=prepend_bos, what="corrupted prompt")
+                check_same_length(clean, second)
+        except InputError as error:
+            where = f"Prompt {number} of {len(prompts)}: " if several else ""
+            raise InputError(f"{where}{error}") from error
+        read.append((clean, second))
+    return read
 
 
 def _one_each(several: bool, prompt: Any, value: Any, what: str = "prompt") -> list[Any]:
@@ -197,8 +217,11 @@ def _chosen(what: str, values: Selection, count: int) -> tuple[int, ...]:
     """Indices in `values`, made non-negative; all of `count` for None."""
     if values is None:
         return tuple(range(count))
-    several = [values] if isinstance(values, (int, np.integer)) else values
-    chosen = [int(v) for v in several]
+    try:
+        several = [values] if isinstance(values, (int, np.integer)) else list(values)
+        chosen = [operator.index(v) for v in several]
+    except TypeError as error:
+        raise InputError(f"{what}s={values!r} is not a number or a list of numbers such as [0, 3].") from error
     if not chosen:
         raise InputError(f"{what}s is empty: name at least one, or leave it out for all {count}.")
     outside = [v for v in chosen if not -count <= v < count]
@@ -210,23 +233,6 @@ def _chosen(what: str, values: Selection, count: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(v % count for v in chosen))
 
 
-def _check_dropout(model: Any) -> None:
-    if not model.training and not any(block.training for block in model.blocks):
-        return
-    rates = {name: float(m.p) for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    for name, value in (config.to_dict() if config is not None else {}).items():
-        if ("drop" in name or name.endswith("pdrop")) and isinstance(value, float):
-            rates[name] = value
-    active = {name: rate for name, rate in rates.items() if rate > 0}
-    if active:
-        name, rate = next(iter(active.items()))
-        raise InputError(
-            f"The model is in train mode with dropout ({name.replace('_original_component.', '')} = {rate}): "
-            "its outputs are random. Call model.eval() first."
-        )
-
-
 def _prepare(
     model: Any,
     settings: Settings,
@@ -236,9 +242,9 @@ def _prepare(
     destinations: tuple[int, ...],
 ) -> _Job:
     """Record the prompt's blocks, verify their nodes, and check that they have what the maps need."""
-    nodes = _nodes(model, clean, layers)
-    corrupted = _nodes(model, second, layers) if second is not None else {}
     heads = [name for name in settings.maps if name in ("attn", "mlp")]
+    nodes = _nodes(model, clean, layers, bool(heads))
+    corrupted = _nodes(model, second, layers, bool(heads)) if second is not None else {}
     for layer in layers:
         if heads and nodes[layer].z is None:
             raise InputError(
@@ -250,7 +256,7 @@ def _prepare(
                 f"attn_baseline='itb_map_ratio' needs the attention pattern, which block {layer} does not show "
                 "(attn.hook_pattern): use 'itb_zero_ratio', or load the model with eager attention."
             )
-    return _Job(clean, layers, destinations, nodes, corrupted)
+    return _Job(clean, layers, destinations, nodes, corrupted, second)
 
 
 def _check_shapes(settings: Settings, nodes: BlockNodes, n_pos: int, n_layers: int, has_corrupted: bool) -> None:
@@ -264,9 +270,9 @@ def _check_shapes(settings: Settings, nodes: BlockNodes, n_pos: int, n_layers: i
         check_baseline(name, settings.baselines[name], n_layers, shape, has_corrupted)
 
 
-def _nodes(model: Any, prompt: Prompt, layers: tuple[int, ...]) -> dict[int, BlockNodes]:
+def _nodes(model: Any, prompt: Prompt, layers: tuple[int, ...], heads: bool) -> dict[int, BlockNodes]:
     calls = record_calls(model, prompt.ids, layers)
-    return {layer: find_nodes(model, calls[layer]) for layer in layers}
+    return {layer: find_nodes(model, calls[layer], heads) for layer in layers}
 
 
 def _run(model: Any, settings: Settings, job: _Job) -> Flow:
@@ -307,7 +313,7 @@ def _portions(job: _Job, layer: int, name: str) -> Iterator[Int[Tensor, "dst"]]:
     """Destinations in portions whose unfinished panels fit into `_PANEL_BYTES`."""
     nodes = job.nodes[layer]
     width = len(job.prompt) * (nodes.boundaries.n_heads if name == "attn" else 1)
-    size = max(1, _PANEL_BYTES // (width * 8 * 32))
+    size = max(1, _PANEL_BYTES // (width * 4 * 4 * _OPEN_PANELS))  # four float32 sums for each
     dst = torch.tensor(job.destinations, device=nodes.resid_pre.device)
     yield from torch.split(dst, size)
 
@@ -357,23 +363,34 @@ def _tail_columns(settings: Settings, job: _Job, index: int, name: str, dst: Int
 
 
 def _cells(integral: Integral) -> dict[str, Tensor]:
-    names = ("total", "gap", "converged")
+    names = ("total", "gap", "error", "converged", "nodes")
     return {name: getattr(integral, name).T for name in names}
 
 
 def _warn(settings: Settings, tensors: dict[str, dict[str, Tensor]]) -> None:
-    missed = {name: int((~t["converged"]).sum()) for name, t in tensors.items()}
-    if not any(missed.values()):
+    missed = {name: ~t["converged"] for name, t in tensors.items() if not bool(t["converged"].all())}
+    if not missed:
         return
     cells = sum(t["converged"].numel() for t in tensors.values())
     listed = ", ".join(
-        f"{name} {count} (worst gap {float(tensors[name]['gap'].max()):.1e})" for name, count in missed.items() if count
+        f"{name} {int(mask.sum())} (worst gap {float(tensors[name]['gap'].max()):.1e}, worst estimated error of a "
+        f"contribution {float(tensors[name]['error'].max()):.1e})"
+        for name, mask in missed.items()
     )
+    # A cell that stopped with half its budget left has only gaps that rounding can explain.
+    rounded = sum(
+        int((mask & (tensors[name]["nodes"] < settings.max_nodes // 2)).sum()) for name, mask in missed.items()
+    )
+    limited = f" {rounded} of them are limited by rounding: use a float64 model or a larger tol." if rounded else ""
+    # Point at the code that called into this package, past wrappers that others put around our functions.
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _OUR_FRAMES:
+        frame, level = frame.f_back, level + 1
     warnings.warn(
-        f"{sum(missed.values())} of {cells} cells missed tol={settings.tol:g} within max_nodes="
-        f"{settings.max_nodes}: {listed}. See flow.gap and flow.converged; raise max_nodes or tol.",
+        f"{sum(int(mask.sum()) for mask in missed.values())} of {cells} cells missed tol={settings.tol:g} within "
+        f"max_nodes={settings.max_nodes}: {listed}. See flow.gap and flow.converged; raise max_nodes or tol.{limited}",
         ConvergenceWarning,
-        stacklevel=4,
+        stacklevel=level,
     )
 
 
@@ -411,6 +428,10 @@ def _record(model: Any, settings: Settings, job: _Job) -> dict[str, Any]:
         "max_nodes": settings.max_nodes,
         "engine": settings.engine,
         "token_ids": job.prompt.ids[0].tolist(),
+        "corrupted_token_ids": None if job.second is None else job.second.ids[0].tolist(),
         "model": describe_processing(model),
-        "versions": {name: importlib.metadata.version(name) for name in ("lig-lens", "transformer_lens", "torch")},
+        "versions": {
+            "lig_lens": __version__,
+            **{name: importlib.metadata.version(name) for name in ("transformer_lens", "torch")},
+        },
     }

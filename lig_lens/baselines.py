@@ -8,12 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lig_lens.boundaries import BlockNodes
-from lig_lens.config import ATTN_BASELINES, BLOCK_BASELINES, MLP_BASELINES
+from lig_lens.config import BASELINES
 from lig_lens.errors import InputError, check_choice
 
-VALID_BASELINES = {"attn": ATTN_BASELINES, "mlp": MLP_BASELINES, "block": BLOCK_BASELINES}
-
-# Denominators below this make a refilled self term 0 (section on ratio baselines of the method).
+# Denominators below this leave the self term of a ratio baseline at 0.
 _VANISHING = 1e-8
 
 
@@ -41,7 +39,7 @@ def check_baseline(
         if not bool(torch.isfinite(baseline).all()):
             raise InputError(f"{map_name}_baseline holds NaN or infinite values.")
         return baseline
-    name = check_choice(f"{map_name}_baseline", baseline, VALID_BASELINES[map_name])
+    name = check_choice(f"{map_name}_baseline", baseline, BASELINES[map_name])
     if name == "corrupted" and not has_corrupted:
         raise InputError(f"{map_name}_baseline='corrupted' needs a second prompt: pass corrupted=... as well.")
     return name

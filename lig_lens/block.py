@@ -21,6 +21,9 @@ Hook = Callable[[Tensor], Tensor | None]
 """Receives the activation at a node; returns a replacement, or None to leave it."""
 
 
+_HALF = (torch.float16, torch.bfloat16)
+
+
 class _Stop(Exception):  # noqa: N818  (control flow, not an error)
     """Ends a replay as soon as the wanted node has been read."""
 
@@ -93,14 +96,13 @@ def prepared(model: Any, block: nn.Module) -> Iterator[None]:
     parameters = list(block.parameters()) + list(block.buffers())
     saved = [(p, p.data, p.requires_grad) for p in parameters]
     cfg, dtype = model.cfg, model.cfg.dtype
-    half = dtype in (torch.float16, torch.bfloat16)
     try:
         for p in parameters:
-            if p.dtype in (torch.float16, torch.bfloat16):
+            if p.dtype in _HALF:
                 p.data = p.data.float()
             if p.is_floating_point():
                 p.requires_grad_(False)
-        if half:
+        if dtype in _HALF:
             cfg.dtype = torch.float32
         yield
     finally:
@@ -109,11 +111,6 @@ def prepared(model: Any, block: nn.Module) -> Iterator[None]:
             if data.is_floating_point():
                 p.requires_grad_(requires_grad)
         cfg.dtype = dtype
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a model of `dtype` is integrated: float32 at least."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -199,7 +196,6 @@ def record_calls(model: Any, tokens: Int[Tensor, "1 pos"], layers: Sequence[int]
     Returns:
         layer -> `BlockCall`; values are copies, so the model's memory can be reused.
     """
-    dtype = compute_dtype(model.cfg.dtype)
     inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     outputs: dict[int, Tensor] = {}
     pairs: list[tuple[nn.Module, Callable[..., Any], bool]] = []
@@ -214,12 +210,10 @@ def record_calls(model: Any, tokens: Int[Tensor, "1 pos"], layers: Sequence[int]
         pairs += [(model.blocks[layer], before, True), (model.blocks[layer], after, False)]
     with torch.no_grad(), module_hooks(pairs):
         model(tokens)
-    return {layer: _block_call(model, layer, *inputs[layer], outputs[layer], dtype) for layer in layers}
+    return {layer: _block_call(model, layer, *inputs[layer], outputs[layer]) for layer in layers}
 
 
-def _block_call(
-    model: Any, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, dtype: torch.dtype
-) -> BlockCall:
+def _block_call(model: Any, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> BlockCall:
     resid_key: int | str | None = next((i for i, a in enumerate(args) if isinstance(a, Tensor)), None)
     if resid_key is None:
         resid_key = next((k for k in ("hidden_states", "resid_pre", "x") if k in kwargs), None)
@@ -234,6 +228,8 @@ def _block_call(
             f"Block {layer} maps shape {tuple(resid.shape)} to {tuple(output.shape)}; "
             "a block must keep [batch, pos, d_model]."
         )
+    # What runs decides: a config's dtype stays as it was loaded when the model is cast.
+    dtype = torch.float32 if output.dtype in _HALF else output.dtype
     block = model.blocks[layer]
     return BlockCall(
         layer=layer,

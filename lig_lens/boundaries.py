@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lig_lens.block import BlockCall, prepared, record_calls
 from lig_lens.errors import BoundaryError, NonFiniteError
-from lig_lens.loading import load_model
+from lig_lens.loading import check_evaluating, check_hooked, load_model
 
 LAYOUTS = ("pre_ln", "post_ln", "pre_post_ln", "parallel", "block_only")
 
@@ -102,13 +102,19 @@ class BlockNodes:
         return torch.einsum("...he,hem->...m", z, self.W_O) + bias * self.b_O
 
 
-def find_nodes(model: Any, call: BlockCall) -> BlockNodes:
+def find_nodes(model: Any, call: BlockCall, heads: bool = True) -> BlockNodes:
     """Find and check the nodes of the block that `call` recorded.
+
+    Args:
+        model: the model that the block belongs to.
+        call: the block on one prompt.
+        heads: whether head outputs are needed; if not, a block whose inside does not fit any layout is `block_only`.
 
     Raises:
         BoundaryError: the nodes do not reproduce the block.
         NonFiniteError: a node's value, or a weight, is NaN or infinite.
     """
+    _check_weights(call)
     _check_finite(call, "resid_pre", call.resid_pre)
     with torch.no_grad(), prepared(model, call.block):
         values, order, output = _read_everything(call)
@@ -139,7 +145,12 @@ def find_nodes(model: Any, call: BlockCall) -> BlockNodes:
         W_O = W_O.detach().to(output.dtype)
         z = values[z_path].reshape(-1, *W_O.shape[:2])
         _check_finite(call, "hook_z", z)
-        layout, b_O = _layout(call, z_path, attn_out_path, z, W_O, values, output, order)
+        try:
+            layout, b_O = _layout(call, z_path, attn_out_path, z, W_O, values, output, order)
+        except BoundaryError:
+            if heads:
+                raise
+            return BlockNodes(boundaries=BlockBoundaries(**fields), **nodes)
         middle = _middle(layout, call, values, attn_out_path)
         mid_path = None if middle is None else _hook_with_value(values, middle, first=True)
         fields |= {
@@ -157,9 +168,9 @@ def find_nodes(model: Any, call: BlockCall) -> BlockNodes:
             z_path=z_path,
             attn_out_path=attn_out_path,
             norms_to_z=norms_to_z,
-            norms_to_resid_post=norms_to_z + (2 if layout == "pre_post_ln" else 1 if norms else 0),
+            norms_to_resid_post=norms_to_z + (3 if layout == "pre_post_ln" else 1 if norms else 0),
             z=z,
-            pattern=None if pattern is None else pattern.to(output.dtype),
+            pattern=_pattern(pattern, z),
             W_O=W_O,
             b_O=b_O,
             **nodes,
@@ -190,12 +201,12 @@ def _read_everything(call: BlockCall) -> tuple[dict[str, Tensor], list[str], Ten
 def _check_replay(call: BlockCall, output: Tensor) -> None:
     _check_finite(call, "resid_post", output)
     # A half-precision model was recorded in its own rounding and is replayed in float32.
-    tolerance = max(1e-4, 20 * torch.finfo(call.recorded_dtype).eps)
+    tolerance = max(1e-4, 8 * torch.finfo(call.recorded_dtype).eps)
     error = _relative(output - call.resid_post, call.resid_post)
     if error > tolerance:
         raise BoundaryError(
             f"Running block {call.layer} alone differs from the full model by {error:.1e} of its output "
-            f"(allowed {tolerance:.0e}): the block takes input that its call does not show."
+            f"(allowed {tolerance:.0e}): the block takes input that its call does not show, or is random."
         )
 
 
@@ -214,15 +225,16 @@ def _layout(
     Run 0 moves a vector from the attention output to the skip connection: if nothing changes, the rest of the
     block sees only their sum (pre_ln, post_ln). Run 1 sets z to 0, which leaves b_O and, in parallel blocks,
     changes the output by exactly the attention output. Run 2 changes z at the last position only: no other
-    position may follow, since the rest of the block is taken to act token by token.
+    position may follow, since the rest of the block is taken to act token by token. Run 3 turns all positions
+    around, and the output must turn with them.
     """
     scale = call.resid_pre.std().clamp(min=1e-6)
     generator = torch.Generator().manual_seed(0)
     moved = torch.randn(call.resid_pre.shape, generator=generator).to(call.resid_pre) * scale
-    changed_z = torch.stack([z, torch.zeros_like(z), z.clone()])
+    changed_z = torch.stack([z, torch.zeros_like(z), z.clone(), z.flip(0)])
     changed_z[2, -1] = changed_z[2, -1].flip(-1) + z.std()
-    shift = torch.stack([-moved, torch.zeros_like(moved), torch.zeros_like(moved)])
-    skip = torch.stack([call.resid_pre + moved, call.resid_pre, call.resid_pre])
+    shift = torch.stack([-moved, *torch.zeros_like(moved).expand(3, -1, -1)])
+    skip = torch.stack([call.resid_pre + moved, call.resid_pre, call.resid_pre, call.resid_pre.flip(0)])
     attn_outs: list[Tensor] = []
 
     def on_attn_out(now: Tensor) -> Tensor:
@@ -238,14 +250,15 @@ def _layout(
         raise BoundaryError(
             f"Block {call.layer}: hook_z times W_O plus b_O misses the attention output at "
             f"'{attn_out_path}' by {error:.1e} of it. The hook is not the head output before W_O "
-            "(if use_attn_result is on, turn it off)."
+            "Take off hooks that edit the model, or use maps=('block',)."
         )
     if z.shape[0] > 1:
-        leak = _relative((outputs[2] - output)[:-1], output)
+        leak = max(_relative((outputs[2] - output)[:-1], output), _relative(outputs[3].flip(0) - output, output))
         if leak > 1e-4:
             raise BoundaryError(
-                f"Block {call.layer}: a head output at the last position changes earlier positions "
-                f"({leak:.1e}) after attention. Only blocks that act token by token there are supported."
+                f"Block {call.layer}: after attention it mixes positions or treats them differently (by {leak:.1e} of "
+                "its output), but only what acts on each token alike can be attributed to heads. Take off hooks that "
+                "edit the model, or use maps=('block',)."
             )
     if _relative(outputs[0] - output, output) <= 1e-3:
         return ("pre_ln" if _norm_before(order, z_path) else "post_ln"), b_O
@@ -255,8 +268,8 @@ def _layout(
     if _relative(output - attn_out - without_attention, output) <= 1e-3:
         return "parallel", b_O
     raise BoundaryError(
-        f"Block {call.layer}: its output follows neither the sum of skip connection and attention output, nor "
-        "a norm of the attention output, nor a parallel MLP. Ask for maps=('block',) on such a model."
+        f"Block {call.layer}: its output follows neither the sum of skip connection and attention output, nor a norm "
+        "of the attention output, nor a parallel MLP. Take off hooks that edit the model, or use maps=('block',)."
     )
 
 
@@ -353,13 +366,28 @@ def _relative(difference: Tensor, reference: Tensor) -> float:
 def _check_finite(call: BlockCall, node: str, value: Tensor) -> None:
     if bool(torch.isfinite(value).all()):
         return
-    weights = [name for name, p in call.block.named_parameters() if not torch.isfinite(p).all()]
-    cause = (
-        f" Its weight {weights[0].replace('_original_component.', '')!r} holds such values: reload the model."
-        if weights
-        else " Check the weights and the dtype (float16 overflows at 65504)."
+    raise NonFiniteError(
+        f"NaN or infinite values at {node} of block {call.layer}: check the weights before it, and the dtype "
+        "(float16 overflows at 65504)."
     )
-    raise NonFiniteError(f"NaN or infinite values at {node} of block {call.layer}.{cause}")
+
+
+def _check_weights(call: BlockCall) -> None:
+    # First of all: a HookedTransformer turns NaN patterns into 0, and a bad weight would show nowhere.
+    for name, weight in call.block.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            shown = name.replace("_original_component.", "")
+            raise NonFiniteError(
+                f"NaN or infinite values in the weight {shown!r} of block {call.layer}: reload the model."
+            )
+
+
+def _pattern(pattern: Tensor | None, z: Tensor) -> Tensor | None:
+    """The attention pattern, if that is what the hook shows: rows over sources that add up to 1."""
+    if pattern is None or pattern.shape != (z.shape[1], z.shape[0], z.shape[0]):
+        return None
+    pattern = pattern.to(z.dtype)
+    return pattern if bool(((pattern.sum(-1) - 1).abs() <= 1e-3).all()) else None
 
 
 def describe_boundaries(
@@ -374,9 +402,11 @@ def describe_boundaries(
 
     Raises:
         BoundaryError: a block's nodes do not reproduce it.
+        InputError: not a hooked model, or one in train mode with dropout.
     """
     if isinstance(model, (str, Path)):
         model = load_model(model, load_weights=not config_only)
+    check_evaluating(check_hooked(model))
     if tokens is None:
         length = min(6, model.cfg.n_ctx)
         tokens = torch.arange(1, length + 1, device=model.cfg.device)[None] * 7 % model.cfg.d_vocab

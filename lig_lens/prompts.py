@@ -1,8 +1,8 @@
 """A prompt in, token ids and their labels out."""
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def is_batch(prompt: Any) -> bool:
     """Whether `prompt` is several prompts: a sequence of texts or of id sequences (not one of ids)."""
     if isinstance(prompt, (str, Tensor)) or not isinstance(prompt, Sequence) or not prompt:
         return False
-    return not isinstance(prompt[0], Integral)
+    return not isinstance(prompt[0], numbers.Integral)
 
 
 def read_prompt(
@@ -57,6 +57,8 @@ def read_prompt(
             the wrong shape or type.
     """
     if isinstance(prompt, str):
+        if attention_mask is not None:
+            raise InputError("attention_mask goes with token ids: a text has no padding, leave the mask out.")
         ids = _from_text(model, prompt, prepend_bos, what)
     else:
         ids = _from_ids(model, prompt, attention_mask, what)

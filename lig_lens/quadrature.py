@@ -27,10 +27,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# Panels that one Gauss-Legendre rule covers, and its nodes: see benchmarks of accuracy.
+# Nodes of one Gauss-Legendre rule, and the length in t of the panels that a path starts with.
 NODES_PER_PANEL = 8
 PANEL_LENGTH = 4.0
-_NARROWEST = 1e-12
+_NARROWEST = 1e-18
 
 
 @runtime_checkable
@@ -125,12 +125,13 @@ def integrate(
         s1: the same at a = 1.
         noise: change of each scalar that rounding alone can cause; gaps below it are not refined.
         tol: largest gap relative to the cell's total.
-        max_nodes: budget of nodes per cell.
+        max_nodes: budget of nodes per cell; the first panels are evaluated in any case.
         chunk: items (points on paths) evaluated together.
     """
     n_dst = integrand.n_dst
     s0, s1 = (side.cpu().double().clamp(_NARROWEST, 1.0) for side in (s0, s1))
-    noise = noise.cpu().double()
+    tiny = torch.finfo(torch.float32).tiny
+    noise = noise.cpu().double().clamp(min=tiny)
     total = _scalars(integrand, torch.arange(n_dst), torch.ones(n_dst, dtype=torch.float64), chunk)
     allowed = torch.maximum(tol * total.abs(), noise)
     shape = (n_dst, integrand.n_groups, integrand.n_parts)
@@ -141,7 +142,6 @@ def integrate(
     while len(panels):
         values, gap, error = _evaluate(integrand, panels, s0, s1, chunk)
         spent.index_put_((panels.dst,), NODES_PER_PANEL * panels.groups.long(), accumulate=True)
-        broke = spent + 2 * NODES_PER_PANEL > max_nodes
         owner = panels.dst.to(integrand.device)
         largest = parts.index_put((owner,), values, accumulate=True).abs().amax(-1).cpu().double()
         bound = torch.maximum(tol * largest, noise)
@@ -149,15 +149,19 @@ def integrate(
         use = torch.where(gap > noise[panels.dst], gap / allowed[panels.dst], 0.0)
         use = torch.maximum(use, error / bound[panels.dst])
         used = torch.maximum(torch.where(gaps > noise, gaps / allowed, 0.0), errors / bound)
-        keep = _choose(panels, use, used, broke)
+        keep = _choose(panels, use, used)
+        open_panels = torch.zeros_like(spent)
+        open_panels.index_put_((panels.dst,), (panels.groups & ~keep).long(), accumulate=True)
+        # A cell that cannot pay for halving what is open is left as it is.
+        broke = spent + 2 * NODES_PER_PANEL * open_panels > max_nodes
+        keep |= broke[panels.dst] & panels.groups
         parts.index_put_((owner,), values * keep[..., None].to(integrand.device), accumulate=True)
         gaps.index_put_((panels.dst,), gap * keep, accumulate=True)
         errors.index_put_((panels.dst,), error * keep, accumulate=True)
         panels = _halve(integrand, panels, panels.groups & ~keep, s0, s1, chunk)
-    tiny = torch.finfo(torch.float32).tiny
     # Rounding is allowed for by `noise`; a gap relative to less than that would be meaningless.
-    gap = gaps / torch.maximum(total.abs(), noise / tol).clamp(min=tiny)
-    error = errors / torch.maximum(largest, noise / tol).clamp(min=tiny)
+    gap = gaps / torch.maximum(total.abs(), noise / tol)
+    error = errors / torch.maximum(largest, noise / tol)
     converged = (gap <= tol) & (error <= tol)
     return Integral(parts, total.to(parts), gap.to(parts), error.to(parts), converged.to(parts.device), spent)
 
@@ -229,14 +233,14 @@ def _evaluate(
     return integral, gap * panels.groups, error * panels.groups
 
 
-def _choose(panels: _Panels, use: Tensor, used: Tensor, broke: Tensor) -> Tensor:
+def _choose(panels: _Panels, use: Tensor, used: Tensor) -> Tensor:
     """Which panels to keep as they are, per group, given what share of its allowance each uses up.
 
-    All panels of a cell if they fit into what is left, or if the budget is spent; else those that use least, up to
-    half of the allowance, so that something is left for the halves of the others.
+    All panels of a cell if they fit into what is left; else those that use least, up to half of the allowance, so
+    that something is left for the halves of the others.
     """
     open_use = torch.zeros_like(used).index_put_((panels.dst,), use * panels.groups, accumulate=True)
-    done = (used + open_use <= 1) | broke
+    done = used + open_use <= 1
     # Cells sorted together, least use first: one running sum serves all of them.
     keep = torch.zeros_like(panels.groups)
     for group in range(use.shape[1]):

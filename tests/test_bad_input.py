@@ -67,6 +67,8 @@ def test_layer_and_destination_out_of_range() -> None:
     assert refused(layers=2) == "layer 2 is out of range: this model has 2, numbered 0 to 1."
     assert refused(layers=[0, -3]) == "layer -3 is out of range: this model has 2, numbered 0 to 1."
     assert refused(destinations=[9]) == "destination 9 is out of range: this prompt has 4, numbered 0 to 3."
+    assert refused(layers="all") == "layers='all' is not a number or a list of numbers such as [0, 3]."
+    assert refused(destinations=[0.7]).startswith("destinations=[0.7] is not a number")
     assert refused(layers=[]).startswith("layers is empty: name at least one")
     assert refused(destinations=[]).startswith("destinations is empty: name at least one")
 
@@ -82,6 +84,7 @@ def test_layer_and_destination_out_of_range() -> None:
         ({"target": "l3"}, ("Unknown target 'l3'", "Did you mean 'l2'?")),
         ({"engine": "hook"}, ("Unknown engine 'hook'", "Did you mean 'hooks'?")),
         ({"tol": 0.0}, ("tol=0.0 is not between 0 and 1",)),
+        ({"tol": float("nan")}, ("tol=nan is not between 0 and 1",)),
         ({"max_nodes": 3}, ("max_nodes=3 is too few", "at least 8")),
         ({"max_batch_tokens": 0}, ("max_batch_tokens=0 is too few",)),
     ],
@@ -125,6 +128,18 @@ def test_corrupted_prompts() -> None:
     assert "They part at position 2: prompt ['w25', 'w2'], corrupted ['w26', 'w3', 'w4']" in message
     several = refused([IDS, IDS], attn_baseline="corrupted", corrupted=[IDS])
     assert several == "corrupted has 1 entries for 2 prompts: give a list with one per prompt."
+
+
+def test_attention_mask_with_a_text() -> None:
+    assert "attention_mask goes with token ids" in refused("w3 w4", attention_mask=[1, 1])
+
+
+def test_errors_in_a_list_name_the_prompt() -> None:
+    assert refused([IDS, [5, 99]]).startswith("Prompt 1 of 2: The prompt holds token id 99")
+
+
+def test_a_slip_in_a_baseline_that_is_not_used() -> None:
+    assert "Unknown mlp_baseline 'zz'" in refused(maps="attn", mlp_baseline="zz")
 
 
 def test_attention_mask_of_another_length() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_hooked import has_hooked_transformer, tiny_hooked
 from tiny_models import KINDS, LAYOUTS, fresh_bridge, tiny_bridge
 
 import lig_lens
@@ -66,37 +67,71 @@ def test_wrong_hook_is_an_error(gpt2: Any, ids: torch.Tensor) -> None:
         lig_lens.attribute(gpt2, ids, progress=False)
 
 
-def test_block_that_uses_hidden_input_is_an_error(gpt2: Any, ids: torch.Tensor) -> None:
+@pytest.mark.parametrize("step", [1.0, 2e-3])
+def test_block_that_uses_hidden_input_is_an_error(gpt2: Any, ids: torch.Tensor, step: float) -> None:
     calls = 0
 
     def drift(_module: Any, _inputs: Any, out: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        return out + calls
+        return out * (1 + step * calls)
 
     gpt2.blocks[0].mlp.hook_out.register_forward_hook(drift)
     with pytest.raises(BoundaryError, match="Running block 0 alone differs from the full model"):
         lig_lens.attribute(gpt2, ids, progress=False)
 
 
-def test_mlp_that_mixes_tokens_is_an_error(gpt2: Any, ids: torch.Tensor) -> None:
-    gpt2.blocks[0].mlp.hook_out.register_forward_hook(lambda _m, _i, out: out + out.mean(1, keepdim=True))
-    with pytest.raises(BoundaryError, match=r"changes earlier positions .* token by token"):
+def mean_of_positions(out: torch.Tensor) -> torch.Tensor:
+    return out + out.mean(1, keepdim=True)
+
+
+def position_before(out: torch.Tensor) -> torch.Tensor:
+    return out + out.roll(1, 1)
+
+
+def last_position_scaled(out: torch.Tensor) -> torch.Tensor:
+    return torch.cat([out[:, :-1], 5 * out[:, -1:]], 1)
+
+
+@pytest.mark.parametrize("edit", [mean_of_positions, position_before, last_position_scaled])
+def test_tail_that_mixes_or_tells_positions_apart(gpt2: Any, ids: torch.Tensor, edit: Any) -> None:
+    gpt2.blocks[0].mlp.hook_out.register_forward_hook(lambda _m, _i, out: edit(out))
+    with pytest.raises(BoundaryError, match=r"Block 0: after attention it mixes positions .* use maps=\('block',\)"):
         lig_lens.attribute(gpt2, ids, progress=False)
+    # The advice works: the whole block needs no layout.
+    flow = lig_lens.attribute(gpt2, ids, maps="block", layers=0, progress=False)
+    assert flow.layouts == ("block_only",) and bool(flow.converged["block"].all())
 
 
-@pytest.mark.parametrize("name, node", [("mlp.out", "resid_post"), ("attn.o", "resid_post"), ("ln1", "resid_post")])
-def test_nan_in_weights_names_block_node_and_weight(gpt2: Any, ids: torch.Tensor, name: str, node: str) -> None:
+@pytest.mark.parametrize("name", ["mlp.out", "attn.o", "attn.q", "ln1"])
+def test_nan_in_weights_names_block_and_weight(gpt2: Any, ids: torch.Tensor, name: str) -> None:
     module = gpt2.blocks[1].get_submodule(name)
-    next(module.parameters()).data.view(-1)[0] = float("nan")
-    with pytest.raises(NonFiniteError, match=rf"at {node} of block 1\. Its weight '.*' holds such values"):
+    next(module.parameters()).data[0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"NaN or infinite values in the weight '.*' of block 1: reload the model"):
         lig_lens.attribute(gpt2, ids, progress=False)
+
+
+@pytest.mark.skipif(not has_hooked_transformer(), reason="TransformerLens 4 has no HookedTransformer; CI runs 3.9 too")
+@pytest.mark.parametrize("name", ["W_Q", "b_K", "W_O"])
+def test_nan_in_a_hooked_transformer_is_seen_too(ids: torch.Tensor, name: str) -> None:
+    # It turns NaN patterns into 0, so no activation shows them.
+    model = tiny_hooked.__wrapped__("gpt2")
+    getattr(model.blocks[1].attn, name).data.view(-1)[0] = float("nan")
+    with pytest.raises(NonFiniteError, match=f"in the weight 'attn.{name}' of block 1"):
+        lig_lens.attribute(model, ids, maps="mlp", progress=False)
 
 
 def test_nan_before_the_block_is_seen_in_resid_pre(gpt2: Any, ids: torch.Tensor) -> None:
     gpt2.embed.weight.data[int(ids[2])] = float("inf")
-    with pytest.raises(NonFiniteError, match=r"at resid_pre of block 0\. Check the weights and the dtype"):
+    with pytest.raises(NonFiniteError, match=r"at resid_pre of block 0: check the weights before it, and the dtype"):
         lig_lens.attribute(gpt2, ids, progress=False)
+
+
+def test_models_that_cannot_be_described() -> None:
+    with pytest.raises(InputError, match="Linear is not a hooked model"):
+        lig_lens.describe_boundaries(torch.nn.Linear(2, 2))
+    with pytest.raises(InputError, match=r"call model.eval\(\)|Call model.eval\(\)"):
+        lig_lens.describe_boundaries(fresh_bridge("gpt2").train())
 
 
 class _TokenMixer(torch.nn.Module):

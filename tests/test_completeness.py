@@ -7,10 +7,14 @@ from hypothesis import strategies as st
 from tiny_models import KINDS, tiny_bridge
 
 import lig_lens
+from lig_lens.baselines import ResidPath
+from lig_lens.block import record_calls
+from lig_lens.boundaries import find_nodes
+from lig_lens.engines.hooks import _FromResid
 from lig_lens.errors import ConvergenceWarning
+from lig_lens.targets import Scalar
 
 prompts = st.lists(st.integers(5, 39), min_size=1, max_size=7)
-kinds = st.sampled_from(KINDS)
 
 
 def column_sums(flow: lig_lens.Flow, name: str) -> torch.Tensor:
@@ -22,12 +26,13 @@ def column_sums(flow: lig_lens.Flow, name: str) -> torch.Tensor:
 def check_complete(flow: lig_lens.Flow, tol: float) -> None:
     for name in flow.maps:
         missing = (column_sums(flow, name) - flow.total[name]).abs()
-        # A total below float32's resolution of the vectors (of length ~10 here) cannot be hit to a fraction.
-        assert (missing <= tol * flow.total[name].abs() + 3e-5).all(), name
+        # 8 eps of vectors that are no longer than 10 here: what a total may miss by rounding alone.
+        assert (missing <= tol * flow.total[name].abs() + 1e-5).all(), name
         assert bool(flow.converged[name].all()) and (flow.gap[name] <= tol).all()
 
 
-@given(kinds, prompts, st.sampled_from(["itb", "zero"]), st.sampled_from([1e-2, 1e-3]))
+@pytest.mark.parametrize("kind", KINDS)
+@given(prompts, st.sampled_from(["itb", "zero"]), st.sampled_from([1e-2, 1e-3]))
 def test_complete_within_tol(kind: str, ids: list[int], baseline: str, tol: float) -> None:
     tail = "zero" if baseline == "zero" else "att_itb_a0"
     flow = lig_lens.attribute(
@@ -42,8 +47,9 @@ def test_complete_within_tol(kind: str, ids: list[int], baseline: str, tol: floa
     check_complete(flow, tol)
 
 
-@settings(max_examples=5)
-@given(kinds, st.lists(st.integers(5, 39), min_size=4, max_size=4), st.integers(0, 2**16))
+@settings(max_examples=1)
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.lists(st.integers(5, 39), min_size=4, max_size=4), st.integers(0, 2**16))
 def test_complete_along_any_start(kind: str, ids: list[int], seed: int) -> None:
     model = tiny_bridge(kind)
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +59,8 @@ def test_complete_along_any_start(kind: str, ids: list[int], seed: int) -> None:
     check_complete(flow, 1e-3)
 
 
-@given(kinds, st.integers(0, 2**16))
+@pytest.mark.parametrize("kind", ["bert", "gemma2"])
+@given(st.integers(0, 2**16))
 def test_totals_of_a_direction_are_signed_movements(kind: str, seed: int) -> None:
     model = tiny_bridge(kind)
     w = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(seed))
@@ -88,6 +95,34 @@ def test_what_misses_is_counted_in_one_warning(ids: torch.Tensor) -> None:
     text = str(caught[0].message)
     assert text.startswith(f"{missed} of {cells} cells missed tol=0.001 within max_nodes=8")
     assert "raise max_nodes or tol" in text
+
+
+def test_rounding_allowance_is_a_millionth_of_the_vectors(ids: torch.Tensor) -> None:
+    # What is not refined must stay out of sight: 8 eps of float32, relative to the longer end of the path.
+    model = tiny_bridge("llama")
+    nodes = find_nodes(model, record_calls(model, ids[None], [1])[1])
+    dst = torch.arange(len(ids))
+    scalar = Scalar("l2", len(ids), nodes.resid_pre)
+    with torch.no_grad():
+        integrand = _FromResid(nodes, ResidPath(nodes.resid_pre, None), scalar, dst, False, 64)
+    length = torch.maximum(integrand.start.norm(dim=-1), nodes.resid_post.norm(dim=-1)[:, None])
+    torch.testing.assert_close(integrand.noise(), 8 * torch.finfo(torch.float32).eps * length)
+
+
+def test_zero_ratio_reports_the_gap_of_the_share_it_took(ids: torch.Tensor) -> None:
+    model = tiny_bridge("gpt2")
+    options = {"maps": "attn", "layers": 1, "max_nodes": 8, "progress": False}
+    with pytest.warns(ConvergenceWarning):
+        zero = lig_lens.attribute(model, ids, attn_baseline="zero", tol=1e-3 / 4, **options)
+        ratio = lig_lens.attribute(model, ids, attn_baseline="itb_zero_ratio", tol=1e-3, **options)
+    assert (ratio.gap["attn"] >= zero.gap["attn"] * (1 - 1e-5)).all()
+    assert not bool(ratio.converged["attn"][zero.gap["attn"] > 1e-3].any())
+
+
+def test_the_warning_points_at_the_caller(ids: torch.Tensor) -> None:
+    with pytest.warns(ConvergenceWarning) as caught:
+        lig_lens.attribute(tiny_bridge("gpt2"), ids, block_baseline="zero", max_nodes=8, progress=False)
+    assert caught[0].filename == __file__
 
 
 def test_single_contributions_are_right_where_their_errors_cancel(ids: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import KINDS, tiny_bridge
+from tiny_models import KINDS, fresh_bridge, tiny_bridge
 
 import lig_lens
 
@@ -77,6 +77,24 @@ def test_any_gradient_mode(mode: type) -> None:
     with mode():
         inside = attend("llama", torch.tensor(IDS))
     assert_same(inside, attend("llama"))
+
+
+def test_models_cast_after_loading() -> None:
+    reference = attend("llama")
+    for dtype, near in ((torch.float64, 1e-3), (torch.bfloat16, 0.08)):
+        flow = lig_lens.attribute(
+            fresh_bridge("llama").to(dtype),
+            IDS,
+            mlp_baseline="zero",
+            attn_baseline="itb",
+            block_baseline="zero",
+            progress=False,
+        )
+        assert (flow.attn - reference.attn).abs().max() <= near * reference.attn.abs().max()
+        assert flow.settings["model"]["dtype"] == str(dtype).removeprefix("torch.")
+    hooked = fresh_bridge("gpt2").double()
+    flow = lig_lens.attribute(hooked, IDS, progress=False)
+    torch.testing.assert_close(flow.attn, attend("gpt2").attn, rtol=1e-3, atol=1e-4)
 
 
 def test_ids_and_selections_from_numpy() -> None:

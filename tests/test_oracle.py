@@ -20,7 +20,7 @@ BASELINES = {
     "block": ("zero", "itb", "itb_zero_ratio", "corrupted", "tensor"),
 }
 TARGETS = ("l2", "direction")
-MAX_ERROR = 1e-3
+MAX_ERROR = 1e-4
 ERRORS: dict[tuple[str, str], float] = {}
 
 

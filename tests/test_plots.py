@@ -16,7 +16,7 @@ def _alias(figure, axis, position):
 
 def test_one_panel_per_layer_and_head_with_destinations_down():
     flow = make_flow()
-    figure = head_grid(flow)
+    figure = head_grid(flow, scale="shared")
     assert len(figure.data) == 6
     np.testing.assert_array_equal(figure.data[4].z, flow.attn[1, 1].T.numpy())
     captions = [note.text for note in figure.layout.annotations]
@@ -34,24 +34,37 @@ def test_equal_tokens_keep_their_places():
 
 def test_layers_heads_and_destinations_can_be_chosen():
     flow = make_flow(destinations=(2, 6))
-    figure = head_grid(flow, layers=[3], heads=[2, 0])
+    figure = head_grid(flow, layers=[3], heads=[2, 0], scale="shared")
     np.testing.assert_array_equal(figure.data[0].z, flow.attn[1, 2].T.numpy())
     assert _alias(figure, "yaxis", 1) == "<i><span style='color:#6e7781'>[SEP]</span></i>"
-    assert figure.data[0].customdata[1][0] == 6
+    assert figure.data[0].customdata[1][0][0] == 6
 
 
 def test_signed_values_diverge_around_zero_and_shares_run_up_from_it():
     flow = make_flow()
-    scale = head_grid(flow).layout.coloraxis
+    scale = head_grid(flow, scale="shared").layout.coloraxis
     assert scale.cmin == -scale.cmax and scale.cmax <= float(flow.attn.abs().max())
     shares = head_grid(flow, share=True)
     assert shares.layout.coloraxis.cmin == 0 and shares.layout.coloraxis.cmax <= 1
     np.testing.assert_array_equal(shares.data[0].z, flow.shares()[0, 0].T.numpy())
 
 
+def test_every_layer_has_its_own_scale_and_the_hover_the_exact_values():
+    flow = make_flow()
+    flow.attn[1] *= 1000
+    figure = head_grid(flow)
+    for first, layer in ((0, 0), (3, 1)):
+        panels = figure.data[first : first + 3]
+        assert 1 <= max(np.abs(panel.z).max() for panel in panels) < 3  # the strongest cells may be cut
+        np.testing.assert_array_equal(panels[1].customdata[..., 1], flow.attn[layer, 1].T.numpy())
+        ratio = panels[0].z / flow.attn[layer, 0].T.numpy()
+        np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-1, 1)
+
+
 def test_the_other_maps_have_a_panel_per_layer():
     flow = make_flow()
-    block, mlp = head_grid(flow, map="block"), head_grid(flow, map="mlp")
+    block, mlp = (head_grid(flow, map=name, scale="shared") for name in ("block", "mlp"))
     np.testing.assert_array_equal(block.data[1].z, flow.block[1].T.numpy())
     np.testing.assert_array_equal(mlp.data[1].z, flow.columns("mlp")[1].numpy())
     assert _alias(mlp, "yaxis", 3) == "skip" and _alias(mlp, "yaxis", 4) == "bias"
@@ -102,7 +115,7 @@ def test_token_text_is_never_markup(tmp_path):
     figure = head_grid(make_flow(tokens=tokens))
     assert _alias(figure, "xaxis", 0) == "&lt;b&gt;x&lt;/b&gt;"
     assert _alias(figure, "xaxis", 1) == "a&amp;amp;"
-    assert all("%{z}" not in trace.hovertemplate.replace("%{z:", "") for trace in figure.data)
+    assert all("%{z}" not in trace.hovertemplate for trace in figure.data)
     page = write_html(figure, tmp_path / "x.html", title="</title><script>alert(2)</script>").read_text()
     assert "<script>alert(" not in page and "&lt;/title&gt;" in page
 

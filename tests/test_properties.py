@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import KINDS, tiny_bridge, tiny_hf, tiny_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
@@ -18,7 +18,8 @@ def attend(kind: str, ids: object, **options: object) -> lig_lens.Flow:
     return lig_lens.attribute(tiny_bridge(kind), ids, progress=False, **options)
 
 
-@given(st.sampled_from(CAUSAL), prompts, baselines)
+@pytest.mark.parametrize("kind", CAUSAL)
+@given(prompts, baselines)
 def test_nothing_flows_back_in_time(kind: str, ids: list[int], baseline: str) -> None:
     block = "itb" if baseline == "itb_map_ratio" else baseline
     flow = attend(kind, ids, maps=("attn", "block"), attn_baseline=baseline, block_baseline=block)
@@ -35,14 +36,17 @@ def test_nothing_flows_from_outside_a_sliding_window(kind: str) -> None:
     assert per_layer.count(True) >= 1 and (flow.attn[..., far.logical_not()] != 0).any()
 
 
-@given(st.sampled_from(KINDS), prompts)
+@pytest.mark.parametrize("kind", KINDS)
+@given(prompts)
 def test_itb_self_terms_are_exactly_zero(kind: str, ids: list[int]) -> None:
     flow = attend(kind, ids, maps=("attn", "block"))
     assert (torch.diagonal(flow.attn, dim1=-2, dim2=-1) == 0).all()
     assert (torch.diagonal(flow.block, dim1=-2, dim2=-1) == 0).all()
 
 
-@given(st.sampled_from(KINDS), prompts, st.sampled_from(["itb_zero_ratio", "itb_map_ratio"]))
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=2)
+@given(prompts, st.sampled_from(["itb_zero_ratio", "itb_map_ratio"]))
 def test_ratio_baselines_keep_column_sums_and_proportions(kind: str, ids: list[int], ratio: str) -> None:
     plain, refilled = (attend(kind, ids, maps="attn", layers=1, attn_baseline=b) for b in ("itb", ratio))
     scale = refilled.attn.abs().amax((-2, -1), keepdim=True).clamp(min=1e-6)

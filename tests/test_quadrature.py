@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -48,6 +48,7 @@ def boundary_layer(s: float):
     return (lambda a: a / torch.sqrt(a**2 + s**2)), (lambda a: s**2 / (a**2 + s**2) ** 1.5)
 
 
+@settings(max_examples=50)
 @given(st.floats(0, 1), widths, widths)
 def test_unstretch_inverts_stretch(a: float, s0: float, s1: float) -> None:
     point, low, high = (torch.tensor([v], dtype=torch.float64) for v in (a, s0, s1))
@@ -56,6 +57,7 @@ def test_unstretch_inverts_stretch(a: float, s0: float, s1: float) -> None:
     torch.testing.assert_close(stretch(unstretch(t, low, high), low, high), t, atol=1e-3, rtol=1e-6)
 
 
+@settings(max_examples=50)
 @given(st.floats(0.001, 0.999), st.floats(-6, 0), st.floats(-6, 0))
 def test_density_is_the_derivative(a: float, low: float, high: float) -> None:
     s0, s1 = (torch.tensor([10.0**v], dtype=torch.float64) for v in (low, high))
@@ -127,6 +129,39 @@ def test_cell_without_change_needs_no_nodes_beyond_the_first_panel() -> None:
     result = integrate(flat, one, one, noise, tol=1e-3, max_nodes=1000, chunk=8)
     assert bool(result.converged.all()) and float(result.gap) == 0.0
     assert int(result.nodes) == NODES_PER_PANEL
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_flat_cells_are_free_and_spoil_no_others(noise: float) -> None:
+    # A zero allowance must not become 0 / 0: cell 0 is flat, cell 1 has a layer.
+    function, slope = boundary_layer(1e-3)
+    both = Analytic([torch.zeros_like, function], [torch.zeros_like, slope], n_dst=2)
+    one = torch.ones(2)
+    result = integrate(both, one, one, torch.full((2, 2), noise), tol=1e-4, max_nodes=2000, chunk=64)
+    assert (result.nodes[:, 0] == NODES_PER_PANEL).all() and bool(result.converged.all())
+    assert not bool(result.gap.isnan().any()) and int(result.nodes[:, 1].max()) < 500
+
+
+def test_parts_that_miss_while_their_sum_is_right_do_not_converge() -> None:
+    class Cancelling(Analytic):
+        def parts(self, dst: Tensor, a: Tensor, groups: Tensor) -> Tensor:
+            values = super().parts(dst, a, groups)
+            spike = 1e-4 / (a**2 + 1e-4)  # far too narrow for one panel
+            return values + torch.stack([spike, -spike], -1)[:, None]
+
+    smooth = Cancelling([lambda a: a], [torch.ones_like])
+    coarse, fine = (run(smooth, tol=1e-4, max_nodes=n) for n in (NODES_PER_PANEL, 4096))
+    assert float(coarse.gap) <= 1e-4 < float(coarse.error) and not bool(coarse.converged)
+    exact = 0.25 + 1e-2 * math.atan(1e2)
+    assert bool(fine.converged) and abs(float(fine.parts[0, 0, 0]) - exact) <= 1e-4 * exact
+
+
+def test_budget_is_kept_beyond_the_first_panels() -> None:
+    function, slope = boundary_layer(1e-9)
+    for max_nodes in (8, 40, 100, 300):
+        result = run(Analytic([function], [slope]), s0=1e-2, tol=1e-9, max_nodes=max_nodes)
+        first = run(Analytic([function], [slope]), s0=1e-2, tol=0.9, max_nodes=1)
+        assert int(result.nodes) <= max(max_nodes, int(first.nodes))
 
 
 def test_panels_that_miss_are_the_ones_halved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,8 +38,8 @@ def test_every_cell_converges(name: str, prompt: str, layers: list[int] | None, 
     }
     for map_name, total in flow.total.items():
         missing = (sums[map_name] - total).abs()
-        # Below this a float32 model's own rounding is larger than a thousandth of the change.
-        rounding = 2e-6 * total.abs().amax((-1,), keepdim=True).clamp(min=1.0) * 50
+        # A cell that moves by less than this is held to float32's rounding of the vectors, not to tol.
+        rounding = 4e-6 * total.abs().amax((-1,), keepdim=True)
         assert (missing <= torch.maximum(1e-3 * total.abs(), rounding)).all(), map_name
 
 

@@ -79,8 +79,12 @@ def _text(plain: str) -> str:
 
 @dataclass(frozen=True)
 class _Panel:
-    """One heatmap: `values[y, x]`, the caption above it, and what its hover says before the numbers."""
+    """One heatmap: `values[y, x]`, the caption above it, and what its hover says before the numbers.
 
+    `layer` is the block that it belongs to: with `scale="layer"` its panels share one scale.
+    """
+
+    layer: int
     caption: str
     values: NDArray[np.float32]
     hover: str
@@ -92,13 +96,13 @@ def head_grid(
     heads: Sequence[int] | None = None,
     map: str = "attn",
     share: bool = False,
+    scale: str = "layer",
 ) -> go.Figure:
     """Grid of heatmaps, read like attention patterns: destinations down, sources across.
 
     attn has a row of panels per layer and a column per head; block has one panel per layer, and so has mlp,
-    with the heads, skip and bias down and the destinations across. All panels share one colour scale, which
-    is cut at the 99.5th percentile of the absolute values (the hover gives the exact ones), and zoom
-    together.
+    with the heads, skip and bias down and the destinations across. A colour scale is cut at the 99.5th
+    percentile of the absolute values (the hover gives the exact ones). The panels zoom together.
 
     Args:
         flow: where the numbers come from: `[layer, head, src, dst]`; a panel is the transpose, `[dst, src]`.
@@ -107,11 +111,14 @@ def head_grid(
         map: attn, block or mlp.
         share: draw `flow.shares(map)`, without unit, on a sequential scale (negative shares get the colour
             of 0), rather than signed contributions in units of the target on a diverging scale centred on 0.
+        scale: `layer` gives every layer its own scale, since vectors grow along a model's layers; `shared` draws
+            all panels on one, in the target's unit. Shares are on one scale always.
 
     Raises:
         InputError: a map, layer or head that the Flow does not have.
     """
     check_choice("map", map, MAPS)
+    check_choice("scale", scale, ("layer", "shared"))
     terms = flow.shares(map) if share else flow.columns(map)
     layers = flow.layers if layers is None else tuple(layers)
     places = _places("layer", layers, flow.layers)
@@ -136,7 +143,7 @@ def head_grid(
         titles = ("part", "destination token")
     else:
         down, across, titles = destinations, labels, ("destination token", "source token")
-    return _draw(flow, panels, n_columns, down, across, titles, map, share)
+    return _draw(flow, panels, n_columns, down, across, titles, map, share, per_layer=scale == "layer" and not share)
 
 
 def _places(what: str, wanted: Sequence[int], present: Sequence[int]) -> list[int]:
@@ -149,12 +156,12 @@ def _places(what: str, wanted: Sequence[int], present: Sequence[int]) -> list[in
 
 
 def _attn_panel(terms: torch.Tensor, layer: int, place: int, head: int) -> _Panel:
-    return _Panel(f"L{layer} · H{head}", terms[place, head].T.numpy(), f"layer {layer}, head {head}")
+    return _Panel(layer, f"L{layer} · H{head}", terms[place, head].T.numpy(), f"layer {layer}, head {head}")
 
 
 def _layer_panel(map: str, terms: torch.Tensor, layer: int, place: int) -> _Panel:
     values = terms[place].T if map == "block" else terms[place]
-    return _Panel(f"layer {layer}", values.numpy(), f"layer {layer}")
+    return _Panel(layer, f"layer {layer}", values.numpy(), f"layer {layer}")
 
 
 def _tick(token: str, special: bool) -> str:
@@ -220,6 +227,7 @@ def _draw(
     titles: tuple[str, str],
     map: str,
     share: bool,
+    per_layer: bool,
 ) -> go.Figure:
     size = _geometry(len(panels), n_columns, down, across)
     figure = make_subplots(
@@ -229,13 +237,16 @@ def _draw(
         vertical_spacing=size.gap_y / size.plot_height if size.n_rows > 1 else 0,
         subplot_titles=[panel.caption for panel in panels],
     )
-    value = "share of the column %{z:.2%}" if share else "contribution %{z:+.4g}"
+    value = "share of the column %{customdata[1]:.2%}" if share else "contribution %{customdata[1]:+.4g}"
+    tops = {
+        layer: _top([p for p in panels if p.layer == layer or not per_layer]) for layer in {p.layer for p in panels}
+    }
     numbers = _position_numbers(flow, map, len(down), len(across))
     for number, panel in enumerate(panels):
         figure.add_trace(
             go.Heatmap(
-                z=panel.values,
-                customdata=numbers,
+                z=panel.values / np.float32(tops[panel.layer]) if per_layer else panel.values,
+                customdata=np.stack([numbers, panel.values], axis=-1),
                 coloraxis="coloraxis",
                 hoverongaps=False,
                 xgap=0.5 if len(across) <= 24 else 0,
@@ -247,22 +258,22 @@ def _draw(
         )
     _style_axes(figure, size, len(panels), down, across)
     _style_page(figure, size, flow, titles, map, share)
-    figure.update_layout(coloraxis=_coloraxis(panels, share))
+    figure.update_layout(coloraxis=_coloraxis(1.0 if per_layer else _top(panels), share, per_layer))
     return figure
 
 
-def _position_numbers(flow: Flow, map: str, n_down: int, n_across: int) -> NDArray[np.int32]:
+def _position_numbers(flow: Flow, map: str, n_down: int, n_across: int) -> NDArray[np.float32]:
     """Position of each cell's destination, which the axis does not tell when only some are drawn."""
-    positions = np.asarray(flow.destinations, dtype=np.int32)
+    positions = np.asarray(flow.destinations, dtype=np.float32)
     along = positions[None, :] if map == "mlp" else positions[:, None]
     return np.ascontiguousarray(np.broadcast_to(along, (n_down, n_across)))
 
 
 def _hover(head: str, map: str, value: str) -> str:
     if map == "mlp":
-        lines = [f"<b>{head}</b>, %{{y}}", "destination %{x} (%{customdata})"]
+        lines = [f"<b>{head}</b>, %{{y}}", "destination %{x} (%{customdata[0]:d})"]
     else:
-        lines = [f"<b>{head}</b>", "source %{x} (%{x:d})", "destination %{y} (%{customdata})"]
+        lines = [f"<b>{head}</b>", "source %{x} (%{x:d})", "destination %{y} (%{customdata[0]:d})"]
     return "<br>".join([*lines, value]) + "<extra></extra>"
 
 
@@ -365,12 +376,22 @@ def _style_page(figure: go.Figure, size: _Geometry, flow: Flow, titles: tuple[st
     figure.add_annotation(text=titles[0], x=0, y=0.5, xanchor="left", xshift=-size.left + 12, textangle=-90, **outer)
 
 
-def _coloraxis(panels: Sequence[_Panel], share: bool) -> dict[str, Any]:
+def _top(panels: Sequence[_Panel]) -> float:
+    """Absolute value at which the colours of some panels end."""
     values = np.concatenate([panel.values.ravel() for panel in panels])
     values = np.abs(values[np.isfinite(values)])
     drawn = values[values > 0]  # a causal model's exact zeros say nothing about the scale
-    top = float(np.quantile(drawn, _QUANTILE)) if drawn.size else 1.0
-    title = "share of the column" if share else "in the target's unit"
+    return float(np.quantile(drawn, _QUANTILE)) if drawn.size else 1.0
+
+
+def _coloraxis(top: float, share: bool, per_layer: bool) -> dict[str, Any]:
+    title = (
+        "share of the column"
+        if share
+        else "relative to each layer's strongest"
+        if per_layer
+        else "in the target's unit"
+    )
     return {
         "colorscale": _SEQUENTIAL if share else _DIVERGING,
         "cmin": 0.0 if share else -top,
