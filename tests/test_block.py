@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_hooked import has_hooked_transformer, tiny_hooked
 from tiny_models import KINDS, tiny_bridge
 from torch import nn
 
@@ -26,9 +27,13 @@ def state(model: nn.Module) -> list[tuple[Any, ...]]:
     return [(p.data_ptr(), p.dtype, p.requires_grad) for p in model.parameters()]
 
 
-@pytest.fixture(params=["bert", "llama"])
+HOOKED = ["hooked gpt2", "hooked bert"] if has_hooked_transformer() else []
+
+
+@pytest.fixture(params=["bert", "llama", *HOOKED])
 def model(request: pytest.FixtureRequest, ids: torch.Tensor) -> Iterator[Any]:
-    model = tiny_bridge(request.param)
+    generation, kind = request.param.split() if " " in request.param else ("bridge", request.param)
+    model = tiny_bridge(kind) if generation == "bridge" else tiny_hooked(kind)
     model(ids[None])  # a bridge wires some hooks of its own in its first forward pass
     yield model
 
@@ -100,7 +105,8 @@ def test_nothing_left_after_a_failure(model: Any, ids: torch.Tensor, error: Base
         if calls == when:
             raise error
 
-    handle = model.blocks[0].attn.o.hook_in.register_forward_hook(fail)
+    attn = model.blocks[0].attn
+    handle = (attn.hook_z if "hook_z" in attn._modules else attn.o.hook_in).register_forward_hook(fail)
     try:
         with pytest.raises(type(error)):
             lig_lens.attribute(model, ids, layers=0, progress=False)

@@ -106,7 +106,7 @@ def test_rounding_allowance_is_a_millionth_of_the_vectors(ids: torch.Tensor) -> 
     with torch.no_grad():
         integrand = _FromResid(nodes, ResidPath(nodes.resid_pre, None), scalar, dst, False, 64)
     length = torch.maximum(integrand.start.norm(dim=-1), nodes.resid_post.norm(dim=-1)[:, None])
-    torch.testing.assert_close(integrand.noise(), 8 * torch.finfo(torch.float32).eps * length)
+    torch.testing.assert_close(integrand.noise(nodes.resid_post[:, None]), 8 * torch.finfo(torch.float32).eps * length)
 
 
 def test_zero_ratio_reports_the_gap_of_the_share_it_took(ids: torch.Tensor) -> None:

@@ -3,13 +3,15 @@
 It works on every block that can be replayed, and needs one backward pass per destination (and head).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lig_lens.baselines import ResidPath, TailPath, z_at_start
+from lig_lens.baselines import ResidPath, TailPath
 from lig_lens.boundaries import BlockNodes
 from lig_lens.quadrature import Integral, integrate
 from lig_lens.targets import Direction, Scalar
@@ -28,24 +30,53 @@ class Budget:
         return max(1, self.max_batch_tokens // n_pos)
 
 
-class _FromResid:
+class _Integrand(ABC):
+    """What both integrands share: scalars are distances of what `_read` gives from its value at the start."""
+
+    start: Float[Tensor, "dst group dim"]
+
+    def __init__(self, nodes: BlockNodes, scalar: Scalar, dst: Tensor, n_groups: int, n_parts: int) -> None:
+        self.nodes, self.scalar, self.positions = nodes, scalar, dst
+        self.n_dst, self.n_groups, self.n_parts = len(dst), n_groups, n_parts
+        self.dtype, self.device = nodes.resid_pre.dtype, nodes.resid_pre.device
+
+    @abstractmethod
+    def _read(self, positions: Tensor, a: Tensor) -> tuple[Any, Tensor]:
+        """What is interpolated, at `a`, as leaves; and what the destinations get from it: [item group dim]."""
+
+    @abstractmethod
+    def parts(
+        self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: Bool[Tensor, "item group"]
+    ) -> Float[Tensor, "item group part"]:
+        """See `quadrature.Integrand`."""
+
+    def _read_start(self, chunk: int) -> Tensor:
+        zero = torch.zeros(1, device=self.device)
+        with torch.no_grad():
+            pieces = [self._read(d, zero.expand(len(d)))[1] for d in torch.split(self.positions, chunk)]
+        return torch.cat(pieces)
+
+    def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
+        with torch.no_grad():
+            _, out = self._read(self.positions[dst], a)
+            return self.scalar(out - self.start[dst], self.positions[dst])
+
+    def noise(self, end: Float[Tensor, "pos group dim"]) -> Float[Tensor, "dst group"]:
+        """Change of each scalar that rounding alone can cause, `end` being what comes out at a = 1."""
+        lengths = [self.scalar.size(vectors, self.positions) for vectors in (self.start, end[self.positions])]
+        return 8 * self.nodes.rounding * torch.maximum(*lengths)
+
+
+class _FromResid(_Integrand):
     """Integrand of resid_pre -> hook_z (groups are heads) and of resid_pre -> resid_post (one group)."""
 
     def __init__(
         self, nodes: BlockNodes, path: ResidPath, scalar: Scalar, dst: Tensor, to_heads: bool, chunk: int
     ) -> None:
-        self.nodes, self.path, self.scalar, self.to_heads = nodes, path, scalar, to_heads
-        self.positions = dst
-        self.n_dst, self.n_parts = len(dst), len(nodes.resid_pre)
-        self.dtype, self.device = nodes.resid_pre.dtype, nodes.resid_pre.device
-        if to_heads:
-            self.start = z_at_start(nodes, path, dst, chunk)
-        else:
-            zero = torch.zeros(1, device=dst.device)
-            with torch.no_grad():
-                pieces = [self._read(d, zero.expand(len(d)))[1] for d in torch.split(dst, chunk)]
-            self.start = torch.cat(pieces)
-        self.n_groups = self.start.shape[1]
+        n_groups = nodes.boundaries.n_heads if to_heads else 1
+        super().__init__(nodes, scalar, dst, n_groups, n_parts=len(nodes.resid_pre))
+        self.path, self.to_heads = path, to_heads
+        self.start = self._read_start(chunk)
 
     def _read(self, positions: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """Residual vectors at `a`, as a leaf, and what the destinations get: [item group dim]."""
@@ -59,11 +90,6 @@ class _FromResid:
             assert result is not None
             out = result[:, :, None]
         return resid, out[torch.arange(len(positions), device=a.device), positions]
-
-    def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
-        with torch.no_grad():
-            _, out = self._read(self.positions[dst], a)
-            return self.scalar(out - self.start[dst], self.positions[dst])
 
     def parts(
         self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: Bool[Tensor, "item group"]
@@ -80,14 +106,8 @@ class _FromResid:
             result[:, group] = (gradient * steps).sum(-1)
         return result * groups[..., None]
 
-    def noise(self) -> Float[Tensor, "dst group"]:
-        """Change of each scalar that rounding alone can cause."""
-        end = self.nodes.z if self.to_heads else self.nodes.resid_post[:, None]
-        assert end is not None
-        return _rounding(self.nodes, self.scalar, self.start, end[self.positions], self.positions)
 
-
-class _FromHeads:
+class _FromHeads(_Integrand):
     """Integrand of (hook_z, skip) -> resid_post: parts are the heads, then skip, then bias.
 
     The rest of a block acts token by token, so items, each at its own point of its own destination's path, are
@@ -95,14 +115,11 @@ class _FromHeads:
     """
 
     def __init__(self, nodes: BlockNodes, path: TailPath, scalar: Scalar, dst: Tensor, chunk: int) -> None:
-        self.nodes, self.path, self.scalar, self.positions = nodes, path, scalar, dst
-        self.n_dst, self.n_groups, self.n_parts = len(dst), 1, path.z_end.shape[1] + 2
-        self.dtype, self.device = nodes.resid_pre.dtype, nodes.resid_pre.device
+        super().__init__(nodes, scalar, dst, n_groups=1, n_parts=path.z_end.shape[1] + 2)
+        self.path = path
         self.attn_out_start = nodes.attn_out(path.z_start, path.bias_start)
         self.attn_out_end = nodes.attn_out(path.z_end, 1.0)
-        with torch.no_grad():
-            zero = torch.zeros(1, device=dst.device)
-            self.start = torch.cat([self._read(d, zero.expand(len(d)))[1] for d in torch.split(dst, chunk)])
+        self.start = self._read_start(chunk)
 
     def _read(self, positions: Tensor, a: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         nodes, path, n_pos = self.nodes, self.path, len(self.path.z_end)
@@ -120,11 +137,6 @@ class _FromHeads:
         out = nodes.run_tail(*packed)
         return leaves, out.reshape(rows * n_pos, -1)[: len(positions), None]
 
-    def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
-        with torch.no_grad():
-            _, out = self._read(self.positions[dst], a)
-            return self.scalar(out - self.start[dst], self.positions[dst])
-
     def parts(
         self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: Bool[Tensor, "item group"]
     ) -> Float[Tensor, "item group part"]:
@@ -138,11 +150,6 @@ class _FromHeads:
         skip = ((path.skip_end - path.skip_start)[positions] * by_skip).sum(-1)
         bias = torch.einsum("im,m->i", by_attn_out, self.nodes.b_O) * (1 - path.bias_start)
         return torch.cat([heads, skip[:, None], bias[:, None]], -1)[:, None] * groups[..., None]
-
-    def noise(self) -> Float[Tensor, "dst group"]:
-        """Change of each scalar that rounding alone can cause."""
-        end = self.nodes.resid_post[self.positions][:, None]
-        return _rounding(self.nodes, self.scalar, self.start, end, self.positions)
 
 
 def integrate_resid(
@@ -164,7 +171,9 @@ def integrate_resid(
     integrand = _FromResid(nodes, path, scalar, dst, to_heads, chunk)
     depth = nodes.norms_to_z if to_heads else nodes.norms_to_resid_post
     s0, s1 = _layers_of_paths(path, dst, nodes.eps, depth)
-    return _integrate(integrand, s0, s1, integrand.noise(), budget, chunk)
+    end = nodes.z if to_heads else nodes.resid_post[:, None]
+    assert end is not None
+    return _integrate(integrand, s0, s1, integrand.noise(end), budget, chunk)
 
 
 def integrate_tail(
@@ -187,12 +196,10 @@ def integrate_tail(
     start, end = integrand.attn_out_start + path.skip_start, integrand.attn_out_end + path.skip_end
     depth = nodes.norms_to_resid_post - nodes.norms_to_z
     s0, s1 = _widths(_rms(start[dst]), _rms(end[dst]), nodes.eps, depth)
-    return _integrate(integrand, s0, s1, integrand.noise(), budget, chunk)
+    return _integrate(integrand, s0, s1, integrand.noise(nodes.resid_post[:, None]), budget, chunk)
 
 
-def _integrate(
-    integrand: "_FromResid | _FromHeads", s0: Tensor, s1: Tensor, noise: Tensor, budget: Budget, chunk: int
-) -> Integral:
+def _integrate(integrand: _Integrand, s0: Tensor, s1: Tensor, noise: Tensor, budget: Budget, chunk: int) -> Integral:
     return integrate(integrand, s0, s1, noise, tol=budget.tol, max_nodes=budget.max_nodes, chunk=chunk)
 
 
@@ -223,8 +230,3 @@ def _widths(start: Tensor, end: Tensor, eps: float, depth: int) -> tuple[Tensor,
 
 def _rms(vectors: Tensor) -> Tensor:
     return vectors.cpu().double().pow(2).mean(-1).sqrt()
-
-
-def _rounding(nodes: BlockNodes, scalar: Scalar, start: Tensor, end: Tensor, positions: Tensor) -> Tensor:
-    size = torch.maximum(scalar.size(start, positions), scalar.size(end, positions))
-    return 8 * nodes.rounding * size
