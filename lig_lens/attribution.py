@@ -355,7 +355,7 @@ def _tail_columns(settings: Settings, job: _Job, index: int, name: str, dst: Int
     nodes = job.nodes[layer]
     budget = Budget(settings.tol, settings.max_nodes, settings.max_batch_tokens)
     chunk = budget.items(len(job.prompt))
-    path = tail_path(nodes, settings.baselines[name], job.corrupted.get(layer), index, chunk)
+    path = tail_path(nodes, settings.baselines[name], job.corrupted.get(layer), index, dst, chunk)
     integral = integrate_tail(nodes, path, settings.target, dst, budget)
     parts = integral.parts[:, 0].T
     cells = {key: value[0] for key, value in _cells(integral).items()}

@@ -97,9 +97,14 @@ def resid_path(nodes: BlockNodes, baseline: "str | Tensor", corrupted: BlockNode
 
 
 def tail_path(
-    nodes: BlockNodes, baseline: "str | Tensor", corrupted: BlockNodes | None, index: int, chunk: int
+    nodes: BlockNodes,
+    baseline: "str | Tensor",
+    corrupted: BlockNodes | None,
+    index: int,
+    dst: Int[Tensor, "dst"],
+    chunk: int,
 ) -> TailPath:
-    """Path of the `mlp` map."""
+    """Path of the `mlp` map; only the positions `dst` are meant to be used."""
     assert nodes.z is not None
     z, skip = nodes.z, nodes.resid_pre
     z_start, skip_start, bias_start = z, skip, 1.0
@@ -111,7 +116,8 @@ def tail_path(
         assert corrupted is not None and corrupted.z is not None
         z_start, skip_start = corrupted.z, corrupted.resid_pre
     else:
-        z_start = z_at_start(nodes, ResidPath(skip, None), torch.arange(len(z), device=z.device), chunk)
+        z_start = z.clone()
+        z_start[dst] = z_at_start(nodes, ResidPath(skip, None), dst, chunk)
     return TailPath(z_start, z, skip_start, skip, bias_start)
 
 

@@ -31,9 +31,11 @@ def test_any_batch_size(kind: str, max_batch_tokens: int) -> None:
     assert_same(attend(kind, max_batch_tokens=max_batch_tokens, **options), attend(kind, **options))
 
 
+@pytest.mark.parametrize("tail", ["zero", "att_itb_a0"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_subset_of_layers_and_destinations(kind: str) -> None:
-    whole, part = attend(kind), attend(kind, layers=-1, destinations=[4, 1, -1])
+def test_subset_of_layers_and_destinations(kind: str, tail: str) -> None:
+    whole = attend(kind, mlp_baseline=tail)
+    part = attend(kind, mlp_baseline=tail, layers=-1, destinations=[4, 1, -1])
     assert part.layers == (1,) and part.destinations == (4, 1, 5)
     for name in NAMES:
         b = getattr(whole, name)[1:, ..., [4, 1, 5]]
