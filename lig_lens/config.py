@@ -27,7 +27,7 @@ ATTN_BASELINES = ("zero", "itb", "itb_zero_ratio", "itb_map_ratio", "corrupted")
 BLOCK_BASELINES = ("zero", "itb", "itb_zero_ratio", "corrupted")
 MLP_BASELINES = ("zero", "att_itb_a0", "corrupted")
 ENGINES = ("auto", "hooks")
-DTYPES = ("float32", "float64", "float16", "bfloat16")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
 # Integration nodes that may be spent on one cell, and tokens that are run through a block at once.
 MAX_NODES = 2048
 MAX_BATCH_TOKENS = 4096

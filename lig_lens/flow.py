@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -304,8 +305,8 @@ class Flow:
         """
         layers = self.layers if layers is None else tuple(layers)
         destinations = self.destinations if destinations is None else tuple(destinations)
-        rows = _places("layer", layers, self.layers)
-        columns = _places("destination", destinations, self.destinations)
+        rows = axis_places("layer", layers, self.layers)
+        columns = axis_places("destination", destinations, self.destinations)
 
         def cut(tensor: Tensor) -> Tensor:
             return tensor[rows][..., columns]
@@ -401,13 +402,18 @@ def _plain(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.detach().to(device="cpu", dtype=dtype).contiguous()
 
 
-def _places(what: str, wanted: tuple[int, ...], present: tuple[int, ...]) -> list[int]:
+def axis_places(what: str, wanted: Sequence[int], present: Sequence[int]) -> list[int]:
+    """Where the `wanted` numbers stand in `present`, the labels of an axis called `what`.
+
+    Raises:
+        InputError: a number that is not present, or none at all.
+    """
     for number in wanted:
         if number not in present:
             raise InputError(f"This Flow has no {what} {number}: use some of {list(present)}.")
     if not wanted:
-        raise InputError(f"select: no {what} is named: name at least one, or leave it out for all.")
-    return [present.index(number) for number in wanted]
+        raise InputError(f"Selection: no {what} is named: name at least one, or leave it out for all.")
+    return [list(present).index(number) for number in wanted]
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

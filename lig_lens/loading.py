@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lig_lens.config import DTYPES
 from lig_lens.errors import InputError, missing_package
 
 _NAMES: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
-_DTYPES = {"float64": torch.float64, "float32": torch.float32}
-_DTYPES |= {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -18,7 +18,7 @@ from plotly.subplots import make_subplots
 from lig_lens.config import MAPS
 from lig_lens.errors import InputError, check_choice
 from lig_lens.files import write_atomic
-from lig_lens.flow import Flow
+from lig_lens.flow import Flow, axis_places
 
 # ColorBrewer's RdBu and Purples: told apart under the common kinds of colour blindness.
 _DIVERGING = [
@@ -121,14 +121,14 @@ def head_grid(
     check_choice("scale", scale, ("layer", "shared"))
     terms = flow.shares(map) if share else flow.columns(map)
     layers = flow.layers if layers is None else tuple(layers)
-    places = _places("layer", layers, flow.layers)
+    places = axis_places("layer", layers, flow.layers)
     if map != "attn" and heads is not None:
         raise InputError(
             f"head_grid: heads={list(heads)} picks panels of the 'attn' map, not of {map!r}: leave it out."
         )
     if map == "attn":
         n_heads = terms.shape[1]
-        rows = _places("head", range(n_heads) if heads is None else heads, range(n_heads))
+        rows = axis_places("head", range(n_heads) if heads is None else heads, range(n_heads))
         panels = [
             _attn_panel(terms, layer, place, head) for layer, place in zip(layers, places, strict=True) for head in rows
         ]
@@ -144,15 +144,6 @@ def head_grid(
     else:
         down, across, titles = destinations, labels, ("destination token", "source token")
     return _draw(flow, panels, n_columns, down, across, titles, map, share, per_layer=scale == "layer" and not share)
-
-
-def _places(what: str, wanted: Sequence[int], present: Sequence[int]) -> list[int]:
-    for number in wanted:
-        if number not in present:
-            raise InputError(f"head_grid: this Flow has no {what} {number}: use some of {list(present)}.")
-    if not wanted:
-        raise InputError(f"head_grid: no {what} is named: name at least one, or leave it out for all.")
-    return [list(present).index(number) for number in wanted]
 
 
 def _attn_panel(terms: torch.Tensor, layer: int, place: int, head: int) -> _Panel:
