@@ -27,7 +27,8 @@ from lig_lens.baselines import (
 from lig_lens.block import prepared, record_calls
 from lig_lens.boundaries import BlockNodes, find_nodes
 from lig_lens.config import BASELINES, ENGINES, MAPS, MAX_BATCH_TOKENS, MAX_NODES
-from lig_lens.engines.hooks import Budget, integrate_resid, integrate_tail
+from lig_lens.engines import closed_form, hooks
+from lig_lens.engines.common import Budget
 from lig_lens.errors import ConvergenceWarning, InputError, NonFiniteError, check_choice
 from lig_lens.flow import Flow
 from lig_lens.loading import check_evaluating, check_hooked, describe_processing, model_name
@@ -131,7 +132,9 @@ def attribute(
         tol: largest completeness gap of a cell, relative to the change of the target that it explains.
         max_nodes: nodes that may be spent on one cell; what still misses `tol` is marked and warned of.
         max_batch_tokens: tokens that are run through a block at once; bounds memory, changes nothing else.
-        engine: `auto` or `hooks`.
+        engine: `auto` takes `closed_form` for the `attn` and `block` maps where a block's attention follows its
+            formula and `hooks` elsewhere, block by block; `closed_form` insists on it, `hooks` uses autograd
+            throughout. The `mlp` map costs one backward pass per node whichever is named.
         prepend_bos: for texts, handed to the model's tokenizer; its own default with None.
         attention_mask: for token ids, 0 marks padding, which is dropped before the model runs.
         progress: show a progress bar.
@@ -243,13 +246,20 @@ def _prepare(
 ) -> _Job:
     """Record the prompt's blocks, verify their nodes, and check that they have what the maps need."""
     heads = [name for name in settings.maps if name in ("attn", "mlp")]
-    nodes = _nodes(model, clean, layers, bool(heads))
-    corrupted = _nodes(model, second, layers, bool(heads)) if second is not None else {}
+    # The formula saves work on the attn and block maps only.
+    formula = settings.engine != "hooks" and set(settings.maps) != {"mlp"}
+    nodes = _nodes(model, clean, layers, bool(heads), formula)
+    corrupted = _nodes(model, second, layers, bool(heads), False) if second is not None else {}
     for layer in layers:
         if heads and nodes[layer].z is None:
             raise InputError(
                 f"Block {layer} has no attention with separable heads, so it has no {heads[0]!r} map: "
                 "use maps=('block',) or leave the layer out."
+            )
+        if settings.engine == "closed_form" and nodes[layer].formula is None and set(settings.maps) - {"mlp"}:
+            raise InputError(
+                f"engine='closed_form' cannot work on block {layer}: {nodes[layer].boundaries.why_hooks}. Use "
+                "engine='auto', which takes 'hooks' for such blocks."
             )
         if "attn" in heads and settings.starts_from("attn", "itb_map_ratio") and nodes[layer].pattern is None:
             raise InputError(
@@ -270,9 +280,11 @@ def _check_shapes(settings: Settings, nodes: BlockNodes, n_pos: int, n_layers: i
         check_baseline(name, settings.baselines[name], n_layers, shape, has_corrupted)
 
 
-def _nodes(model: Any, prompt: Prompt, layers: tuple[int, ...], heads: bool) -> dict[int, BlockNodes]:
+def _nodes(
+    model: Any, prompt: Prompt, layers: tuple[int, ...], heads: bool, formula: bool
+) -> dict[int, BlockNodes]:
     calls = record_calls(model, prompt.ids, layers)
-    return {layer: find_nodes(model, calls[layer], heads) for layer in layers}
+    return {layer: find_nodes(model, calls[layer], heads, formula) for layer in layers}
 
 
 def _run(model: Any, settings: Settings, job: _Job) -> Flow:
@@ -329,7 +341,8 @@ def _attention_columns(
     def along(start: "str | Tensor", tol: float = settings.tol) -> Integral:
         budget = Budget(tol, settings.max_nodes, settings.max_batch_tokens)
         path = resid_path(nodes, start, corrupted, index)
-        return integrate_resid(nodes, path, settings.target, dst, to_heads, budget)
+        engine = closed_form if _engine(settings, nodes, name) == "closed_form" else hooks
+        return engine.integrate_resid(nodes, path, settings.target, dst, to_heads, budget)
 
     main = along(baseline)
     cells = _cells(main)
@@ -356,10 +369,15 @@ def _tail_columns(settings: Settings, job: _Job, index: int, name: str, dst: Int
     budget = Budget(settings.tol, settings.max_nodes, settings.max_batch_tokens)
     chunk = budget.items(len(job.prompt))
     path = tail_path(nodes, settings.baselines[name], job.corrupted.get(layer), index, dst, chunk)
-    integral = integrate_tail(nodes, path, settings.target, dst, budget)
+    integral = hooks.integrate_tail(nodes, path, settings.target, dst, budget)
     parts = integral.parts[:, 0].T
     cells = {key: value[0] for key, value in _cells(integral).items()}
     return {"contributions": parts[:-2], "skip": parts[-2], "bias": parts[-1], **cells}
+
+
+def _engine(settings: Settings, nodes: BlockNodes, name: str) -> str:
+    """Engine of one map at one layer."""
+    return "hooks" if settings.engine == "hooks" or name == "mlp" or nodes.formula is None else "closed_form"
 
 
 def _cells(integral: Integral) -> dict[str, Tensor]:
@@ -406,7 +424,9 @@ def _flow(model: Any, settings: Settings, job: _Job, tensors: dict[str, dict[str
         model_name=model_name(model),
         settings=_record(model, settings, job),
         layouts=tuple(job.nodes[layer].boundaries.layout for layer in job.layers),
-        engines={name: tuple("hooks" for _ in job.layers) for name in settings.maps},
+        engines={
+            name: tuple(_engine(settings, job.nodes[layer], name) for layer in job.layers) for name in settings.maps
+        },
         attn=read("attn"),
         mlp=read("mlp"),
         skip=read("mlp", "skip"),

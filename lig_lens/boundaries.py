@@ -17,13 +17,13 @@ from torch import Tensor
 
 from lig_lens.block import BlockCall, prepared, record_calls
 from lig_lens.errors import BoundaryError, NonFiniteError
+from lig_lens.formula import PATTERN_PATH, Formula, find_formula
 from lig_lens.loading import check_evaluating, check_hooked, load_model
 
 LAYOUTS = ("pre_ln", "post_ln", "pre_post_ln", "parallel", "block_only")
 
 # Where the two generations keep the head outputs before W_O, and the output of W_O with its bias.
 _Z_PATHS = (("attn.o.hook_in", "attn.o.hook_out"), ("attn.hook_z", "attn"))
-_PATTERN_PATH = "attn.hook_pattern"
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class BlockBoundaries:
     """The nodes of one block, by TransformerLens hook name, as `describe_boundaries` returns them.
 
     `hook_z` is None where attention has no separable heads, `resid_mid` where no hook carries the sum of skip
-    connection and attention output (parallel blocks have no such sum).
+    connection and attention output (parallel blocks have no such sum). `engine` is what `engine="auto"` takes for the
+    `attn` and `block` maps: `closed_form`, or `hooks` for the reason in `why_hooks`.
     """
 
     layer: int
@@ -45,6 +46,7 @@ class BlockBoundaries:
     d_head: int
     norms: tuple[str, ...]
     engine: str
+    why_hooks: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class BlockNodes:
     pattern: Float[Tensor, "head dst src"] | None = field(default=None, repr=False)
     W_O: Float[Tensor, "head d_head d_model"] | None = field(default=None, repr=False)
     b_O: Float[Tensor, "d_model"] | None = field(default=None, repr=False)
+    formula: Formula | None = field(default=None, repr=False)
 
     @property
     def layer(self) -> int:
@@ -96,19 +99,30 @@ class BlockNodes:
         assert result is not None
         return result
 
+    def run_tail_at(
+        self, attn_out: Float[Tensor, "item d_model"], skip: Float[Tensor, "item d_model"]
+    ) -> Float[Tensor, "item d_model"]:
+        """The tail at single points: it acts token by token, so they are packed into rows of the prompt's length."""
+        n_items, n_pos = len(attn_out), len(self.resid_pre)
+        rows = -(-n_items // n_pos)
+        index = torch.arange(rows * n_pos, device=attn_out.device).clamp(max=n_items - 1)
+        packed = [leaf[index].reshape(rows, n_pos, -1) for leaf in (attn_out, skip)]
+        return self.run_tail(*packed).reshape(rows * n_pos, -1)[:n_items]
+
     def attn_out(self, z: Float[Tensor, "*batch head d_head"], bias: float) -> Float[Tensor, "*batch d_model"]:
         """Attention output of head outputs `z`, with `bias` times b_O."""
         assert self.W_O is not None and self.b_O is not None
         return torch.einsum("...he,hem->...m", z, self.W_O) + bias * self.b_O
 
 
-def find_nodes(model: Any, call: BlockCall, heads: bool = True) -> BlockNodes:
+def find_nodes(model: Any, call: BlockCall, heads: bool = True, formula: bool = True) -> BlockNodes:
     """Find and check the nodes of the block that `call` recorded.
 
     Args:
         model: the model that the block belongs to.
         call: the block on one prompt.
         heads: whether head outputs are needed; if not, a block whose inside does not fit any layout is `block_only`.
+        formula: whether to look for a formula of its attention.
 
     Raises:
         BoundaryError: the nodes do not reproduce the block.
@@ -134,6 +148,7 @@ def find_nodes(model: Any, call: BlockCall, heads: bool = True) -> BlockNodes:
             "d_head": 0,
             "norms": tuple(f"{path} {_norm_kind(module)}" for path, module in norms.items()),
             "engine": "hooks",
+            "why_hooks": "no attention with separable heads",
         }
         eps = float(getattr(model.cfg, "eps", 1e-5) or 1e-5)
         nodes: dict[str, Any] = {"call": call, "resid_post": output, "eps": eps, "rounding": _rounding(call, output)}
@@ -151,6 +166,7 @@ def find_nodes(model: Any, call: BlockCall, heads: bool = True) -> BlockNodes:
             if heads:
                 raise
             return BlockNodes(boundaries=BlockBoundaries(**fields), **nodes)
+        found_formula = find_formula(call, values, z, eps) if formula else "not asked for"
         middle = _middle(layout, call, values, attn_out_path)
         mid_path = None if middle is None else _hook_with_value(values, middle, first=True)
         fields |= {
@@ -160,8 +176,10 @@ def find_nodes(model: Any, call: BlockCall, heads: bool = True) -> BlockNodes:
             "n_heads": W_O.shape[0],
             "n_key_value_heads": getattr(model.cfg, "n_key_value_heads", None) or W_O.shape[0],
             "d_head": W_O.shape[1],
+            "engine": "closed_form" if isinstance(found_formula, Formula) else "hooks",
+            "why_hooks": found_formula if isinstance(found_formula, str) else "",
         }
-        pattern = values.get(_PATTERN_PATH)
+        pattern = values.get(PATTERN_PATH)
         norms_to_z = int(_norm_before(order, z_path)) + int(_qk_normed(order, z_path))
         return BlockNodes(
             boundaries=BlockBoundaries(**fields),
@@ -173,6 +191,7 @@ def find_nodes(model: Any, call: BlockCall, heads: bool = True) -> BlockNodes:
             pattern=_pattern(pattern, z),
             W_O=W_O,
             b_O=b_O,
+            formula=found_formula if isinstance(found_formula, Formula) else None,
             **nodes,
         )
 

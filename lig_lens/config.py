@@ -26,7 +26,7 @@ MAPS = ("attn", "mlp", "block")
 ATTN_BASELINES = ("zero", "itb", "itb_zero_ratio", "itb_map_ratio", "corrupted")
 BLOCK_BASELINES = ("zero", "itb", "itb_zero_ratio", "corrupted")
 MLP_BASELINES = ("zero", "att_itb_a0", "corrupted")
-ENGINES = ("auto", "hooks")
+ENGINES = ("auto", "closed_form", "hooks")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # Integration nodes that may be spent on one cell, and tokens that are run through a block at once.
 MAX_NODES = 2048

@@ -19,7 +19,7 @@ Where nodes go and which panels to halve is worked out in float64 on the CPU, si
 only the integrand's values live on the model's device.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -27,15 +27,35 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# Nodes of one Gauss-Legendre rule, and the length in t of the panels that a path starts with.
-NODES_PER_PANEL = 8
+# Gauss's 7-point rule on [-1, 1] and Kronrod's extension by 8 points (A. S. Kronrod 1965; digits as in QUADPACK's
+# qk15): the nodes from the end to the middle, Kronrod's weights, and Gauss's where it has the node.
+_KRONROD = (
+    (0.991455371120812639206854697526329, 0.022935322010529224963732008058970, 0.0),
+    (0.949107912342758524526189684047851, 0.063092092629978553290700663189204, 0.129484966168869693270611432679082),
+    (0.864864423359769072789712788640926, 0.104790010322250183839876322541518, 0.0),
+    (0.741531185599394439863864773280788, 0.140653259715525918745189590510238, 0.279705391489276667901467771423780),
+    (0.586087235467691130294144691693, 0.169004726639267902826583426598550, 0.0),
+    (0.405845151377397166906606412076961, 0.190350578064785409913256402421014, 0.381830050505118944950369775488975),
+    (0.207784955007898467600689403773245, 0.204432940075298892414161999234649, 0.0),
+    (0.0, 0.209482141084727828012999174891714, 0.417959183673469387755102040816327),
+)
+NODES_PER_PANEL = 7
+_ADDED_NODES = 8
+# First Legendre mode that each rule does not integrate exactly.
+_GAUSS_MISSES, _KRONROD_MISSES = 14, 24
+# Length in t of the panels that a path starts with.
 PANEL_LENGTH = 4.0
 _NARROWEST = 1e-18
+_NEWTON_STEPS = 8
 
 
 @runtime_checkable
 class Integrand(Protocol):
-    """What an engine provides: scalars and their gradient parts at given points of the paths."""
+    """What an engine provides: scalars and their gradient parts at given points of the paths.
+
+    Everything handed over is on the CPU, so that engines can plan their work without waiting for a device; what
+    they give back is on theirs.
+    """
 
     n_dst: int
     n_groups: int
@@ -46,10 +66,17 @@ class Integrand(Protocol):
     def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
         """L at `a` on the path of destination number `dst`."""
 
-    def parts(
-        self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: Bool[Tensor, "item group"]
-    ) -> Float[Tensor, "item group part"]:
-        """`<x_i - x0_i, dL/dx_i>` at `a`, for the groups asked for."""
+    def sums(
+        self,
+        dst: Int[Tensor, "panel"],
+        a: Float[Tensor, "panel node"],
+        factors: Float[Tensor, "panel node column"],
+        groups: Bool[Tensor, "panel group"],
+    ) -> Float[Tensor, "column panel group part"]:
+        """Parts `<x_i - x0_i, dL/dx_i>` at the nodes, times `factors`, added up over nodes.
+
+        Groups that are not asked for may hold anything.
+        """
 
 
 @dataclass(frozen=True)
@@ -76,15 +103,20 @@ def stretch(a: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
 
 
 def unstretch(t: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
-    """Inverse of `stretch`: bisection to the float64 grid, then exact to rounding."""
-    low, high = torch.zeros_like(t), torch.ones_like(t)
-    # Halve in log scale first: the interesting a may be 1e-12.
-    for _ in range(100):
-        middle = torch.where(low > 0, torch.sqrt(low * high), high * 0.5**8)
-        middle = torch.where(low > 0.25 * high, 0.5 * (low + high), middle)
-        below = stretch(middle, s0, s1) < t
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return 0.5 * (low + high)
+    """Inverse of `stretch`, by Newton's method from the nearer end, where `asinh` of one side is all but t."""
+    middle = torch.full_like(t, 0.5)
+    mirrored = t > stretch(middle, s0, s1)
+    t, near, far = torch.where(mirrored, -t, t), torch.where(mirrored, s1, s0), torch.where(mirrored, s0, s1)
+    top = torch.asinh(0.5 / near)
+    x = torch.zeros_like(t)  # asinh of the distance from the near end, in units of its layer
+    for _ in range(_NEWTON_STEPS):
+        distance = near * torch.sinh(x)
+        other = 1 - distance
+        value = x - torch.asinh(other / far) - t
+        slope = 1 + near * torch.cosh(x) / torch.sqrt(other**2 + far**2)
+        x = (x - value / slope).clamp(min=torch.zeros_like(x), max=top)
+    distance = near * torch.sinh(x)
+    return torch.where(mirrored, 1 - distance, distance)
 
 
 def density(a: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
@@ -94,7 +126,11 @@ def density(a: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
 
 @dataclass
 class _Panels:
-    """Panels under work: one row each, with the groups it is still open for. All on the CPU."""
+    """Panels under work: one row each, with the groups it is still open for.
+
+    On the CPU, but for what a panel that Kronrod's nodes are to be added to already has: the integral by Gauss's
+    rule, and the sum over his nodes with Kronrod's weights, [panel group part] each.
+    """
 
     dst: Tensor  # [panel]
     low: Tensor  # [panel] in t
@@ -102,9 +138,31 @@ class _Panels:
     scalar_low: Tensor  # [panel group] L at the ends
     scalar_high: Tensor
     groups: Tensor  # bool [panel group]
+    gauss: Tensor | None = None
+    kronrod: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.dst)
+
+    def only(self, groups: Tensor) -> "_Panels":
+        """The panels that are open for any of `groups`."""
+        rows = groups.any(-1).nonzero()[:, 0]
+        kept = [x[rows] for x in (self.dst, self.low, self.high, self.scalar_low, self.scalar_high, groups)]
+        return _Panels(*kept)
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Integrals over panels, [panel group part] on the device, and what may be wrong with them [panel group]."""
+
+    integral: Tensor
+    gap: Tensor
+    error: Tensor
+    """Estimated error of the worst part."""
+    error_after: Tensor
+    """What that would be with Kronrod's nodes added; infinite where they are in."""
+    gauss: Tensor | None = None
+    kronrod: Tensor | None = None
 
 
 def integrate(
@@ -115,7 +173,6 @@ def integrate(
     *,
     tol: float,
     max_nodes: int,
-    chunk: int,
 ) -> Integral:
     """Integrate every cell to `tol`, or until `max_nodes` nodes are spent on it.
 
@@ -126,39 +183,46 @@ def integrate(
         noise: change of each scalar that rounding alone can cause; gaps below it are not refined.
         tol: largest gap relative to the cell's total.
         max_nodes: budget of nodes per cell; the first panels are evaluated in any case.
-        chunk: items (points on paths) evaluated together.
     """
     n_dst = integrand.n_dst
     s0, s1 = (side.cpu().double().clamp(_NARROWEST, 1.0) for side in (s0, s1))
     tiny = torch.finfo(torch.float32).tiny
     noise = noise.cpu().double().clamp(min=tiny)
-    total = _scalars(integrand, torch.arange(n_dst), torch.ones(n_dst, dtype=torch.float64), chunk)
+    panels, total = _first_panels(integrand, s0, s1)
     allowed = torch.maximum(tol * total.abs(), noise)
     shape = (n_dst, integrand.n_groups, integrand.n_parts)
     parts = torch.zeros(shape, dtype=integrand.dtype, device=integrand.device)
     gaps, errors, largest = (torch.zeros_like(total) for _ in range(3))
     spent = torch.zeros_like(total, dtype=torch.long)
-    panels = _first_panels(integrand, s0, s1, total, chunk)
-    while len(panels):
-        values, gap, error = _evaluate(integrand, panels, s0, s1, chunk)
-        spent.index_put_((panels.dst,), NODES_PER_PANEL * panels.groups.long(), accumulate=True)
+    waiting: list[_Panels] = [panels]
+    while waiting:
+        panels = waiting.pop()
+        added = NODES_PER_PANEL if panels.gauss is None else _ADDED_NODES
+        values = _evaluate(integrand, panels, s0, s1)
+        spent.index_add_(0, panels.dst, added * panels.groups.long())
         owner = panels.dst.to(integrand.device)
-        largest = parts.index_put((owner,), values, accumulate=True).abs().amax(-1).cpu().double()
+        now = parts.index_add(0, owner, values.integral * panels.groups[..., None].to(owner.device))
+        largest = now.abs().amax(-1).cpu().double()
         bound = torch.maximum(tol * largest, noise)
+
+        def share(error: Tensor, panels: _Panels = panels, bound: Tensor = bound) -> Tensor:
+            return error / bound[panels.dst]
+
         # In units of what the cell may miss. A gap within rounding would not shrink by halving.
-        use = torch.where(gap > noise[panels.dst], gap / allowed[panels.dst], 0.0)
-        use = torch.maximum(use, error / bound[panels.dst])
+        use = torch.where(values.gap > noise[panels.dst], values.gap / allowed[panels.dst], 0.0)
+        use = torch.maximum(use, share(values.error))
         used = torch.maximum(torch.where(gaps > noise, gaps / allowed, 0.0), errors / bound)
         keep = _choose(panels, use, used)
-        open_panels = torch.zeros_like(spent)
-        open_panels.index_put_((panels.dst,), (panels.groups & ~keep).long(), accumulate=True)
+        open_panels = torch.zeros_like(spent).index_add_(0, panels.dst, (panels.groups & ~keep).long())
         # A cell that cannot pay for halving what is open is left as it is.
         broke = spent + 2 * NODES_PER_PANEL * open_panels > max_nodes
         keep |= broke[panels.dst] & panels.groups
-        parts.index_put_((owner,), values * keep[..., None].to(integrand.device), accumulate=True)
-        gaps.index_put_((panels.dst,), gap * keep, accumulate=True)
-        errors.index_put_((panels.dst,), error * keep, accumulate=True)
-        panels = _halve(integrand, panels, panels.groups & ~keep, s0, s1, chunk)
+        parts.index_add_(0, owner, values.integral * keep[..., None].to(owner.device))
+        gaps.index_add_(0, panels.dst, values.gap * keep)
+        errors.index_add_(0, panels.dst, values.error * keep)
+        unfinished = panels.groups & ~keep
+        extend = unfinished & (share(values.error_after) <= 0.5)
+        waiting += _halve(integrand, panels, unfinished & ~extend, s0, s1) + _extend(panels, extend, values)
     # Rounding is allowed for by `noise`; a gap relative to less than that would be meaningless.
     gap = gaps / torch.maximum(total.abs(), noise / tol)
     error = errors / torch.maximum(largest, noise / tol)
@@ -166,19 +230,13 @@ def integrate(
     return Integral(parts, total.to(parts), gap.to(parts), error.to(parts), converged.to(parts.device), spent)
 
 
-def _scalars(integrand: Integrand, dst: Tensor, a: Tensor, chunk: int) -> Tensor:
-    """`integrand.scalars` in chunks, brought to the CPU."""
-    pairs = zip(torch.split(dst, chunk), torch.split(a, chunk), strict=True)
-    return torch.cat([integrand.scalars(*_on_device(integrand, d, p)) for d, p in pairs]).cpu().double()
+def _scalars(integrand: Integrand, dst: Tensor, a: Tensor) -> Tensor:
+    """`integrand.scalars`, brought to the CPU."""
+    return integrand.scalars(dst, a).cpu().double()
 
 
-def _on_device(integrand: Integrand, dst: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    # Cast first: a device may not have float64.
-    return dst.to(integrand.device), a.to(integrand.dtype).to(integrand.device)
-
-
-def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor, total: Tensor, chunk: int) -> _Panels:
-    """Panels of about `PANEL_LENGTH` in t over the whole path of each destination."""
+def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor) -> tuple[_Panels, Tensor]:
+    """Panels of about `PANEL_LENGTH` in t over the whole path of each destination, and the totals."""
     zero, one = torch.zeros_like(s0), torch.ones_like(s0)
     start, end = stretch(zero, s0, s1), stretch(one, s0, s1)
     counts = ((end - start) / PANEL_LENGTH).ceil().clamp(min=1).long()
@@ -187,50 +245,67 @@ def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor, total: Tensor, c
     number = torch.arange(len(dst)) - first[dst]
     width = ((end - start) / counts)[dst]
     low, high = start[dst] + width * number, start[dst] + width * (number + 1)
-    scalar_low, scalar_high = torch.zeros_like(total)[dst], total[dst].clone()
     inner = (number > 0).nonzero()[:, 0]
-    if len(inner):
-        at = unstretch(low[inner], s0[dst[inner]], s1[dst[inner]])
-        scalar_low[inner] = _scalars(integrand, dst[inner], at, chunk)
-        scalar_high[inner - 1] = scalar_low[inner]
+    at = unstretch(low[inner], s0[dst[inner]], s1[dst[inner]])
+    scalars = _scalars(integrand, torch.cat([torch.arange(len(s0)), dst[inner]]), torch.cat([one, at]))
+    total, between = scalars[: len(s0)], scalars[len(s0) :]
+    scalar_low, scalar_high = torch.zeros_like(total)[dst], total[dst].clone()
+    scalar_low[inner], scalar_high[inner - 1] = between, between
     groups = torch.ones(len(dst), total.shape[1], dtype=torch.bool)
-    return _Panels(dst, low, high, scalar_low, scalar_high, groups)
+    return _Panels(dst, low, high, scalar_low, scalar_high, groups), total
 
 
-def _evaluate(
-    integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor, chunk: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Parts of every panel by Gauss-Legendre, the gap of their sum, and the estimated error of the worst one.
+def _rule(added: bool) -> tuple[Tensor, Tensor]:
+    """Nodes on [0, 1], and factors [node column].
 
-    With n nodes the rule is exact up to mode 2n - 1 while its values show modes up to n - 1. Where modes fall off
-    geometrically, mode 2n is about (mode n - 1)^(2n / (n - 1)): that, with the two highest visible modes standing
-    in for the last (one of them vanishes for odd or even integrands), is the estimate.
+    Of Gauss's nodes: his weights, Kronrod's, and those of the two highest Legendre modes that the nodes show. Of
+    the nodes that Kronrod added: his weights.
     """
-    n = NODES_PER_PANEL
-    nodes, weights = np.polynomial.legendre.leggauss(n)
-    modes = [np.polynomial.legendre.Legendre.basis(m)(nodes) * (2 * m + 1) for m in (0, n - 2, n - 1)]
-    rule = torch.as_tensor(np.stack([*(mode * 0.5 * weights for mode in modes), np.sqrt(0.5 * weights)]))
+    x, kronrod, gauss = np.array([*_KRONROD, *((-x, k, g) for x, k, g in _KRONROD[:-1])]).T
+    chosen = gauss == 0 if added else gauss > 0
+    x, kronrod, gauss = x[chosen], kronrod[chosen], gauss[chosen]
+    columns = [kronrod]
+    if not added:
+        n = NODES_PER_PANEL
+        modes = [np.polynomial.legendre.Legendre.basis(m)(x) * (2 * m + 1) * gauss for m in (n - 2, n - 1)]
+        columns = [gauss, kronrod, *modes]
+    return torch.as_tensor(0.5 * (x + 1)), torch.as_tensor(0.5 * np.stack(columns, -1))
+
+
+def _evaluate(integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor) -> _Values:
+    """Parts of every panel, the gap of their sum, and the estimated error of the worst one.
+
+    Gauss's rule with n nodes is exact up to mode 2n - 1 while its values show modes up to n - 1. Where modes fall
+    off geometrically, mode m is about C q^m: C is taken from the integral, and q from the two highest visible modes
+    (one of them vanishes for odd or even integrands), which gives the first mode that either rule misses. Once both
+    rules are there their difference stands for the first mode that Gauss's misses.
+    """
+    added = panels.gauss is not None
+    nodes, rule = _rule(added)
     width = panels.high - panels.low
-    t = panels.low[:, None] + width[:, None] * torch.as_tensor(0.5 * (nodes + 1))
-    dst = panels.dst.repeat_interleave(n)
-    a = unstretch(t.reshape(-1), s0[dst], s1[dst])
-    # One column per quantity to sum: the integral, the two modes, and the root of the square.
-    factors = (density(a, s0[dst], s1[dst]) * width.repeat_interleave(n))[:, None] * rule.T.repeat(len(panels), 1)
-    groups = panels.groups.repeat_interleave(n, 0)
-    owner = torch.arange(len(panels)).repeat_interleave(n)
-    shape = (len(panels), integrand.n_groups, integrand.n_parts)
-    sums = [torch.zeros(shape, dtype=integrand.dtype, device=integrand.device) for _ in range(4)]
-    for d, p, f, g, o in zip(*(torch.split(x, chunk) for x in (dst, a, factors, groups, owner)), strict=True):
-        values = integrand.parts(*_on_device(integrand, d, p), g.to(integrand.device))
-        rows, columns = o.to(integrand.device), f.to(integrand.dtype).to(integrand.device)
-        for power, total, column in zip((1, 1, 1, 2), sums, columns.T, strict=True):
-            total.index_add_(0, rows, (values * column[:, None, None]) ** power)
-    integral, *top, square = sums
-    tail, size = torch.hypot(*top), square.sqrt()
-    ratio = (tail / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1.0)
-    error = (size * ratio ** (2 * n / (n - 1))).amax(-1).cpu().double()
-    gap = (integral.sum(-1).cpu().double() - (panels.scalar_high - panels.scalar_low)).abs()
-    return integral, gap * panels.groups, error * panels.groups
+    t = panels.low[:, None] + width[:, None] * nodes
+    ends = s0[panels.dst, None].expand_as(t), s1[panels.dst, None].expand_as(t)
+    a = unstretch(t, *ends)
+    factors = (density(a, *ends) * width[:, None])[..., None] * rule
+    sums = integrand.sums(panels.dst, a, factors, panels.groups)
+
+    def error(integral: Tensor, tail: Tensor, *powers: float) -> list[Tensor]:
+        size = torch.maximum(integral.abs(), tail)
+        ratio = tail / size.clamp(min=torch.finfo(size.dtype).tiny)
+        return [(size * ratio**power).amax(-1).cpu().double() * panels.groups for power in powers]
+
+    if added:
+        assert panels.gauss is not None and panels.kronrod is not None
+        integral, gauss, kronrod = panels.kronrod + sums[0], None, None
+        (now,) = error(integral, (integral - panels.gauss).abs(), _KRONROD_MISSES / _GAUSS_MISSES)
+        after = torch.full_like(now, torch.inf)
+    else:
+        gauss, kronrod, *top = sums
+        highest = NODES_PER_PANEL - 1
+        integral = gauss
+        now, after = error(gauss, torch.hypot(*top), _GAUSS_MISSES / highest, _KRONROD_MISSES / highest)
+    gap = (integral.sum(-1).cpu().double() - (panels.scalar_high - panels.scalar_low)).abs() * panels.groups
+    return _Values(integral, gap, now, after, gauss, kronrod)
 
 
 def _choose(panels: _Panels, use: Tensor, used: Tensor) -> Tensor:
@@ -256,20 +331,28 @@ def _choose(panels: _Panels, use: Tensor, used: Tensor) -> Tensor:
     return (keep | done[panels.dst]) & panels.groups
 
 
-def _halve(integrand: Integrand, panels: _Panels, groups: Tensor, s0: Tensor, s1: Tensor, chunk: int) -> _Panels:
+def _extend(panels: _Panels, groups: Tensor, values: _Values) -> list[_Panels]:
+    """The panels that are to get Kronrod's nodes, with what they have already."""
+    if values.gauss is None or values.kronrod is None or not bool(groups.any()):
+        return []
+    rows = groups.any(-1).nonzero()[:, 0].to(values.gauss.device)
+    return [replace(panels.only(groups), gauss=values.gauss[rows], kronrod=values.kronrod[rows])]
+
+
+def _halve(integrand: Integrand, panels: _Panels, groups: Tensor, s0: Tensor, s1: Tensor) -> list[_Panels]:
     """Two halves, in t, of every panel that is still open for some group."""
-    rows = groups.any(-1).nonzero()[:, 0]
-    dst, low, high, groups = panels.dst[rows], panels.low[rows], panels.high[rows], groups[rows]
-    if not len(rows):
-        empty = panels.scalar_low[:0]
-        return _Panels(dst, low, high, empty, empty, groups)
-    middle = 0.5 * (low + high)
-    scalar = _scalars(integrand, dst, unstretch(middle, s0[dst], s1[dst]), chunk)
-    return _Panels(
-        torch.cat([dst, dst]),
-        torch.cat([low, middle]),
-        torch.cat([middle, high]),
-        torch.cat([panels.scalar_low[rows], scalar]),
-        torch.cat([scalar, panels.scalar_high[rows]]),
-        torch.cat([groups, groups]),
-    )
+    if not bool(groups.any()):
+        return []
+    p = panels.only(groups)
+    middle = 0.5 * (p.low + p.high)
+    scalar = _scalars(integrand, p.dst, unstretch(middle, s0[p.dst], s1[p.dst]))
+    return [
+        _Panels(
+            torch.cat([p.dst, p.dst]),
+            torch.cat([p.low, middle]),
+            torch.cat([middle, p.high]),
+            torch.cat([p.scalar_low, scalar]),
+            torch.cat([scalar, p.scalar_high]),
+            torch.cat([p.groups, p.groups]),
+        )
+    ]

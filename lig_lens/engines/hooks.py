@@ -3,8 +3,7 @@
 It works on every block that can be replayed, and needs one backward pass per destination (and head).
 """
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -13,58 +12,65 @@ from torch import Tensor
 
 from lig_lens.baselines import ResidPath, TailPath
 from lig_lens.boundaries import BlockNodes
-from lig_lens.quadrature import Integral, integrate
+from lig_lens.engines.common import Budget, PathIntegrand, layers_of_paths, rms, widths
+from lig_lens.quadrature import Integral
 from lig_lens.targets import Direction, Scalar
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How hard to try: relative tolerance, nodes per cell, and tokens that are run through a block at once."""
+class _Integrand(PathIntegrand):
+    """Integrand by automatic differentiation, `chunk` points at a time."""
 
-    tol: float
-    max_nodes: int
-    max_batch_tokens: int
-
-    def items(self, n_pos: int) -> int:
-        """Interpolation points that fit into one run of the block."""
-        return max(1, self.max_batch_tokens // n_pos)
-
-
-class _Integrand(ABC):
-    """What both integrands share: scalars are distances of what `_read` gives from its value at the start."""
-
-    start: Float[Tensor, "dst group dim"]
-
-    def __init__(self, nodes: BlockNodes, scalar: Scalar, dst: Tensor, n_groups: int, n_parts: int) -> None:
-        self.nodes, self.scalar, self.positions = nodes, scalar, dst
-        self.n_dst, self.n_groups, self.n_parts = len(dst), n_groups, n_parts
-        self.dtype, self.device = nodes.resid_pre.dtype, nodes.resid_pre.device
+    chunk: int
 
     @abstractmethod
-    def _read(self, positions: Tensor, a: Tensor) -> tuple[Any, Tensor]:
+    def _read(self, positions: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> tuple[Any, Tensor]:
         """What is interpolated, at `a`, as leaves; and what the destinations get from it: [item group dim]."""
 
     @abstractmethod
-    def parts(
-        self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: Bool[Tensor, "item group"]
-    ) -> Float[Tensor, "item group part"]:
-        """See `quadrature.Integrand`."""
+    def _parts(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: list[int]) -> Tensor:
+        """Parts at single points, for the groups asked for: [item group part]."""
 
-    def _read_start(self, chunk: int) -> Tensor:
-        zero = torch.zeros(1, device=self.device)
+    def _read_start(self) -> Tensor:
+        zero = torch.zeros(1, device=self.device, dtype=self.dtype)
         with torch.no_grad():
-            pieces = [self._read(d, zero.expand(len(d)))[1] for d in torch.split(self.positions, chunk)]
+            pieces = [self._read(d, zero.expand(len(d)))[1] for d in torch.split(self.positions, self.chunk)]
         return torch.cat(pieces)
 
     def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
+        """See `quadrature.Integrand`."""
+        pieces = []
         with torch.no_grad():
-            _, out = self._read(self.positions[dst], a)
-            return self.scalar(out - self.start[dst], self.positions[dst])
+            for d, x in zip(torch.split(dst, self.chunk), torch.split(self._on_device(a), self.chunk), strict=True):
+                d = d.to(self.device)
+                positions = self.positions.to(self.device)[d]
+                pieces.append(self.scalar(self._read(positions, x)[1] - self.start[d], positions))
+        return torch.cat(pieces)
 
-    def noise(self, end: Float[Tensor, "pos group dim"]) -> Float[Tensor, "dst group"]:
-        """Change of each scalar that rounding alone can cause, `end` being what comes out at a = 1."""
-        lengths = [self.scalar.size(vectors, self.positions) for vectors in (self.start, end[self.positions])]
-        return 8 * self.nodes.rounding * torch.maximum(*lengths)
+    def sums(
+        self,
+        dst: Int[Tensor, "panel"],
+        a: Float[Tensor, "panel node"],
+        factors: Float[Tensor, "panel node column"],
+        groups: Bool[Tensor, "panel group"],
+    ) -> Float[Tensor, "column panel group part"]:
+        """See `quadrature.Integrand`."""
+        n_nodes = a.shape[1]
+        items = torch.arange(a.numel())
+        shape = (factors.shape[2], len(dst), self.n_groups, self.n_parts)
+        result = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        a, factors = self._on_device(a.flatten()), self._on_device(factors.flatten(0, 1))
+        for part in torch.split(items, self.chunk):
+            panel = part // n_nodes
+            wanted = groups[panel].any(0).nonzero()[:, 0].tolist()
+            values = self._parts(dst[panel].to(self.device), a[part], wanted)
+            rows = panel.to(self.device)
+            for column, factor in zip(result, factors[part].T, strict=True):
+                column.index_add_(0, rows, values * factor[:, None, None])
+        return result
+
+    def _on_device(self, values: Tensor) -> Tensor:
+        # Cast first: a device may not have float64.
+        return values.to(self.dtype).to(self.device)
 
 
 class _FromResid(_Integrand):
@@ -75,10 +81,10 @@ class _FromResid(_Integrand):
     ) -> None:
         n_groups = nodes.boundaries.n_heads if to_heads else 1
         super().__init__(nodes, scalar, dst, n_groups, n_parts=len(nodes.resid_pre))
-        self.path, self.to_heads = path, to_heads
-        self.start = self._read_start(chunk)
+        self.path, self.to_heads, self.chunk = path, to_heads, chunk
+        self.start = self._read_start()
 
-    def _read(self, positions: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, positions: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> tuple[Any, Tensor]:
         """Residual vectors at `a`, as a leaf, and what the destinations get: [item group dim]."""
         steps = self.path.steps(positions)
         resid = self.path.starts(positions) + a.to(steps.dtype)[:, None, None] * steps
@@ -91,38 +97,31 @@ class _FromResid(_Integrand):
             out = result[:, :, None]
         return resid, out[torch.arange(len(positions), device=a.device), positions]
 
-    def parts(
-        self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: Bool[Tensor, "item group"]
-    ) -> Float[Tensor, "item group part"]:
-        positions = self.positions[dst]
+    def _parts(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: list[int]) -> Tensor:
+        positions = self.positions.to(self.device)[dst]
         steps = self.path.steps(positions)
         with torch.enable_grad():
             resid, out = self._read(positions, a)
             values = self.scalar(out - self.start[dst], positions)
         result = steps.new_zeros(len(dst), self.n_groups, self.n_parts)
-        wanted = groups.any(0).nonzero()[:, 0].tolist()
-        for group in wanted:
-            (gradient,) = torch.autograd.grad(values[:, group].sum(), resid, retain_graph=group != wanted[-1])
+        for group in groups:
+            (gradient,) = torch.autograd.grad(values[:, group].sum(), resid, retain_graph=group != groups[-1])
             result[:, group] = (gradient * steps).sum(-1)
-        return result * groups[..., None]
+        return result
 
 
 class _FromHeads(_Integrand):
-    """Integrand of (hook_z, skip) -> resid_post: parts are the heads, then skip, then bias.
-
-    The rest of a block acts token by token, so items, each at its own point of its own destination's path, are
-    packed side by side into rows of the prompt's length.
-    """
+    """Integrand of (hook_z, skip) -> resid_post: parts are the heads, then skip, then bias."""
 
     def __init__(self, nodes: BlockNodes, path: TailPath, scalar: Scalar, dst: Tensor, chunk: int) -> None:
         super().__init__(nodes, scalar, dst, n_groups=1, n_parts=path.z_end.shape[1] + 2)
-        self.path = path
+        self.path, self.chunk = path, chunk
         self.attn_out_start = nodes.attn_out(path.z_start, path.bias_start)
         self.attn_out_end = nodes.attn_out(path.z_end, 1.0)
-        self.start = self._read_start(chunk)
+        self.start = self._read_start()
 
-    def _read(self, positions: Tensor, a: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        nodes, path, n_pos = self.nodes, self.path, len(self.path.z_end)
+    def _read(self, positions: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> tuple[Any, Tensor]:
+        path = self.path
         fraction = a.to(path.skip_end.dtype)[:, None]
         # Whole attention outputs are interpolated: b_O added to a z near 0 would drown it in rounding.
         attn_out = torch.lerp(self.attn_out_start[positions], self.attn_out_end[positions], fraction)
@@ -130,17 +129,10 @@ class _FromHeads(_Integrand):
         leaves = (attn_out, skip)
         for leaf in leaves:
             leaf.requires_grad_(torch.is_grad_enabled())
-        rows = -(-len(positions) // n_pos)
-        filler = torch.zeros(rows * n_pos - len(positions), dtype=torch.long, device=a.device)
-        index = torch.cat([torch.arange(len(positions), device=a.device), filler])
-        packed = [leaf[index].reshape(rows, n_pos, -1) for leaf in leaves]
-        out = nodes.run_tail(*packed)
-        return leaves, out.reshape(rows * n_pos, -1)[: len(positions), None]
+        return leaves, self.nodes.run_tail_at(*leaves)[:, None]
 
-    def parts(
-        self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: Bool[Tensor, "item group"]
-    ) -> Float[Tensor, "item group part"]:
-        positions, path = self.positions[dst], self.path
+    def _parts(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: list[int]) -> Tensor:
+        positions, path = self.positions.to(self.device)[dst], self.path
         with torch.enable_grad():
             leaves, out = self._read(positions, a)
             value = self.scalar(out - self.start[dst], positions).sum()
@@ -149,7 +141,7 @@ class _FromHeads(_Integrand):
         heads = ((path.z_end - path.z_start)[positions] * by_z).sum(-1)
         skip = ((path.skip_end - path.skip_start)[positions] * by_skip).sum(-1)
         bias = torch.einsum("im,m->i", by_attn_out, self.nodes.b_O) * (1 - path.bias_start)
-        return torch.cat([heads, skip[:, None], bias[:, None]], -1)[:, None] * groups[..., None]
+        return torch.cat([heads, skip[:, None], bias[:, None]], -1)[:, None]
 
 
 def integrate_resid(
@@ -167,13 +159,12 @@ def integrate_resid(
     """
     W_O = nodes.W_O if to_heads else None
     scalar = Scalar(target, len(nodes.resid_pre), nodes.resid_pre, W_O)
-    chunk = budget.items(len(nodes.resid_pre))
-    integrand = _FromResid(nodes, path, scalar, dst, to_heads, chunk)
+    integrand = _FromResid(nodes, path, scalar, dst, to_heads, budget.items(len(nodes.resid_pre)))
     depth = nodes.norms_to_z if to_heads else nodes.norms_to_resid_post
-    s0, s1 = _layers_of_paths(path, dst, nodes.eps, depth)
+    s0, s1 = layers_of_paths(path, dst, nodes.eps, depth)
     end = nodes.z if to_heads else nodes.resid_post[:, None]
     assert end is not None
-    return _integrate(integrand, s0, s1, integrand.noise(end), budget, chunk)
+    return integrand.integrate(s0, s1, end, budget)
 
 
 def integrate_tail(
@@ -191,42 +182,8 @@ def integrate_tail(
     assert nodes.W_O is not None
     scalar = Scalar(target, len(nodes.resid_pre), nodes.resid_pre)
     n_pos = len(nodes.resid_pre)
-    chunk = budget.items(n_pos) * n_pos
-    integrand = _FromHeads(nodes, path, scalar, dst, chunk)
+    integrand = _FromHeads(nodes, path, scalar, dst, budget.items(n_pos) * n_pos)
     start, end = integrand.attn_out_start + path.skip_start, integrand.attn_out_end + path.skip_end
     depth = nodes.norms_to_resid_post - nodes.norms_to_z
-    s0, s1 = _widths(_rms(start[dst]), _rms(end[dst]), nodes.eps, depth)
-    return _integrate(integrand, s0, s1, integrand.noise(nodes.resid_post[:, None]), budget, chunk)
-
-
-def _integrate(integrand: _Integrand, s0: Tensor, s1: Tensor, noise: Tensor, budget: Budget, chunk: int) -> Integral:
-    return integrate(integrand, s0, s1, noise, tol=budget.tol, max_nodes=budget.max_nodes, chunk=chunk)
-
-
-def _layers_of_paths(
-    path: ResidPath, dst: Int[Tensor, "dst"], eps: float, depth: int
-) -> tuple[Float[Tensor, "dst"], Float[Tensor, "dst"]]:
-    """Widths of the boundary layers at both ends of each destination's path, narrowest source first."""
-    if depth == 0:
-        one = torch.ones(len(dst), dtype=torch.float64)
-        return one, one
-    end = _rms(path.end)
-    start = end[dst.cpu()][:, None] if path.start is None else _rms(path.start).expand(len(dst), -1)
-    s0, s1 = _widths(start, end.expand(len(dst), -1), eps, depth)
-    return s0.amin(-1), s1.amin(-1)
-
-
-def _widths(start: Tensor, end: Tensor, eps: float, depth: int) -> tuple[Tensor, Tensor]:
-    """Where a norm turns from one end's direction to the other's: rms of the ends, eps standing in for 0.
-
-    A path from 0 through several norms in a row has a layer for each: the next norm sees the first one's steep
-    rise, and so turns within the square of the width, and so on.
-    """
-    narrow_start, narrow_end = ((side.double() ** 2 + eps).sqrt() for side in (start, end))
-    s0, s1 = (narrow_start / narrow_end).clamp(max=1.0), (narrow_end / narrow_start).clamp(max=1.0)
-    from_zero, to_zero = (side.double() ** 2 <= eps for side in (start, end))
-    return torch.where(from_zero, s0**depth, s0), torch.where(to_zero, s1**depth, s1)
-
-
-def _rms(vectors: Tensor) -> Tensor:
-    return vectors.cpu().double().pow(2).mean(-1).sqrt()
+    s0, s1 = widths(rms(start[dst]), rms(end[dst]), nodes.eps, depth)
+    return integrand.integrate(s0, s1, nodes.resid_post[:, None], budget)

@@ -1,0 +1,150 @@
+"""The fast engine: attention in closed form, the rest of the block by one backward pass for all destinations.
+
+It gives what `hooks` gives, for blocks whose attention has a `Formula`: sources, heads and destinations together,
+instead of one backward pass for each destination and head.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lig_lens.baselines import ResidPath
+from lig_lens.boundaries import BlockNodes
+from lig_lens.engines.attention import OwnPaths, Panels, SharedPath
+from lig_lens.engines.common import Budget, PathIntegrand, layers_of_paths
+from lig_lens.quadrature import Integral
+from lig_lens.targets import Direction, Scalar
+
+# Numbers in one attention-shaped tensor, for each token that may be run through a block at once: large enough to
+# make the cost of calls small, small enough for such tensors to stay in a CPU's cache.
+_NUMBERS_PER_TOKEN = 32
+
+
+class _FromResid(PathIntegrand):
+    """What both maps share: the path of attention, and how work on it is portioned."""
+
+    def __init__(
+        self, nodes: BlockNodes, path: ResidPath, scalar: Scalar, dst: Int[Tensor, "dst"], n_groups: int, size: int
+    ) -> None:
+        super().__init__(nodes, scalar, dst, n_groups, n_parts=len(nodes.resid_pre))
+        formula = nodes.formula
+        assert formula is not None and nodes.W_O is not None
+        self.path, self.size = path, size
+        self.attention = OwnPaths(formula) if path.start is None else SharedPath(formula, formula.tokens(path.start))
+
+    def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
+        """See `quadrature.Integrand`."""
+        result = torch.zeros(len(dst), self.n_groups, dtype=self.dtype, device=self.device)
+        everything = torch.ones(len(dst), 1, dtype=torch.bool)
+        for panels in self.attention.work(self.positions[dst], a[:, None], everything, self.size):
+            own = dst.to(self.device)[panels.rows]
+            result[panels.rows] = self._scalars(panels, own, self.attention.move(panels))
+        return result
+
+    def sums(
+        self,
+        dst: Int[Tensor, "panel"],
+        a: Float[Tensor, "panel node"],
+        factors: Float[Tensor, "panel node column"],
+        groups: Bool[Tensor, "panel group"],
+    ) -> Float[Tensor, "column panel group part"]:
+        """See `quadrature.Integrand`."""
+        shape = (factors.shape[2], len(dst), self.n_groups, self.n_parts)
+        result = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        factors, on_device = factors.to(self.dtype).to(self.device), dst.to(self.device)
+        for panels in self.attention.work(self.positions[dst], a, groups, self.size):
+            values = self._values(panels, on_device[panels.rows])
+            heads = panels.heads if self.n_groups > 1 else slice(None)
+            columns = torch.einsum("pnc,hpns->cphs", factors[panels.rows], values)
+            result[:, panels.rows, heads, : panels.n_src] = columns
+        return result
+
+
+class _ToHeads(_FromResid):
+    """resid_pre -> hook_z: groups are heads."""
+
+    def __init__(
+        self, nodes: BlockNodes, path: ResidPath, scalar: Scalar, dst: Int[Tensor, "dst"], size: int
+    ) -> None:
+        super().__init__(nodes, path, scalar, dst, nodes.boundaries.n_heads, size)
+        self.start = self.attention.z_start.transpose(0, 1)[dst]
+
+    def _scalars(self, panels: Panels, own: Tensor, displacement: Tensor) -> Tensor:
+        return self.scalar(displacement[:, :, 0].transpose(0, 1), panels.dst)
+
+    def _values(self, panels: Panels, own: Tensor) -> Tensor:
+        displacement = self.attention.move(panels)
+        gradient = self.scalar.gradient(displacement, panels.dst, panels.heads)
+        return self.attention.contributions(panels, displacement, gradient)
+
+
+class _ToBlock(_FromResid):
+    """resid_pre -> resid_post: one group; heads and the skip connection add up."""
+
+    def __init__(
+        self, nodes: BlockNodes, path: ResidPath, scalar: Scalar, dst: Int[Tensor, "dst"], size: int
+    ) -> None:
+        # The tail runs on rows of the prompt's length, so at least one such row is worked on at a time.
+        n_pos = len(nodes.resid_pre)
+        super().__init__(nodes, path, scalar, dst, 1, max(size, nodes.boundaries.n_heads * n_pos**2))
+        self.attn_out_start = nodes.attn_out(self.attention.z_start.transpose(0, 1), 1.0)
+        self.skip_start = path.end if path.start is None else path.start
+        self.skip_step = path.end - self.skip_start
+        self.start = nodes.run_tail(self.attn_out_start[None], self.skip_start[None])[0][dst, None]
+
+    def _tail(self, panels: Panels, own: Tensor, displacement: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """What the tail gets, as leaves: [item d_model] each, and the scalars: [item 1]."""
+        assert self.nodes.W_O is not None
+        n_nodes = panels.a.shape[1]
+        dst = panels.dst.repeat_interleave(n_nodes)
+        moved = torch.einsum("hpne,hem->pnm", displacement, self.nodes.W_O).flatten(0, 1)
+        attn_out = self.attn_out_start[dst] + moved
+        skip = torch.addcmul(self.skip_start[dst], panels.a.reshape(-1, 1), self.skip_step[dst])
+        leaves = (attn_out, skip)
+        for leaf in leaves:
+            leaf.requires_grad_(torch.is_grad_enabled())
+        out = self.nodes.run_tail_at(*leaves)[:, None]
+        return leaves, self.scalar(out - self.start[own.repeat_interleave(n_nodes)], dst)
+
+    def _scalars(self, panels: Panels, own: Tensor, displacement: Tensor) -> Tensor:
+        return self._tail(panels, own, displacement)[1]
+
+    def _values(self, panels: Panels, own: Tensor) -> Tensor:
+        displacement = self.attention.move(panels)
+        with torch.enable_grad():
+            leaves, value = self._tail(panels, own, displacement)
+            by_attn_out, by_skip = torch.autograd.grad(value.sum(), leaves)
+        assert self.nodes.W_O is not None
+        shape = panels.a.shape
+        gradient = torch.einsum("im,hem->hie", by_attn_out, self.nodes.W_O).unflatten(1, shape)
+        result = self.attention.contributions(panels, displacement, gradient).sum(0, keepdim=True)
+        if self.path.start is not None:
+            by_own = torch.einsum("pnm,pm->pn", by_skip.unflatten(0, shape), self.skip_step[panels.dst])
+            result[0, torch.arange(shape[0], device=result.device), :, panels.dst] += by_own
+        return result
+
+
+def integrate_resid(
+    nodes: BlockNodes,
+    path: ResidPath,
+    target: "str | Direction",
+    dst: Int[Tensor, "dst"],
+    to_heads: bool,
+    budget: Budget,
+) -> Integral:
+    """Contributions of source tokens to head outputs (`attn` map) or to the block's output (`block` map).
+
+    Same arguments and result as `hooks.integrate_resid`; `nodes` must have a formula.
+
+    Returns:
+        parts [dst, head or 1, src].
+    """
+    with torch.no_grad():
+        scalar = Scalar(target, len(nodes.resid_pre), nodes.resid_pre, nodes.W_O if to_heads else None)
+        size = _NUMBERS_PER_TOKEN * budget.max_batch_tokens
+        integrand = (_ToHeads if to_heads else _ToBlock)(nodes, path, scalar, dst, size)
+        depth = nodes.norms_to_z if to_heads else nodes.norms_to_resid_post
+        s0, s1 = layers_of_paths(path, dst, nodes.eps, depth)
+        end = nodes.z if to_heads else nodes.resid_post[:, None]
+        assert end is not None
+        return integrand.integrate(s0, s1, end, budget)
