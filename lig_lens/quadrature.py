@@ -194,35 +194,42 @@ def integrate(
     parts = torch.zeros(shape, dtype=integrand.dtype, device=integrand.device)
     gaps, errors, largest = (torch.zeros_like(total) for _ in range(3))
     spent = torch.zeros_like(total, dtype=torch.long)
-    waiting: list[_Panels] = [panels]
-    while waiting:
-        panels = waiting.pop()
-        added = NODES_PER_PANEL if panels.gauss is None else _ADDED_NODES
-        values = _evaluate(integrand, panels, s0, s1)
-        spent.index_add_(0, panels.dst, added * panels.groups.long())
-        owner = panels.dst.to(integrand.device)
-        now = parts.index_add(0, owner, values.integral * panels.groups[..., None].to(owner.device))
+    # Nodes are charged when they are planned, so that what waits cannot overdraw a cell.
+    spent.index_add_(0, panels.dst, NODES_PER_PANEL * panels.groups.long())
+    work = [panels]
+    while work:
+        found = [_evaluate(integrand, p, s0, s1) for p in work]
+        owners = [p.dst.to(integrand.device) for p in work]
+        now = parts.clone()
+        for p, v, owner in zip(work, found, owners, strict=True):
+            now.index_add_(0, owner, v.integral * p.groups[..., None].to(owner.device))
         largest = now.abs().amax(-1).cpu().double()
         bound = torch.maximum(tol * largest, noise)
-
-        def share(error: Tensor, panels: _Panels = panels, bound: Tensor = bound) -> Tensor:
-            return error / bound[panels.dst]
-
+        dst, groups = torch.cat([p.dst for p in work]), torch.cat([p.groups for p in work])
+        gap, error, after = (torch.cat([getattr(v, name) for v in found]) for name in ("gap", "error", "error_after"))
         # In units of what the cell may miss. A gap within rounding would not shrink by halving.
-        use = torch.where(values.gap > noise[panels.dst], values.gap / allowed[panels.dst], 0.0)
-        use = torch.maximum(use, share(values.error))
+        use = torch.where(gap > noise[dst], gap / allowed[dst], 0.0)
+        use = torch.maximum(use, error / bound[dst])
         used = torch.maximum(torch.where(gaps > noise, gaps / allowed, 0.0), errors / bound)
-        keep = _choose(panels, use, used)
-        open_panels = torch.zeros_like(spent).index_add_(0, panels.dst, (panels.groups & ~keep).long())
-        # A cell that cannot pay for halving what is open is left as it is.
-        broke = spent + 2 * NODES_PER_PANEL * open_panels > max_nodes
-        keep |= broke[panels.dst] & panels.groups
-        parts.index_add_(0, owner, values.integral * keep[..., None].to(owner.device))
-        gaps.index_add_(0, panels.dst, values.gap * keep)
-        errors.index_add_(0, panels.dst, values.error * keep)
-        unfinished = panels.groups & ~keep
-        extend = unfinished & (share(values.error_after) <= 0.5)
-        waiting += _halve(integrand, panels, unfinished & ~extend, s0, s1) + _extend(panels, extend, values)
+        keep = _choose(dst, groups, use, used)
+        extend = groups & ~keep & (after / bound[dst] <= 0.5)
+        planned = torch.where(extend, _ADDED_NODES, 2 * NODES_PER_PANEL) * (groups & ~keep)
+        cost = torch.zeros_like(spent).index_add_(0, dst, planned)
+        # A cell that cannot pay for what is open is left as it is.
+        broke = spent + cost > max_nodes
+        keep |= broke[dst] & groups
+        spent += torch.where(broke, 0, cost)
+        gaps.index_add_(0, dst, gap * keep)
+        errors.index_add_(0, dst, error * keep)
+        halved, extended, row = [], [], 0
+        for p, v, owner in zip(work, found, owners, strict=True):
+            own = slice(row, row + len(p))
+            row += len(p)
+            parts.index_add_(0, owner, v.integral * keep[own, :, None].to(owner.device))
+            unfinished = p.groups & ~keep[own]
+            halved.append(p.only(unfinished & ~extend[own]))
+            extended += _extend(p, unfinished & extend[own], v)
+        work = _halve(integrand, halved, s0, s1) + extended
     # Rounding is allowed for by `noise`; a gap relative to less than that would be meaningless.
     gap = gaps / torch.maximum(total.abs(), noise / tol)
     error = errors / torch.maximum(largest, noise / tol)
@@ -308,27 +315,27 @@ def _evaluate(integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor) -> 
     return _Values(integral, gap, now, after, gauss, kronrod)
 
 
-def _choose(panels: _Panels, use: Tensor, used: Tensor) -> Tensor:
+def _choose(dst: Tensor, groups: Tensor, use: Tensor, used: Tensor) -> Tensor:
     """Which panels to keep as they are, per group, given what share of its allowance each uses up.
 
     All panels of a cell if they fit into what is left; else those that use least, up to half of the allowance, so
     that something is left for the halves of the others.
     """
-    open_use = torch.zeros_like(used).index_put_((panels.dst,), use * panels.groups, accumulate=True)
+    open_use = torch.zeros_like(used).index_put_((dst,), use * groups, accumulate=True)
     done = used + open_use <= 1
     # Cells sorted together, least use first: one running sum serves all of them.
-    keep = torch.zeros_like(panels.groups)
+    keep = torch.zeros_like(groups)
     for group in range(use.shape[1]):
         by_use = torch.argsort(use[:, group], stable=True)
-        order = by_use[torch.argsort(panels.dst[by_use], stable=True)]
-        d = panels.dst[order]
+        order = by_use[torch.argsort(dst[by_use], stable=True)]
+        d = dst[order]
         running = torch.cumsum(use[order, group], 0)
         starts = torch.ones_like(d, dtype=torch.bool)
         starts[1:] = d[1:] != d[:-1]
         before = torch.where(starts, running - use[order, group], torch.zeros_like(running))
         within = running - torch.cummax(before, 0).values
         keep[order, group] = used[d, group] + within <= 0.5
-    return (keep | done[panels.dst]) & panels.groups
+    return (keep | done[dst]) & groups
 
 
 def _extend(panels: _Panels, groups: Tensor, values: _Values) -> list[_Panels]:
@@ -339,11 +346,12 @@ def _extend(panels: _Panels, groups: Tensor, values: _Values) -> list[_Panels]:
     return [replace(panels.only(groups), gauss=values.gauss[rows], kronrod=values.kronrod[rows])]
 
 
-def _halve(integrand: Integrand, panels: _Panels, groups: Tensor, s0: Tensor, s1: Tensor) -> list[_Panels]:
-    """Two halves, in t, of every panel that is still open for some group."""
-    if not bool(groups.any()):
+def _halve(integrand: Integrand, panels: list[_Panels], s0: Tensor, s1: Tensor) -> list[_Panels]:
+    """Two halves, in t, of every panel."""
+    names = ("dst", "low", "high", "scalar_low", "scalar_high", "groups")
+    p = _Panels(*(torch.cat([getattr(one, name) for one in panels]) for name in names))
+    if not len(p):
         return []
-    p = panels.only(groups)
     middle = 0.5 * (p.low + p.high)
     scalar = _scalars(integrand, p.dst, unstretch(middle, s0[p.dst], s1[p.dst]))
     return [

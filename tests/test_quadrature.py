@@ -34,9 +34,14 @@ class Analytic:
         slope = torch.stack([f(a.double()) for f in self.derivatives], -1) * groups
         return torch.stack([0.25 * slope, 0.75 * slope], -1)
 
+    def sums(self, dst: Tensor, a: Tensor, factors: Tensor, groups: Tensor) -> Tensor:
+        n = a.shape[1]
+        values = self.parts(dst.repeat_interleave(n), a.flatten(), groups.repeat_interleave(n, 0))
+        return torch.einsum("pnc,pngi->cpgi", factors, values.unflatten(0, a.shape))
+
 
 def run(integrand: Analytic, s0: float = 1.0, s1: float = 1.0, **options):
-    settings = {"tol": 1e-6, "max_nodes": 4096, "chunk": 64} | options
+    settings = {"tol": 1e-6, "max_nodes": 4096} | options
     n = integrand.n_dst
     wide = {"s0": torch.full((n,), s0), "s1": torch.full((n,), s1)}
     noise = torch.zeros(n, integrand.n_groups, dtype=torch.float64)
@@ -76,7 +81,7 @@ def test_nodes_are_gauss_legendre_in_t() -> None:
     end = math.asinh(1.0)
     t = np.polynomial.legendre.leggauss(NODES_PER_PANEL)[0] * end
     by_hand = [np.interp(v, np.arcsinh(g := np.linspace(0, 1, 200001)) - np.arcsinh(1 - g), g) for v in t]
-    np.testing.assert_allclose(torch.cat(seen).numpy(), by_hand, atol=1e-6)
+    np.testing.assert_allclose(torch.cat(seen).sort().values.numpy(), by_hand, atol=1e-6)
     assert seen[0].min() > 0 and seen[0].max() < 1  # the end points, where norms have no gradient, are left out
 
 
@@ -126,7 +131,7 @@ def test_cell_without_change_needs_no_nodes_beyond_the_first_panel() -> None:
     flat = Analytic([torch.zeros_like], [torch.zeros_like])
     noise = torch.full((1, 1), 1e-7, dtype=torch.float64)
     one = torch.ones(1)
-    result = integrate(flat, one, one, noise, tol=1e-3, max_nodes=1000, chunk=8)
+    result = integrate(flat, one, one, noise, tol=1e-3, max_nodes=1000)
     assert bool(result.converged.all()) and float(result.gap) == 0.0
     assert int(result.nodes) == NODES_PER_PANEL
 
@@ -137,7 +142,7 @@ def test_flat_cells_are_free_and_spoil_no_others(noise: float) -> None:
     function, slope = boundary_layer(1e-3)
     both = Analytic([torch.zeros_like, function], [torch.zeros_like, slope], n_dst=2)
     one = torch.ones(2)
-    result = integrate(both, one, one, torch.full((2, 2), noise), tol=1e-4, max_nodes=2000, chunk=64)
+    result = integrate(both, one, one, torch.full((2, 2), noise), tol=1e-4, max_nodes=2000)
     assert (result.nodes[:, 0] == NODES_PER_PANEL).all() and bool(result.converged.all())
     assert not bool(result.gap.isnan().any()) and int(result.nodes[:, 1].max()) < 500
 

@@ -1,0 +1,139 @@
+"""The closed-form engine gives what automatic differentiation gives, wherever it says it can."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_hooked import HOOKED_KINDS, has_hooked_transformer, tiny_hooked
+from tiny_models import KINDS, tiny_bridge
+
+import lig_lens
+from lig_lens.baselines import resid_path
+from lig_lens.block import prepared, record_calls
+from lig_lens.boundaries import find_nodes
+from lig_lens.engines import closed_form
+from lig_lens.engines.common import Budget
+from lig_lens.errors import InputError
+
+# Norms on heads (gemma3) and capped scores (gemma2) are outside the formula.
+COVERED = [kind for kind in KINDS if not kind.startswith("gemma")]
+BASELINES = ("zero", "itb", "itb_zero_ratio", "itb_map_ratio", "corrupted", "tensor")
+
+
+def both(model: object, ids: object, name: str, baseline: str, target: object, **options: object):
+    n_pos = len(ids)
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn(n_pos, model.cfg.d_model, generator=generator) if baseline == "tensor" else baseline
+    extra = {"corrupted": [(i + 11) % 35 + 5 for i in range(n_pos)]} if baseline == "corrupted" else {}
+    flows = [
+        lig_lens.attribute(
+            model, ids, maps=name, target=target, engine=engine, progress=False, **{f"{name}_baseline": start},
+            **extra, **options,
+        )
+        for engine in ("closed_form", "hooks")
+    ]  # fmt: skip
+    assert set(flows[0].engines[name]) == {"closed_form"} and set(flows[1].engines[name]) == {"hooks"}
+    return flows
+
+
+def difference(flows: list[lig_lens.Flow], name: str) -> float:
+    fast, slow = (getattr(flow, name) for flow in flows)
+    return float((fast - slow).abs().max() / slow.abs().max())
+
+
+@pytest.mark.parametrize("target", ["l2", "direction"])
+@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("name", ["attn", "block"])
+@pytest.mark.parametrize("kind", COVERED)
+def test_engines_agree(kind: str, name: str, baseline: str, target: str) -> None:
+    if name == "block" and baseline == "itb_map_ratio":
+        pytest.skip("not a baseline of the block map")
+    model = tiny_bridge(kind)
+    w = lig_lens.direction(torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(1)))
+    flows = both(model, [5, 12, 30, 7, 22], name, baseline, w if target == "direction" else target)
+    # Same nodes, same refinement: what remains is rounding, far below the tolerance of 1e-3.
+    assert difference(flows, name) <= 2e-5
+    torch.testing.assert_close(flows[0].total[name], flows[1].total[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("baseline", ["zero", "itb"])
+@pytest.mark.parametrize("name", ["attn", "block"])
+@pytest.mark.parametrize("kind", COVERED)
+def test_engines_agree_in_float64(kind: str, name: str, baseline: str) -> None:
+    flows = both(tiny_bridge(kind, torch.float64), [5, 12, 30, 7], name, baseline, "l2", layers=1, tol=1e-6)
+    assert difference(flows, name) <= 1e-5
+
+
+@pytest.mark.skipif(not has_hooked_transformer(), reason="TransformerLens 4 has no HookedTransformer")
+@pytest.mark.parametrize("name", ["attn", "block"])
+@pytest.mark.parametrize("kind", [kind for kind in HOOKED_KINDS if kind in COVERED])
+def test_engines_agree_on_hooked_transformers(kind: str, name: str) -> None:
+    for baseline in ("zero", "itb"):
+        assert difference(both(tiny_hooked(kind), [5, 12, 30, 7], name, baseline, "l2"), name) <= 2e-5
+
+
+@pytest.mark.parametrize("kind", COVERED)
+@settings(max_examples=4, deadline=None)
+@given(
+    st.lists(st.integers(5, 39), min_size=1, max_size=8),
+    st.sampled_from(["attn", "block"]),
+    st.sampled_from(["zero", "itb"]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_engines_agree_on_any_prompt(kind: str, ids: list[int], name: str, baseline: str, dtype: torch.dtype) -> None:
+    flows = both(tiny_bridge(kind, dtype), ids, name, baseline, "l2", layers=1)
+    fast, slow = (getattr(flow, name) for flow in flows)
+    assert (fast - slow).abs().max() <= 2e-5 * slow.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("baseline", ["zero", "itb"])
+@pytest.mark.parametrize("name", ["attn", "block"])
+@pytest.mark.parametrize("model_name", ["minilm", "smollm2"])
+def test_engines_agree_on_real_models(model_name: str, name: str, baseline: str) -> None:
+    model = lig_lens.load_model(model_name)
+    ids = model.to_tokens("The cat sat on the mat.")[0].tolist()
+    # SmolLM2's layer 14 has a first token of norm 200 times the others'.
+    layer = 3 if model_name == "minilm" else 14
+    assert difference(both(model, ids, name, baseline, "l2", layers=layer), name) <= 2e-4
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("baseline", ["zero", "itb"])
+def test_portions_change_nothing(kind: str, baseline: str) -> None:
+    options = {"maps": ("attn", "block"), "attn_baseline": baseline, "block_baseline": baseline, "progress": False}
+    small, large = (
+        lig_lens.attribute(tiny_bridge(kind), [5, 12, 30, 7, 22], max_batch_tokens=n, **options) for n in (1, 4096)
+    )
+    for name in ("attn", "block"):
+        torch.testing.assert_close(getattr(small, name), getattr(large, name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("to_heads", [True, False])
+def test_attention_needs_no_gradient(to_heads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_bridge("llama")
+    nodes = find_nodes(model, record_calls(model, torch.tensor([[5, 12, 30, 7]]), [1])[1])
+    calls = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (calls.append(1), grad(*a, **k))[1])
+    with prepared(model, model.blocks[1]):
+        budget = Budget(1e-2, 64, 4096)
+        path = resid_path(nodes, "itb", None, 0)
+        result = closed_form.integrate_resid(nodes, path, "l2", torch.arange(4), to_heads, budget)
+    assert not result.parts.requires_grad
+    # The tail's backward serves all destinations at once: one call per portion, not one per destination and node.
+    assert len(calls) == 0 if to_heads else 0 < len(calls) <= int(result.nodes.max())
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_what_the_formula_does_not_cover_goes_through_hooks(kind: str) -> None:
+    model, ids = tiny_bridge(kind), [5, 12, 30, 7]
+    flow = lig_lens.attribute(model, ids, maps="attn", progress=False)
+    assert set(flow.engines["attn"]) == {"hooks"}
+    with pytest.raises(InputError, match=r"cannot work on block 0: the pattern is not a softmax.*engine='auto'"):
+        lig_lens.attribute(model, ids, maps="attn", engine="closed_form", progress=False)
+    assert all(b.engine == "hooks" and b.why_hooks for b in lig_lens.describe_boundaries(model))
+
+
+@pytest.mark.parametrize("kind", COVERED)
+def test_boundaries_name_the_engine(kind: str) -> None:
+    assert {b.engine for b in lig_lens.describe_boundaries(tiny_bridge(kind))} == {"closed_form"}
