@@ -280,9 +280,7 @@ def _check_shapes(settings: Settings, nodes: BlockNodes, n_pos: int, n_layers: i
         check_baseline(name, settings.baselines[name], n_layers, shape, has_corrupted)
 
 
-def _nodes(
-    model: Any, prompt: Prompt, layers: tuple[int, ...], heads: bool, formula: bool
-) -> dict[int, BlockNodes]:
+def _nodes(model: Any, prompt: Prompt, layers: tuple[int, ...], heads: bool, formula: bool) -> dict[int, BlockNodes]:
     calls = record_calls(model, prompt.ids, layers)
     return {layer: find_nodes(model, calls[layer], heads, formula) for layer in layers}
 
@@ -341,8 +339,9 @@ def _attention_columns(
     def along(start: "str | Tensor", tol: float = settings.tol) -> Integral:
         budget = Budget(tol, settings.max_nodes, settings.max_batch_tokens)
         path = resid_path(nodes, start, corrupted, index)
-        engine = closed_form if _engine(settings, nodes, name) == "closed_form" else hooks
-        return engine.integrate_resid(nodes, path, settings.target, dst, to_heads, budget)
+        closed = _engine(settings, nodes, name) == "closed_form"
+        integrate = closed_form.integrate_resid if closed else hooks.integrate_resid
+        return integrate(nodes, path, settings.target, dst, to_heads, budget)
 
     main = along(baseline)
     cells = _cells(main)

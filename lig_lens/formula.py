@@ -99,7 +99,8 @@ class Formula:
         seen = _read(self.call, self.paths, resid[None], self.end.q.shape[-1])
         sigma = _sigma(self.norm, self.eps, resid)
         q, k, v = (
-            (y[0] - bias) * sigma for y, bias in zip((seen.q, seen.k, seen.v), (self.b_q, self.b_k, self.b_v), strict=True)
+            (y[0] - bias) * sigma
+            for y, bias in zip((seen.q, seen.k, seen.v), (self.b_q, self.b_k, self.b_v), strict=True)
         )
         return Tokens(_centred(self.norm, resid), q, k, v)
 
@@ -196,7 +197,8 @@ def _seen(values: Mapping[str, Tensor], paths: tuple[str, str, str], runs: tuple
         heads.append(value.reshape(*runs, n_pos, width // d_head, d_head).transpose(-3, -2).contiguous())
     if pattern.shape != (*runs, heads[0].shape[-3], n_pos, n_pos) or heads[1].shape != heads[2].shape:
         raise _UnreadableError(f"{PATTERN_PATH} has shape {list(pattern.shape)} for {heads[0].shape[-3]} heads")
-    return _Seen(*heads, pattern.to(heads[0]))
+    q, k, v = heads
+    return _Seen(q, k, v, pattern.to(q))
 
 
 def _read(call: BlockCall, paths: tuple[str, str, str], resid: Float[Tensor, "run pos d_model"], d_head: int) -> _Seen:

@@ -84,7 +84,7 @@ def test_layer_and_destination_out_of_range() -> None:
         ({"engine": "hook"}, ("Unknown engine 'hook'", "Did you mean 'hooks'?")),
         ({"tol": 0.0}, ("tol=0.0 is not between 0 and 1",)),
         ({"tol": float("nan")}, ("tol=nan is not between 0 and 1",)),
-        ({"max_nodes": 3}, ("max_nodes=3 is too few", "at least 8")),
+        ({"max_nodes": 3}, ("max_nodes=3 is too few", "at least 7")),
         ({"max_batch_tokens": 0}, ("max_batch_tokens=0 is too few",)),
     ],
 )

@@ -89,8 +89,8 @@ class AttentionPath(ABC):
                 step = max(1, size // (n_heads * a.shape[1] * len(self._n_seen)))
                 for part in torch.split(rows, step):
                     n_src = int(self._n_seen[dst[part]].max())
-                    own = (x[part].to(device) for x in (dst, a.to(dtype)))
-                    yield Panels(part.to(device), *own, n_src, heads, kv_heads, dict(tokens))
+                    own_dst, own_a = dst[part].to(device), a[part].to(dtype).to(device)
+                    yield Panels(part.to(device), own_dst, own_a, n_src, heads, kv_heads, dict(tokens))
 
     @abstractmethod
     def _together(self, dst: Int[Tensor, "panel"], a: Float[Tensor, "panel node"]) -> Iterator[Int[Tensor, "part"]]:
@@ -176,7 +176,7 @@ class OwnPaths(AttentionPath):
             rotary = formula.rotary
             n_pairs = rotary.cos.shape[-1]
             first, second, rest = rotary.split(own)
-            q1, q2, q_rest = q.split([n_pairs, n_pairs, q.shape[-1] - 2 * n_pairs], -1)
+            q1, q2, q_rest = q[..., :n_pairs], q[..., n_pairs : 2 * n_pairs], q[..., 2 * n_pairs :]
             # In q.turn(k) the cos and sin of the place of i stand apart from what belongs to j.
             factors = torch.cat([q1 * first + q2 * second, q2 * first - q1 * second], -1)
             tables = torch.cat([rotary.cos, rotary.sin], -1)[:n_src]
@@ -184,7 +184,7 @@ class OwnPaths(AttentionPath):
         return at_start, against(self.k) - at_start, against(self.b_k) + self._bias(panels)
 
     def _norms(self, panels: Panels) -> tuple[Tensor, Tensor]:
-        """r = 1 / sigma and (dr / da) / r of every pair of destination and source: [panel node src]."""
+        """Of every pair of destination and source, r = 1 / sigma and (dr / da) / r: [panel node src]."""
         a = panels.a[..., None]
         if self.formula.norm == "none":
             return torch.ones_like(a), torch.zeros_like(a)

@@ -4,6 +4,8 @@ It gives what `hooks` gives, for blocks whose attention has a `Formula`: sources
 instead of one backward pass for each destination and head.
 """
 
+from abc import abstractmethod
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -31,6 +33,14 @@ class _FromResid(PathIntegrand):
         assert formula is not None and nodes.W_O is not None
         self.path, self.size = path, size
         self.attention = OwnPaths(formula) if path.start is None else SharedPath(formula, formula.tokens(path.start))
+
+    @abstractmethod
+    def _scalars(self, panels: Panels, own: Tensor, displacement: Tensor) -> Tensor:
+        """Scalars [panel group] where z has moved by `displacement`; `own` are the destinations' numbers."""
+
+    @abstractmethod
+    def _values(self, panels: Panels, own: Tensor) -> Tensor:
+        """Parts at the points of `panels`: [group panel node src]."""
 
     def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
         """See `quadrature.Integrand`."""
@@ -63,9 +73,7 @@ class _FromResid(PathIntegrand):
 class _ToHeads(_FromResid):
     """resid_pre -> hook_z: groups are heads."""
 
-    def __init__(
-        self, nodes: BlockNodes, path: ResidPath, scalar: Scalar, dst: Int[Tensor, "dst"], size: int
-    ) -> None:
+    def __init__(self, nodes: BlockNodes, path: ResidPath, scalar: Scalar, dst: Int[Tensor, "dst"], size: int) -> None:
         super().__init__(nodes, path, scalar, dst, nodes.boundaries.n_heads, size)
         self.start = self.attention.z_start.transpose(0, 1)[dst]
 
@@ -81,9 +89,7 @@ class _ToHeads(_FromResid):
 class _ToBlock(_FromResid):
     """resid_pre -> resid_post: one group; heads and the skip connection add up."""
 
-    def __init__(
-        self, nodes: BlockNodes, path: ResidPath, scalar: Scalar, dst: Int[Tensor, "dst"], size: int
-    ) -> None:
+    def __init__(self, nodes: BlockNodes, path: ResidPath, scalar: Scalar, dst: Int[Tensor, "dst"], size: int) -> None:
         # The tail runs on rows of the prompt's length, so at least one such row is worked on at a time.
         n_pos = len(nodes.resid_pre)
         super().__init__(nodes, path, scalar, dst, 1, max(size, nodes.boundaries.n_heads * n_pos**2))
@@ -116,10 +122,11 @@ class _ToBlock(_FromResid):
             by_attn_out, by_skip = torch.autograd.grad(value.sum(), leaves)
         assert self.nodes.W_O is not None
         shape = panels.a.shape
-        gradient = torch.einsum("im,hem->hie", by_attn_out, self.nodes.W_O).unflatten(1, shape)
+        gradient = torch.einsum("im,hem->hie", by_attn_out, self.nodes.W_O)
+        gradient = gradient.reshape(len(gradient), *shape, -1)
         result = self.attention.contributions(panels, displacement, gradient).sum(0, keepdim=True)
         if self.path.start is not None:
-            by_own = torch.einsum("pnm,pm->pn", by_skip.unflatten(0, shape), self.skip_step[panels.dst])
+            by_own = torch.einsum("pnm,pm->pn", by_skip.reshape(*shape, -1), self.skip_step[panels.dst])
             result[0, torch.arange(shape[0], device=result.device), :, panels.dst] += by_own
         return result
 
