@@ -1,0 +1,150 @@
+"""Every benchmark runs on a tiny setting and records what it promises; no time is asserted."""
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_tiny
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TEXT = "w3 w9 w27 w1 w14 w30 w5 w8 w22 w6"
+Program = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Program:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    made = {kind: tmp_path_factory.mktemp(kind) for kind in ("bert", "llama")}
+    for kind, folder in made.items():
+        save_tiny(kind, folder)
+    return {kind: str(folder) for kind, folder in made.items()}
+
+
+def read(path: Path) -> dict[str, Any]:
+    record = json.loads(path.read_text())
+    assert {"environment", "settings", "cells"} <= record.keys()
+    assert {"versions", "cpu", "threads", "device"} <= record["environment"].keys()
+    return record
+
+
+def assert_positive(*values: float) -> None:
+    assert all(math.isfinite(value) and value > 0 for value in values), values
+
+
+def test_cost(program: Program, folders: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "cost.json"
+    both = ",".join(folders.values())
+    program("cost").main(models=both, lengths="4,6", layers="1", repeats=1, text=TEXT, out=out)
+    record = read(out)
+    assert len(record["cells"]) == 2 * 6 * 2 and len(record["slopes"]) == 2 * 6
+    for cell in record["cells"]:
+        assert_positive(cell["ratio"], cell["ratio_hf"], *(cell[s]["ms"] for s in ("attribute", "forward")))
+        assert {"converged", "worst_gap", "engines", "resident_peak_mib", "gpu_peak_mib"} <= cell.keys()
+        assert cell["worst_gap"] <= 1e-3 and cell["reason"] is None
+
+
+def test_cost_leaves_out_what_is_beyond_the_budget(program: Program, folders: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "cost.json"
+    program("cost").main(
+        models=folders["bert"], lengths="4,5,6", rows="mlp:zero", repeats=1, budget=1e-9, text=TEXT, out=out
+    )
+    first, *rest = read(out)["cells"]
+    assert_positive(first["ratio"])
+    assert all(cell["ratio"] is None and "budget" in cell["reason"] for cell in rest)
+
+
+def test_slope_is_the_exponent(program: Program) -> None:
+    cost = program("cost")
+    cells = [{"tokens": t, "ratio": 1.0, "attribute": {"ms": 0.3 * t**1.5}} for t in (16, 64, 128, 256)]
+    assert cost._slope(cells) == pytest.approx(1.5)
+    assert cost._expected_seconds(cells, 512) == pytest.approx(0.3e-3 * 512**1.5)
+
+
+def test_peak_memory_sees_what_is_let_go(program: Program) -> None:
+    timing = program("timing")
+    cells = 2**24
+    result, peaks = timing.peak_memory(lambda: float(torch.ones(cells).sum()), torch.device("cpu"))
+    assert result == cells and peaks["gpu_peak_mib"] is None
+    if sys.platform == "linux":
+        assert 60 <= peaks["resident_peak_mib"] <= 200
+
+
+def test_sides_take_turns_and_slow_ones_stop(program: Program) -> None:
+    timing = program("timing")
+    runs: list[str] = []
+    first, second = (timing.Side(lambda name=name: runs.append(name)) for name in "ab")
+    timing.alternate((first, second), 2, torch.device("cpu"))
+    assert runs == ["a", "b", "a", "b"]
+    timing.alternate((first, second), 2, torch.device("cpu"), patience=0.0)
+    assert len(runs) == 4
+    assert_positive(first.median, second.record()["ms"])
+
+
+def test_memory(program: Program, folders: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "memory.json"
+    program("memory").main(model=folders["bert"], tokens=6, rows="attn:itb", layers="0", text=TEXT, out=out)
+    (cell,) = read(out)["cells"]
+    assert cell["reason"] is None
+    assert_positive(cell["result_mib"], cell["seconds"])
+    assert cell["peak_mib"] is None or cell["peak_mib"] >= 0
+
+
+def test_versus_captum(program: Program, folders: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("captum", reason='needs pip install -e ".[bench]"')
+    out = tmp_path / "captum.json"
+    program("versus_captum").main(
+        models=",".join(folders.values()), tokens=6, layer=1, sample=2, repeats=1, max_steps=128, text=TEXT, out=out
+    )
+    cells = read(out)["cells"]
+    assert len(cells) == 2 * 4
+    for cell in cells:
+        assert_positive(*(cell[key] for key in ("captum_over_auto", "captum_over_hooks", "hooks_over_auto")))
+        # Where captum adds up, both have integrated the same thing.
+        if cell["captum"]["reached_tol"]:
+            assert cell["captum"]["worst_gap"] <= 1e-3 and cell["largest_difference"] < 0.01
+    assert any(cell["captum"]["reached_tol"] for cell in cells)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_hf_block_is_the_block(program: Program, folders: dict[str, str], kind: str) -> None:
+    import lig_lens
+
+    common, hf_blocks = program("common"), program("hf_blocks")
+    model = lig_lens.load_model(folders[kind], device="cpu")
+    ids = common.token_ids(model, 6, TEXT)
+    block = hf_blocks.HfBlock(common.hf_model(model), ids, 1)
+    _, cache = model.run_with_cache(ids[None])
+    torch.testing.assert_close(block.resid_pre, cache["blocks.1.hook_resid_pre"][0])
+    with torch.no_grad():
+        torch.testing.assert_close(block.resid_post(block.resid_pre[None]), cache["blocks.1.hook_resid_post"])
+        torch.testing.assert_close(block.heads(block.resid_pre[None]), cache["blocks.1.attn.hook_z"])
+
+
+def test_prompts_have_the_length_asked_for(program: Program) -> None:
+    import lig_lens
+
+    common, released = program("common"), program("versus_released_lig")
+    tokenizer = lig_lens.load_model("minilm", device="cpu", load_weights=False).tokenizer
+    for length in (8, 19, 64):
+        assert length - 2 <= len(tokenizer(released.prose(tokenizer, length))["input_ids"]) <= length
+    assert len(set(common.english(3).split(". "))) > 20
+
+
+@pytest.mark.parametrize("name", ["cost", "memory", "versus_captum", "versus_released_lig"])
+def test_help_from_another_folder(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0 and "--out" in run.stdout, run.stderr
