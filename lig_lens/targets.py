@@ -92,13 +92,14 @@ class Scalar:
         return (self.weights[dst] * displacement).sum(-1)
 
     def gradient(
-        self, displacement: Float[Tensor, "group item node dim"], dst: Int[Tensor, "item"], groups: slice
+        self, displacement: Float[Tensor, "group item node dim"], dst: Int[Tensor, "#group item"]
     ) -> Float[Tensor, "group item node dim"]:
-        """Gradient at each displacement, for the given groups. The length has none at 0, where it is given as 0."""
+        """Gradient at each displacement. The length has none at 0, where it is given as 0."""
         if self.weights is None:
             length = _length(displacement)[..., None]
             return displacement / torch.where(length > 0, length, torch.ones_like(length))
-        return self.weights[dst][:, groups].transpose(0, 1)[:, :, None].expand_as(displacement)
+        group = torch.arange(len(displacement), device=dst.device)[:, None]
+        return self.weights[dst, group][:, :, None].expand_as(displacement)
 
     def size(self, vector: Float[Tensor, "item group dim"], dst: Int[Tensor, "item"]) -> Float[Tensor, "item group"]:
         """Largest scalar that a vector of this length can give: the yardstick for rounding errors."""

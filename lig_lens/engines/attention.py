@@ -9,11 +9,12 @@ and where the query moves too, the destination's own source also `sum_k p_jk (dq
 attention-sized matrix products per node of the rule, and no automatic differentiation.
 
 Tensors are laid out `[head, panel, node, ...]`: a panel belongs to one destination, and its nodes are points on
-that destination's path.
+that destination's path. Where heads ask for different panels, each has its own list, and what depends on nothing
+but the panel has a head axis too; else that axis has length 1.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from lig_lens.formula import Formula, Tokens
 
-# Heads are worked on one by one where fewer than this share of (panel, head) pairs are asked for.
-_SPARSE = 0.5
+# Heads get lists of their own where the longest of them is shorter than this share of all panels.
+_OWN_LISTS = 0.7
 
 
 @dataclass
@@ -32,73 +33,66 @@ class Panels:
 
     Attributes:
         rows: which of the panels that were asked for these are.
-        dst: destination of each.
+        own: number of the destination of each.
+        dst: its position.
         a: points on its path.
         n_src: number of sources that any of them can see.
-        heads: heads that are worked on; `kv_heads` serve them.
         state: what the path keeps from `move` for `contributions`.
     """
 
-    rows: Int[Tensor, "panel"]
-    dst: Int[Tensor, "panel"]
-    a: Float[Tensor, "panel node"]
+    rows: Int[Tensor, "#head panel"]
+    own: Int[Tensor, "#head panel"]
+    dst: Int[Tensor, "#head panel"]
+    a: Float[Tensor, "#head panel node"]
     n_src: int
-    heads: slice
-    kv_heads: slice
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
 class AttentionPath(ABC):
-    """A path of residual vectors through one block's attention.
+    """A path of residual vectors through one block's attention, for the destinations `dst`.
 
-    `z_start` are the head outputs of each destination at the start of its path.
+    `z_start` are the destinations' head outputs at the start of their paths.
     """
 
-    z_start: Float[Tensor, "head pos d_head"]
+    z_start: Float[Tensor, "head dst d_head"]
 
-    def __init__(self, formula: Formula) -> None:
-        self.formula = formula
+    def __init__(self, formula: Formula, dst: Int[Tensor, "dst"]) -> None:
+        self.formula, self.dst = formula, dst
         self.n_heads, self.n_kv_heads = len(formula.end.q), len(formula.end.k)
         self.d_model = formula.end.centred.shape[-1]
+        self.heads = torch.arange(self.n_heads, device=dst.device)[:, None]
+        self.bias = formula.bias[:, dst]
         self.b_k = formula.turn(formula.b_k.expand_as(formula.end.k))
-        seen = torch.isfinite(formula.bias).any(0).cpu()
-        self._n_seen = (seen * torch.arange(1, seen.shape[-1] + 1)).amax(-1)
+        sources = torch.arange(1, self.bias.shape[-1] + 1, device=dst.device)
+        seen = (torch.isfinite(self.bias).any(0) * sources).amax(-1)
+        self._n_seen = torch.maximum(seen, dst + 1).cpu()
 
     def work(
-        self, dst: Int[Tensor, "panel"], a: Float[Tensor, "panel node"], groups: Bool[Tensor, "panel group"], size: int
+        self, own: Int[Tensor, "panel"], a: Float[Tensor, "panel node"], groups: Bool[Tensor, "panel group"], size: int
     ) -> Iterator[Panels]:
-        """Portions of the panels that fit into `size` numbers per tensor, destinations close together.
+        """Portions of the panels that fit into `size` numbers per tensor, those that see most sources last.
 
-        All of `dst`, `a` and `groups` are on the CPU, so nothing here waits for a device. With one column of groups
-        all heads are worked on together; with one for each head, heads that few panels ask for go alone.
+        All of `own`, `a` and `groups` are on the CPU, so nothing here waits for a device. With one column of groups
+        all heads work on the same panels.
         """
-        device, dtype = self.b_k.device, self.b_k.dtype
-        everything = slice(None), slice(None)
-        for together in self._together(dst, a):
-            tokens = self._at(a[together[0]].to(device, dtype))
-            wanted = groups[together]
-            rectangles = [(together, everything)]
-            if wanted.shape[1] > 1 and float(wanted.float().mean()) < _SPARSE:
-                share = self.n_heads // self.n_kv_heads
-                rectangles = [
-                    (together[wanted[:, h]], (slice(h, h + 1), slice(h // share, h // share + 1)))
-                    for h in wanted.any(0).nonzero()[:, 0].tolist()
-                ]
-            for rows, (heads, kv_heads) in rectangles:
-                n_heads = len(range(self.n_heads)[heads])
-                step = max(1, size // (n_heads * a.shape[1] * len(self._n_seen)))
-                for part in torch.split(rows, step):
-                    n_src = int(self._n_seen[dst[part]].max())
-                    own_dst, own_a = dst[part].to(device), a[part].to(dtype).to(device)
-                    yield Panels(part.to(device), own_dst, own_a, n_src, heads, kv_heads, dict(tokens))
-
-    @abstractmethod
-    def _together(self, dst: Int[Tensor, "panel"], a: Float[Tensor, "panel node"]) -> Iterator[Int[Tensor, "part"]]:
-        """Panels that can be worked on together, sorted by destination."""
-
-    @abstractmethod
-    def _at(self, a: Float[Tensor, "node"]) -> dict[str, Tensor]:
-        """What panels that are worked on together share."""
+        n_seen = self._n_seen[own]
+        rows = torch.argsort(n_seen)[None]
+        most = int(groups.sum(0).max())
+        if groups.shape[1] > 1 and most < _OWN_LISTS * len(own):
+            # What a head asks for comes first; what it does not ask for fills its list up.
+            first = torch.argsort(~groups[rows[0]], dim=0, stable=True)[:most]
+            rows = rows[0][first].T
+        reach = n_seen[rows].amax(0)
+        numbers, start = size // (self.n_heads * a.shape[1]), 0
+        while start < len(reach):
+            stop = start + max(1, numbers // int(reach[start]))
+            stop = start + max(1, numbers // int(reach[start:stop].max()))
+            part = rows[:, start:stop]
+            on_device = own[part].to(self.dst.device)
+            points = a[part].to(self.b_k.dtype).to(self.dst.device)
+            n_src = int(reach[start:stop].max())
+            yield Panels(part.to(self.dst.device), on_device, self.dst[on_device], points, n_src)
+            start = stop
 
     @abstractmethod
     def move(self, panels: Panels) -> Float[Tensor, "head panel node d_head"]:
@@ -119,14 +113,26 @@ class AttentionPath(ABC):
             gradient: of L, at z.
         """
 
-    def _bias(self, panels: Panels) -> Float[Tensor, "#head panel src"]:
-        bias = self.formula.bias
-        return (bias if len(bias) == 1 else bias[panels.heads])[:, panels.dst, : panels.n_src]
+    @staticmethod
+    def _all(n_panels: int) -> Bool[Tensor, "panel 1"]:
+        """Groups for panels that all heads ask for."""
+        return torch.ones(n_panels, 1, dtype=torch.bool)
 
+    def _pick(self, table: Float[Tensor, "#head dst src"], panels: Panels) -> Float[Tensor, "#head panel 1 src"]:
+        """Rows of a table of destinations and sources, for the destinations and sources of `panels`."""
+        heads = self.heads if len(table) > 1 else self.heads[:1]
+        return table[..., : panels.n_src][heads, panels.own][:, :, None]
 
-def _grouped(vectors: Float[Tensor, "head *rows dim"], n_kv: int) -> Float[Tensor, "kv_head row dim"]:
-    """Rows of all heads that share a key-value head, one below the other."""
-    return vectors.reshape(n_kv, -1, vectors.shape[-1])
+    def _own(self, vectors: Float[Tensor, "head dst d_head"], panels: Panels) -> Float[Tensor, "head panel 1 d_head"]:
+        """What belongs to the destinations of `panels`."""
+        return vectors[self.heads, panels.own][:, :, None]
+
+    def _each(
+        self, rows: Float[Tensor, "head *rows dim"], maps: Float[Tensor, "kv_head dim out"]
+    ) -> Float[Tensor, "head *rows out"]:
+        """Rows of every head times the matrix of its key-value head."""
+        # Heads that share a key-value head stand one below the other.
+        return (rows.reshape(self.n_kv_heads, -1, rows.shape[-1]) @ maps).reshape(*rows.shape[:-1], maps.shape[-1])
 
 
 class OwnPaths(AttentionPath):
@@ -137,77 +143,59 @@ class OwnPaths(AttentionPath):
     follows from products of residuals alone, so nothing is evaluated once per pair and node but numbers.
     """
 
-    def __init__(self, formula: Formula) -> None:
-        super().__init__(formula)
+    def __init__(self, formula: Formula, dst: Int[Tensor, "dst"]) -> None:
+        super().__init__(formula, dst)
         end = formula.end
-        self.products = end.centred @ end.centred.T / self.d_model
-        own = self.products.diagonal() + formula.eps
-        self.r_own = torch.ones_like(own) if formula.norm == "none" else own.rsqrt()
-        q = end.q * self.r_own[:, None] + formula.b_q
-        self.q = formula.scale * formula.turn(q)
-        self.k, self.v = formula.turn(end.k), end.v
-        one = torch.ones_like(self.v[..., :1])
-        self.v_and_one, self.v_and_minus = torch.cat([self.v, one], -1), torch.cat([self.v, -one], -1)
-        z_start = self.v * self.r_own[:, None] + formula.b_v
-        self.z_start = z_start.repeat_interleave(self.n_heads // self.n_kv_heads, 0)
+        products = end.centred @ end.centred.T / self.d_model
+        self.size, self.cross = products.diagonal(), products[dst]
+        self.r_own = torch.ones_like(self.size) if formula.norm == "none" else (self.size + formula.eps).rsqrt()
+        q = formula.scale * formula.turn(end.q * self.r_own[:, None] + formula.b_q)[:, dst]
+        self.at_start = self._at_start(q)
+        self.rise = self._each(q, formula.turn(end.k).mT) - self.at_start
+        self.fixed = self._each(q, self.b_k.mT) + self.bias
+        share = self.n_heads // self.n_kv_heads
+        one = torch.ones_like(end.v[..., :1])
+        self.v_and_one, self.v_and_minus = torch.cat([end.v, one], -1), torch.cat([end.v, -one], -1).mT
+        self.own_v, self.r_own = end.v.repeat_interleave(share, 0)[:, dst], self.r_own[dst]
+        self.z_start = self.own_v * self.r_own[:, None] + formula.b_v.repeat_interleave(share, 0)
 
-    def _together(self, dst: Int[Tensor, "panel"], a: Float[Tensor, "panel node"]) -> Iterator[Int[Tensor, "part"]]:
-        yield torch.argsort(dst)
-
-    def _at(self, a: Float[Tensor, "node"]) -> dict[str, Tensor]:
-        return {}
-
-    def _scores(self, panels: Panels) -> tuple[Tensor, Tensor, Tensor]:
-        """`q_j.K_j` turned to the place of i, how far `q_j.K_i` is above it, and what does not move.
-
-        [head panel src] each.
-        """
-        formula, kv, n_src = self.formula, panels.kv_heads, panels.n_src
-        q = self.q[panels.heads][:, panels.dst]
-        n_kv = len(self.k[kv])
-
-        def against(k: Tensor) -> Tensor:
-            return (_grouped(q, n_kv) @ k[kv][:, :n_src].transpose(-1, -2)).reshape(*q.shape[:2], n_src)
-
-        own = formula.end.k[kv][:, panels.dst].repeat_interleave(len(q) // n_kv, 0)
+    def _at_start(self, q: Float[Tensor, "head dst d_head"]) -> Float[Tensor, "head dst src"]:
+        """`q_j.K_j` turned to the place of every source."""
+        formula = self.formula
+        own = formula.end.k[:, self.dst].repeat_interleave(self.n_heads // self.n_kv_heads, 0)
         if formula.rotary is None:
-            at_start = (q * own).sum(-1, keepdim=True)
-        else:
-            rotary = formula.rotary
-            n_pairs = rotary.cos.shape[-1]
-            first, second, rest = rotary.split(own)
-            q1, q2, q_rest = q[..., :n_pairs], q[..., n_pairs : 2 * n_pairs], q[..., 2 * n_pairs :]
-            # In q.turn(k) the cos and sin of the place of i stand apart from what belongs to j.
-            factors = torch.cat([q1 * first + q2 * second, q2 * first - q1 * second], -1)
-            tables = torch.cat([rotary.cos, rotary.sin], -1)[:n_src]
-            at_start = factors @ tables.T + (q_rest * rest).sum(-1, keepdim=True)
-        return at_start, against(self.k) - at_start, against(self.b_k) + self._bias(panels)
+            return (q * own).sum(-1, keepdim=True).expand(-1, -1, len(self.size))
+        rotary = formula.rotary
+        n_pairs = rotary.cos.shape[-1]
+        first, second, rest = rotary.split(own)
+        q1, q2, q_rest = q[..., :n_pairs], q[..., n_pairs : 2 * n_pairs], q[..., 2 * n_pairs :]
+        # In q.turn(k) the cos and sin of the place of i stand apart from what belongs to j.
+        factors = torch.cat([q1 * first + q2 * second, q2 * first - q1 * second], -1)
+        tables = torch.cat([rotary.cos, rotary.sin], -1)
+        return factors @ tables.T + (q_rest * rest).sum(-1, keepdim=True)
 
     def _norms(self, panels: Panels) -> tuple[Tensor, Tensor]:
-        """Of every pair of destination and source, r = 1 / sigma and (dr / da) / r: [panel node src]."""
+        """Of every pair of destination and source, r = 1 / sigma and (dr / da) / r: [#head panel node src]."""
         a = panels.a[..., None]
         if self.formula.norm == "none":
             return torch.ones_like(a), torch.zeros_like(a)
-        cross = self.products[panels.dst, None, : panels.n_src]
-        start = self.products.diagonal()[panels.dst][:, None, None]
-        end = self.products.diagonal()[: panels.n_src]
-        half_slope = torch.addcmul((a - 1) * start, 1 - 2 * a, cross).addcmul_(a, end)
-        square = torch.addcmul((1 - a) ** 2 * start + self.formula.eps, 2 * a * (1 - a), cross).addcmul_(a * a, end)
+        cross = self.cross[:, : panels.n_src][panels.own][:, :, None]
+        start, end = self.size[panels.dst][..., None, None], self.size[: panels.n_src]
+        rest = 1 - a
+        square = torch.addcmul(rest * rest * start + self.formula.eps, 2 * a * rest, cross).addcmul_(a * a, end)
         r = square.rsqrt()
-        return r, half_slope.mul_(r).mul_(r).neg_()
+        fall = torch.addcmul(rest * start, a - rest, cross).addcmul_(a, end, value=-1)
+        return r, fall.mul_(r).mul_(r)
 
     def move(self, panels: Panels) -> Float[Tensor, "head panel node d_head"]:
         """See the base class."""
-        kv, a = panels.kv_heads, panels.a[..., None]
-        at_start, rise, fixed = self._scores(panels)
-        r, slope = self._norms(panels)
-        line = torch.addcmul(at_start[:, :, None], a, rise[:, :, None])
-        weights = torch.addcmul(fixed[:, :, None], line, r).softmax(-1).mul_(r)
-        n_kv = len(self.v[kv])
-        summed = _grouped(weights, n_kv) @ self.v_and_one[kv][:, : panels.n_src]
-        summed = summed.reshape(*weights.shape[:-1], -1)
-        own = self.v[kv][:, panels.dst, None].repeat_interleave(len(weights) // n_kv, 0)
-        total, r_own = summed[..., -1:], self.r_own[panels.dst][:, None, None]
+        a = panels.a[..., None]
+        rise, (r, slope) = self._pick(self.rise, panels), self._norms(panels)
+        line = torch.addcmul(self._pick(self.at_start, panels), a, rise)
+        weights = torch.addcmul(self._pick(self.fixed, panels), line, r).softmax(-1).mul_(r)
+        summed = self._each(weights, self.v_and_one[:, : panels.n_src])
+        own, r_own = self._own(self.own_v, panels), self.r_own[panels.own][..., None, None]
+        total = summed[..., -1:]
         panels.state |= {"line": line, "rise": rise, "weights": weights, "r": r, "slope": slope, "own": own}
         return a * (summed[..., :-1] - total * own) + (total - r_own) * own
 
@@ -218,85 +206,102 @@ class OwnPaths(AttentionPath):
         gradient: Float[Tensor, "head panel node d_head"],
     ) -> Float[Tensor, "head panel node src"]:
         """See the base class."""
-        s, kv, a = panels.state, panels.kv_heads, panels.a[..., None]
+        s, a = panels.state, panels.a[..., None]
         along_own = (gradient * s["own"]).sum(-1, keepdim=True)
-        rest = -(gradient * displacement).sum(-1, keepdim=True) - self.r_own[panels.dst][:, None, None] * along_own
-        both = _grouped(torch.cat([gradient, along_own], -1), len(self.v[kv]))
+        rest = -(gradient * displacement).sum(-1, keepdim=True) - self.r_own[panels.own][..., None, None] * along_own
         # g.(V_i - V_j), and from it g.v_i / r and g.v_i - g.u_j
-        values = (both @ self.v_and_minus[kv][:, : panels.n_src].transpose(-1, -2)).reshape(s["weights"].shape)
+        values = self._each(torch.cat([gradient, along_own], -1), self.v_and_minus[..., : panels.n_src])
         line = torch.addcmul(along_own, a, values)
         above = torch.addcmul(rest, line, s["r"])
-        result = torch.addcmul(s["rise"][:, :, None], s["line"], s["slope"])  # ds / r
-        result = result.mul(above).add_(values).addcmul_(line, s["slope"]).mul_(s["weights"])
+        result = torch.addcmul(s["rise"], s["line"], s["slope"])  # ds / r
+        result = result.mul_(above).add_(values).addcmul_(line, s["slope"]).mul_(s["weights"])
         # A source that does not move contributes nothing, rounding included.
-        result[:, torch.arange(len(panels.dst), device=a.device), :, panels.dst] = 0
-        return result
+        return result.scatter_(-1, panels.dst[..., None, None].expand(*result.shape[:-1], 1), 0.0)
 
 
 class SharedPath(AttentionPath):
-    """One path for all destinations (zero, corrupted, a tensor): queries, keys and values move token by token."""
+    """One path for all destinations (zero, corrupted, a tensor): queries, keys and values move token by token.
 
-    def __init__(self, formula: Formula, start: Tokens) -> None:
-        super().__init__(formula)
+    With Q and K homogeneous, on straight lines from start to end, scores are
+    `r_j r_i Q_j.K_i + r_j Q_j.b_k + r_i b_q.K_i` and a constant: the products are polynomials in a, whose coefficients
+    are tables of destinations and sources, so no query or key is evaluated at a node.
+    """
+
+    def __init__(self, formula: Formula, dst: Int[Tensor, "dst"], start: Tokens) -> None:
+        super().__init__(formula, dst)
         end = formula.end
         pairs = ((start.centred, start.centred), (start.centred, end.centred), (end.centred, end.centred))
         self.products = torch.stack([(x * y).sum(-1) for x, y in pairs]) / self.d_model
-        share = self.n_heads // self.n_kv_heads
-        self.ends = {
-            "q": tuple(formula.scale * formula.turn(tokens.q) for tokens in (start, end)),
-            "k": tuple(formula.turn(tokens.k).repeat_interleave(share, 0) for tokens in (start, end)),
-            "v": tuple(tokens.v.repeat_interleave(share, 0) for tokens in (start, end)),
-        }
-        self.biases = {
-            "q": formula.scale * formula.turn(formula.b_q.expand_as(end.q)),
-            "k": self.b_k.repeat_interleave(share, 0),
-        }
+        b_q = formula.scale * formula.turn(formula.b_q.expand_as(end.q))
+        q = [formula.scale * formula.turn(tokens.q) for tokens in (start, end)]
+        k = [formula.turn(tokens.k) for tokens in (start, end)]
+        if formula.norm == "none":  # what no norm divides can stand with its bias
+            q, k = [x + b_q for x in q], [x + self.b_k for x in k]
+            b_q, b_k = torch.zeros_like(b_q), torch.zeros_like(self.b_k)
+        else:
+            b_k = self.b_k
+        self.from_zero = not bool(torch.stack([x.any() for x in (*q[:1], *k[:1], start.v)]).any())
+        q, b_q = [x[:, dst] for x in q], b_q[:, dst]
+        self.products_qk = [[self._each(x, y.mT) for y in k] for x in q]
+        self.products_q = [self._each(x, b_k.mT) for x in q] if bool(b_k.any()) else None
+        self.products_k = [self._each(b_q, y.mT) for y in k] if bool(b_q.any()) else None
+        self.fixed = self.bias + self._each(b_q, b_k.mT) if bool(b_q.any() & b_k.any()) else self.bias
+        self.v = (start.v, end.v)
         # Values without their bias, which drops out of every difference.
-        self._v_start = torch.zeros_like(end.q)
-        everywhere = torch.arange(end.q.shape[1])
-        origin, all_heads = torch.zeros(len(everywhere), 1), torch.ones(len(everywhere), 1, dtype=torch.bool)
-        for panels in self.work(everywhere, origin, all_heads, end.q.numel()):
-            self._v_start[:, panels.dst] = self.move(panels)[:, :, 0]
-        self.z_start = self._v_start + formula.b_v.repeat_interleave(share, 0)
+        self.v_start = torch.zeros_like(q[0])
+        if not self.from_zero:
+            for panels in self.work(
+                torch.arange(len(dst)), torch.zeros(len(dst), 1), self._all(len(dst)), q[0].numel()
+            ):
+                self.v_start[:, panels.own[0]] = self.move(panels)[:, :, 0]
+        self.z_start = self.v_start + formula.b_v.repeat_interleave(self.n_heads // self.n_kv_heads, 0)
 
-    def _together(self, dst: Int[Tensor, "panel"], a: Float[Tensor, "panel node"]) -> Iterator[Int[Tensor, "part"]]:
-        """Panels with the same points share queries, keys and values."""
-        _, points = torch.unique(a, dim=0, return_inverse=True)
-        order = torch.argsort(points * len(self._n_seen) + dst)
-        _, counts = torch.unique_consecutive(points[order], return_counts=True)
-        yield from torch.split(order, counts.tolist())
+    def _between(self, ends: Sequence[Tensor], a: Tensor) -> Tensor:
+        """A point on the line between two ends; lines from 0 cost less."""
+        return a * ends[1] if self.from_zero else torch.lerp(ends[0], ends[1], a)
 
-    def _at(self, a: Float[Tensor, "node"]) -> dict[str, Tensor]:
-        """Queries, keys and values at `a` and their derivatives dq, dk, dv: [head node pos d_head]."""
-        x = a[:, None]
-        r, slope = torch.ones_like(x), torch.zeros_like(x)
-        if self.formula.norm != "none":
-            first, cross, last = self.products
-            r = ((1 - x) ** 2 * first + 2 * x * (1 - x) * cross + x * x * last + self.formula.eps).rsqrt()
-            slope = -((x - 1) * first + (1 - 2 * x) * cross + x * last) * r * r
-        r, slope, x = r[..., None], slope[..., None], x[..., None]
-        result = {}
-        for name, (start, end) in self.ends.items():
-            start, end = start[:, None], end[:, None]
-            line = torch.lerp(start, end, x)
-            result[f"d{name}"] = r * (end - start + slope * line)
-            result[name] = r * line
-            if name in self.biases:
-                result[name] += self.biases[name][:, None]
-        return result
+    def _step(self, ends: Sequence[Tensor]) -> Tensor:
+        return ends[1] if self.from_zero else ends[1] - ends[0]
+
+    def _norms(self, a: Float[Tensor, "#head panel node 1"], products: Tensor) -> tuple[Tensor, Tensor]:
+        """R = 1 / sigma and (dr / da) / r of the tokens whose products are given: [#head panel node token]."""
+        if self.formula.norm == "none":
+            return torch.ones_like(a), torch.zeros_like(a)
+        first, cross, last = products
+        rest = 1 - a
+        r = (rest * rest * first + 2 * a * rest * cross + a * a * last + self.formula.eps).rsqrt()
+        return r, (rest * first + (a - rest) * cross - a * last) * r * r
 
     def move(self, panels: Panels) -> Float[Tensor, "head panel node d_head"]:
         """See the base class."""
-        s = panels.state
-        heads, sources = panels.heads, slice(panels.n_src)
-        for name in ("q", "dq"):
-            s[name] = s[name][heads][:, :, panels.dst]
-        for name in ("k", "dk", "v", "dv"):
-            s[name] = s[name][heads][:, :, sources]
-        scores = s["q"] @ s["k"].transpose(-1, -2)
-        s["pattern"] = scores.add_(self._bias(panels)[:, None]).softmax(-1)
-        s["z"] = s["pattern"] @ s["v"]
-        return (s["z"] - self._v_start[heads][:, None, panels.dst]).transpose(1, 2)
+        a, n_src = panels.a[..., None], panels.n_src
+        r_own, slope_own = self._norms(a, self.products[:, panels.dst, None, None])
+        r, slope = self._norms(a, self.products[:, :n_src])
+        qk = [[self._pick(table, panels) for table in row] for row in self.products_qk]
+        by_k = [self._between((qk[0][i], qk[1][i]), a) for i in (0, 1)]  # at this query, both ends of the key
+        by_q = [self._between(qk[i], a) for i in (0, 1)]
+        line, both = self._between(by_k, a), r * r_own
+        scores = torch.addcmul(self._pick(self.fixed, panels), line, both)
+        # Derivatives of the scores along the keys' and along the query's path.
+        along_k = torch.addcmul(self._step(by_k), line, slope).mul_(both)
+        along_q = torch.addcmul(self._step(by_q), line, slope_own).mul_(both)
+        if self.products_q is not None:
+            ends = [self._pick(table, panels) for table in self.products_q]
+            line = self._between(ends, a)
+            scores.addcmul_(line, r_own)
+            along_q.addcmul_(torch.addcmul(self._step(ends), line, slope_own), r_own)
+        if self.products_k is not None:
+            ends = [self._pick(table, panels) for table in self.products_k]
+            line = self._between(ends, a)
+            scores.addcmul_(line, r)
+            along_k.addcmul_(torch.addcmul(self._step(ends), line, slope), r)
+        pattern = scores.softmax(-1)
+        weights = pattern * r
+        panels.state |= {"pattern": pattern, "weights": weights, "r": r, "slope": slope}
+        panels.state |= {"along_k": along_k, "along_q": along_q}
+        ends = [torch.empty(0) if self.from_zero else self._each(weights, self.v[0][:, :n_src])]
+        ends.append(self._each(weights, self.v[1][:, :n_src]))
+        return self._between(ends, a) - self._own(self.v_start, panels)
 
     def contributions(
         self,
@@ -305,11 +310,13 @@ class SharedPath(AttentionPath):
         gradient: Float[Tensor, "head panel node d_head"],
     ) -> Float[Tensor, "head panel node src"]:
         """See the base class."""
-        s, gradient = panels.state, gradient.transpose(1, 2)
-        above = gradient @ s["v"].transpose(-1, -2) - (gradient * s["z"]).sum(-1, keepdim=True)
-        above.mul_(s["pattern"])
-        by_query = (s["dq"] * (above @ s["k"])).sum(-1)
-        result = (gradient @ s["dv"].transpose(-1, -2)).mul_(s["pattern"])
-        result.addcmul_(above, s["q"] @ s["dk"].transpose(-1, -2))
-        result[:, :, torch.arange(len(panels.dst), device=result.device), panels.dst] += by_query
-        return result.transpose(1, 2)
+        s, a = panels.state, panels.a[..., None]
+        v = [values[:, : panels.n_src].mT for values in self.v]
+        ends = [torch.empty(0) if self.from_zero else self._each(gradient, v[0]), self._each(gradient, v[1])]
+        line = self._between(ends, a)
+        at_z = (gradient * (displacement + self._own(self.v_start, panels))).sum(-1, keepdim=True)
+        above = torch.addcmul(-at_z, line, s["r"]).mul_(s["pattern"])
+        by_query = torch.linalg.vecdot(above, s["along_q"])
+        result = above.mul_(s["along_k"])
+        result.addcmul_(torch.addcmul(self._step(ends), line, s["slope"]), s["weights"])
+        return result.scatter_add_(-1, panels.dst[..., None, None].expand(*result.shape[:-1], 1), by_query[..., None])

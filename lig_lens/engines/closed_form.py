@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lig_lens.baselines import ResidPath
 from lig_lens.boundaries import BlockNodes
-from lig_lens.engines.attention import OwnPaths, Panels, SharedPath
+from lig_lens.engines.attention import AttentionPath, OwnPaths, Panels, SharedPath
 from lig_lens.engines.common import Budget, PathIntegrand, layers_of_paths
 from lig_lens.quadrature import Integral
 from lig_lens.targets import Direction, Scalar
@@ -32,23 +32,26 @@ class _FromResid(PathIntegrand):
         formula = nodes.formula
         assert formula is not None and nodes.W_O is not None
         self.path, self.size = path, size
-        self.attention = OwnPaths(formula) if path.start is None else SharedPath(formula, formula.tokens(path.start))
+        if path.start is None:
+            self.attention: AttentionPath = OwnPaths(formula, dst)
+        else:
+            self.attention = SharedPath(formula, dst, formula.tokens(path.start))
+        self.groups = torch.arange(n_groups, device=self.device)[:, None]
 
     @abstractmethod
-    def _scalars(self, panels: Panels, own: Tensor, displacement: Tensor) -> Tensor:
-        """Scalars [panel group] where z has moved by `displacement`; `own` are the destinations' numbers."""
+    def _scalars(self, panels: Panels, displacement: Tensor) -> Tensor:
+        """Scalars [panel group] at panels of one node, where z has moved by `displacement`."""
 
     @abstractmethod
-    def _values(self, panels: Panels, own: Tensor) -> Tensor:
+    def _values(self, panels: Panels) -> Tensor:
         """Parts at the points of `panels`: [group panel node src]."""
 
     def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
         """See `quadrature.Integrand`."""
         result = torch.zeros(len(dst), self.n_groups, dtype=self.dtype, device=self.device)
         everything = torch.ones(len(dst), 1, dtype=torch.bool)
-        for panels in self.attention.work(self.positions[dst], a[:, None], everything, self.size):
-            own = dst.to(self.device)[panels.rows]
-            result[panels.rows] = self._scalars(panels, own, self.attention.move(panels))
+        for panels in self.attention.work(dst, a[:, None], everything, self.size):
+            result[panels.rows[0]] = self._scalars(panels, self.attention.move(panels))
         return result
 
     def sums(
@@ -61,12 +64,10 @@ class _FromResid(PathIntegrand):
         """See `quadrature.Integrand`."""
         shape = (factors.shape[2], len(dst), self.n_groups, self.n_parts)
         result = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        factors, on_device = factors.to(self.dtype).to(self.device), dst.to(self.device)
-        for panels in self.attention.work(self.positions[dst], a, groups, self.size):
-            values = self._values(panels, on_device[panels.rows])
-            heads = panels.heads if self.n_groups > 1 else slice(None)
-            columns = torch.einsum("pnc,hpns->cphs", factors[panels.rows], values)
-            result[:, panels.rows, heads, : panels.n_src] = columns
+        factors = factors.to(self.dtype).to(self.device).mT
+        for panels in self.attention.work(dst, a, groups, self.size):
+            columns = factors[panels.rows] @ self._values(panels)  # group panel column src
+            result[:, panels.rows, self.groups, : panels.n_src] = columns.permute(2, 0, 1, 3)
         return result
 
 
@@ -75,14 +76,14 @@ class _ToHeads(_FromResid):
 
     def __init__(self, nodes: BlockNodes, path: ResidPath, scalar: Scalar, dst: Int[Tensor, "dst"], size: int) -> None:
         super().__init__(nodes, path, scalar, dst, nodes.boundaries.n_heads, size)
-        self.start = self.attention.z_start.transpose(0, 1)[dst]
+        self.start = self.attention.z_start.transpose(0, 1)
 
-    def _scalars(self, panels: Panels, own: Tensor, displacement: Tensor) -> Tensor:
-        return self.scalar(displacement[:, :, 0].transpose(0, 1), panels.dst)
+    def _scalars(self, panels: Panels, displacement: Tensor) -> Tensor:
+        return self.scalar(displacement[:, :, 0].transpose(0, 1), panels.dst[0])
 
-    def _values(self, panels: Panels, own: Tensor) -> Tensor:
+    def _values(self, panels: Panels) -> Tensor:
         displacement = self.attention.move(panels)
-        gradient = self.scalar.gradient(displacement, panels.dst, panels.heads)
+        gradient = self.scalar.gradient(displacement, panels.dst)
         return self.attention.contributions(panels, displacement, gradient)
 
 
@@ -94,40 +95,42 @@ class _ToBlock(_FromResid):
         n_pos = len(nodes.resid_pre)
         super().__init__(nodes, path, scalar, dst, 1, max(size, nodes.boundaries.n_heads * n_pos**2))
         self.attn_out_start = nodes.attn_out(self.attention.z_start.transpose(0, 1), 1.0)
-        self.skip_start = path.end if path.start is None else path.start
-        self.skip_step = path.end - self.skip_start
-        self.start = nodes.run_tail(self.attn_out_start[None], self.skip_start[None])[0][dst, None]
+        self.skip_start = (path.end if path.start is None else path.start)[dst]
+        self.skip_step = path.end[dst] - self.skip_start
+        self.start = nodes.run_tail_at(self.attn_out_start, self.skip_start)[:, None]
 
-    def _tail(self, panels: Panels, own: Tensor, displacement: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    def _tail(self, panels: Panels, displacement: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """What the tail gets, as leaves: [item d_model] each, and the scalars: [item 1]."""
         assert self.nodes.W_O is not None
-        n_nodes = panels.a.shape[1]
-        dst = panels.dst.repeat_interleave(n_nodes)
+        n_nodes = panels.a.shape[-1]
+        own, dst = (index[0].repeat_interleave(n_nodes) for index in (panels.own, panels.dst))
         moved = torch.einsum("hpne,hem->pnm", displacement, self.nodes.W_O).flatten(0, 1)
-        attn_out = self.attn_out_start[dst] + moved
-        skip = torch.addcmul(self.skip_start[dst], panels.a.reshape(-1, 1), self.skip_step[dst])
-        leaves = (attn_out, skip)
+        leaves = (
+            self.attn_out_start[own] + moved,
+            torch.addcmul(self.skip_start[own], panels.a.reshape(-1, 1), self.skip_step[own]),
+        )
         for leaf in leaves:
             leaf.requires_grad_(torch.is_grad_enabled())
         out = self.nodes.run_tail_at(*leaves)[:, None]
-        return leaves, self.scalar(out - self.start[own.repeat_interleave(n_nodes)], dst)
+        return leaves, self.scalar(out - self.start[own], dst)
 
-    def _scalars(self, panels: Panels, own: Tensor, displacement: Tensor) -> Tensor:
-        return self._tail(panels, own, displacement)[1]
+    def _scalars(self, panels: Panels, displacement: Tensor) -> Tensor:
+        return self._tail(panels, displacement)[1]
 
-    def _values(self, panels: Panels, own: Tensor) -> Tensor:
+    def _values(self, panels: Panels) -> Tensor:
         displacement = self.attention.move(panels)
         with torch.enable_grad():
-            leaves, value = self._tail(panels, own, displacement)
+            leaves, value = self._tail(panels, displacement)
             by_attn_out, by_skip = torch.autograd.grad(value.sum(), leaves)
         assert self.nodes.W_O is not None
-        shape = panels.a.shape
+        shape = panels.a.shape[1:]
         gradient = torch.einsum("im,hem->hie", by_attn_out, self.nodes.W_O)
         gradient = gradient.reshape(len(gradient), *shape, -1)
         result = self.attention.contributions(panels, displacement, gradient).sum(0, keepdim=True)
         if self.path.start is not None:
-            by_own = torch.einsum("pnm,pm->pn", by_skip.reshape(*shape, -1), self.skip_step[panels.dst])
-            result[0, torch.arange(shape[0], device=result.device), :, panels.dst] += by_own
+            step = self.skip_step[panels.own[0]][:, None]
+            by_own = (by_skip.reshape(*shape, -1) * step).sum(-1)[..., None]
+            result.scatter_add_(-1, panels.dst[..., None, None].expand(1, *shape, 1), by_own[None])
         return result
 
 
