@@ -130,6 +130,8 @@ class BlockCall:
     resid_key: int | str
     """Where the residual stands in the call: position in `args`, or name in `kwargs`."""
     modules: dict[str, nn.Module] = field(repr=False)
+    hook_dict: Mapping[str, nn.Module] = field(repr=False)
+    """Hooks of the whole model by all their names."""
     recorded_dtype: torch.dtype = torch.float32
 
     def run(
@@ -191,7 +193,7 @@ class BlockCall:
 
 
 def record_calls(model: Any, tokens: Int[Tensor, "1 pos"], layers: Sequence[int]) -> dict[int, BlockCall]:
-    """Run the model once on `tokens` and keep how it called the blocks `layers`.
+    """Run the model once on `tokens`, as far as needed, and keep how it called the blocks `layers`.
 
     Returns:
         layer -> `BlockCall`; values are copies, so the model's memory can be reused.
@@ -206,14 +208,24 @@ def record_calls(model: Any, tokens: Int[Tensor, "1 pos"], layers: Sequence[int]
 
         def after(_module: nn.Module, _args: Any, output: Any, layer: int = layer) -> None:
             outputs[layer] = _first_tensor(output)
+            if layer == max(layers):
+                raise _Stop
 
         pairs += [(model.blocks[layer], before, True), (model.blocks[layer], after, False)]
-    with torch.no_grad(), module_hooks(pairs):
+    with torch.no_grad(), module_hooks(pairs), contextlib.suppress(_Stop):
         model(tokens)
-    return {layer: _block_call(model, layer, *inputs[layer], outputs[layer]) for layer in layers}
+    hook_dict = model.hook_dict
+    return {layer: _block_call(model, hook_dict, layer, *inputs[layer], outputs[layer]) for layer in layers}
 
 
-def _block_call(model: Any, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> BlockCall:
+def _block_call(
+    model: Any,
+    hook_dict: Mapping[str, nn.Module],
+    layer: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
+) -> BlockCall:
     resid_key: int | str | None = next((i for i, a in enumerate(args) if isinstance(a, Tensor)), None)
     if resid_key is None:
         resid_key = next((k for k in ("hidden_states", "resid_pre", "x") if k in kwargs), None)
@@ -240,5 +252,6 @@ def _block_call(model: Any, layer: int, args: tuple[Any, ...], kwargs: dict[str,
         kwargs={k: _without_cache(v) for k, v in kwargs.items()},
         resid_key=resid_key,
         modules=dict(submodules(block)),
+        hook_dict=hook_dict,
         recorded_dtype=output.dtype,
     )

@@ -6,7 +6,6 @@ Every block is run once with all its hooks read, then with one node changed at a
 from what the block's output did.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,17 @@ from torch import Tensor
 
 from lig_lens.block import BlockCall, prepared, record_calls
 from lig_lens.errors import BoundaryError, NonFiniteError
-from lig_lens.formula import PATTERN_PATH, Formula, find_formula
+from lig_lens.formula import PATTERN_PATH, Formula, Probe, find_formula
+from lig_lens.layout import Inside, find_layout, middle, norm_before, norm_paths, qk_normed, relative
 from lig_lens.loading import check_evaluating, check_hooked, load_model
 
 LAYOUTS = ("pre_ln", "post_ln", "pre_post_ln", "parallel", "block_only")
 
 # Where the two generations keep the head outputs before W_O, and the output of W_O with its bias.
 _Z_PATHS = (("attn.o.hook_in", "attn.o.hook_out"), ("attn.hook_z", "attn"))
+
+# Large, and no node of a block.
+_NOT_READ = ("hook_attn_scores", "hook_rot_q", "hook_rot_k", "mlp.hook_pre", "mlp.hook_post")
 
 
 @dataclass(frozen=True)
@@ -133,16 +136,16 @@ def find_nodes(model: Any, call: BlockCall, heads: bool = True, formula: bool = 
     with torch.no_grad(), prepared(model, call.block):
         values, order, output = _read_everything(call)
         _check_replay(call, output)
-        norms = {path: call.modules[path] for path in _norm_paths(call)}
+        norms = {path: call.modules[path] for path in norm_paths(call)}
         resid_pre_path = _hook_with_value(values, call.resid_pre, first=True)
         resid_post_path = _hook_with_value(values, output, first=False)
         fields: dict[str, Any] = {
             "layer": call.layer,
             "layout": "block_only",
-            "resid_pre": _hook_name(model, call, resid_pre_path, "hook_resid_pre"),
+            "resid_pre": _hook_name(call, resid_pre_path, "hook_resid_pre"),
             "hook_z": None,
             "resid_mid": None,
-            "resid_post": _hook_name(model, call, resid_post_path, "hook_resid_post"),
+            "resid_post": _hook_name(call, resid_post_path, "hook_resid_post"),
             "n_heads": 0,
             "n_key_value_heads": 0,
             "d_head": 0,
@@ -160,19 +163,21 @@ def find_nodes(model: Any, call: BlockCall, heads: bool = True, formula: bool = 
         W_O = W_O.detach().to(output.dtype)
         z = values[z_path].reshape(-1, *W_O.shape[:2])
         _check_finite(call, "hook_z", z)
+        inside = Inside(call, z_path, attn_out_path, W_O, z, values, order, output)
+        probe = Probe(call, eps) if formula else None
         try:
-            layout, b_O = _layout(call, z_path, attn_out_path, z, W_O, values, output, order)
+            layout, b_O = find_layout(inside, probe)
         except BoundaryError:
             if heads:
                 raise
             return BlockNodes(boundaries=BlockBoundaries(**fields), **nodes)
-        found_formula = find_formula(call, values, z, eps) if formula else "not asked for"
-        middle = _middle(layout, call, values, attn_out_path)
-        mid_path = None if middle is None else _hook_with_value(values, middle, first=True)
+        found_formula = find_formula(call, values, z, probe) if probe is not None else "not asked for"
+        resid_mid = middle(layout, inside)
+        mid_path = None if resid_mid is None else _hook_with_value(values, resid_mid, first=True)
         fields |= {
             "layout": layout,
-            "hook_z": _hook_name(model, call, z_path, "attn.hook_z"),
-            "resid_mid": mid_path and _hook_name(model, call, mid_path, "hook_resid_mid"),
+            "hook_z": _hook_name(call, z_path, "attn.hook_z"),
+            "resid_mid": mid_path and _hook_name(call, mid_path, "hook_resid_mid"),
             "n_heads": W_O.shape[0],
             "n_key_value_heads": getattr(model.cfg, "n_key_value_heads", None) or W_O.shape[0],
             "d_head": W_O.shape[1],
@@ -180,7 +185,7 @@ def find_nodes(model: Any, call: BlockCall, heads: bool = True, formula: bool = 
             "why_hooks": found_formula if isinstance(found_formula, str) else "",
         }
         pattern = values.get(PATTERN_PATH)
-        norms_to_z = int(_norm_before(order, z_path)) + int(_qk_normed(order, z_path))
+        norms_to_z = int(norm_before(order, z_path)) + int(qk_normed(order, z_path))
         return BlockNodes(
             boundaries=BlockBoundaries(**fields),
             z_path=z_path,
@@ -197,7 +202,7 @@ def find_nodes(model: Any, call: BlockCall, heads: bool = True, formula: bool = 
 
 
 def _read_everything(call: BlockCall) -> tuple[dict[str, Tensor], list[str], Tensor]:
-    """Values at every hook (first batch item), the order in which they fired, and the block's output."""
+    """Values at the block's hooks (first batch item), the order in which they fired, and the block's output."""
     values: dict[str, Tensor] = {}
     order: list[str] = []
 
@@ -209,7 +214,7 @@ def _read_everything(call: BlockCall) -> tuple[dict[str, Tensor], list[str], Ten
 
         return read
 
-    paths = [p for p in call.modules if p.split(".")[-1].startswith("hook_")]
+    paths = [p for p in call.modules if p.split(".")[-1].startswith("hook_") and not p.endswith(_NOT_READ)]
     if "attn.o.hook_in" not in call.modules and "attn" in call.modules:
         paths.append("attn")
     output = call.run(call.resid_pre[None], {path: reader(path) for path in paths})
@@ -221,104 +226,12 @@ def _check_replay(call: BlockCall, output: Tensor) -> None:
     _check_finite(call, "resid_post", output)
     # A half-precision model was recorded in its own rounding and is replayed in float32.
     tolerance = max(1e-4, 8 * torch.finfo(call.recorded_dtype).eps)
-    error = _relative(output - call.resid_post, call.resid_post)
+    error = relative(output - call.resid_post, call.resid_post)
     if error > tolerance:
         raise BoundaryError(
             f"Running block {call.layer} alone differs from the full model by {error:.1e} of its output "
             f"(allowed {tolerance:.0e}): the block takes input that its call does not show, or is random."
         )
-
-
-def _layout(
-    call: BlockCall,
-    z_path: str,
-    attn_out_path: str,
-    z: Tensor,
-    W_O: Tensor,
-    values: dict[str, Tensor],
-    output: Tensor,
-    order: list[str],
-) -> tuple[str, Tensor]:
-    """Layout of a block with attention, and its b_O, from runs in which one node differs at a time.
-
-    Run 0 moves a vector from the attention output to the skip connection: if nothing changes, the rest of the
-    block sees only their sum (pre_ln, post_ln). Run 1 sets z to 0, which leaves b_O and, in parallel blocks,
-    changes the output by exactly the attention output. Run 2 changes z at the last position only: no other
-    position may follow, since the rest of the block is taken to act token by token. Run 3 turns all positions
-    around, and the output must turn with them.
-    """
-    scale = call.resid_pre.std().clamp(min=1e-6)
-    generator = torch.Generator().manual_seed(0)
-    moved = torch.randn(call.resid_pre.shape, generator=generator).to(call.resid_pre) * scale
-    changed_z = torch.stack([z, torch.zeros_like(z), z.clone(), z.flip(0)])
-    changed_z[2, -1] = changed_z[2, -1].flip(-1) + z.std()
-    shift = torch.stack([-moved, *torch.zeros_like(moved).expand(3, -1, -1)])
-    skip = torch.stack([call.resid_pre + moved, call.resid_pre, call.resid_pre, call.resid_pre.flip(0)])
-    attn_outs: list[Tensor] = []
-
-    def on_attn_out(now: Tensor) -> Tensor:
-        attn_outs.append(now.detach().clone())
-        return now + shift
-
-    hooks = {z_path: lambda now: changed_z.reshape(now.shape), attn_out_path: on_attn_out}
-    outputs = call.run(skip, hooks)
-    assert outputs is not None
-    attn_out, b_O = values[attn_out_path], attn_outs[0][1, 0]
-    error = _relative(torch.einsum("phd,hdm->pm", z, W_O) + b_O - attn_out, attn_out)
-    if error > 1e-3:
-        raise BoundaryError(
-            f"Block {call.layer}: hook_z times W_O plus b_O misses the attention output at "
-            f"'{attn_out_path}' by {error:.1e} of it. The hook is not the head output before W_O "
-            "Take off hooks that edit the model, or use maps=('block',)."
-        )
-    if z.shape[0] > 1:
-        leak = max(_relative((outputs[2] - output)[:-1], output), _relative(outputs[3].flip(0) - output, output))
-        if leak > 1e-4:
-            raise BoundaryError(
-                f"Block {call.layer}: after attention it mixes positions or treats them differently (by {leak:.1e} of "
-                "its output), but only what acts on each token alike can be attributed to heads. Take off hooks that "
-                "edit the model, or use maps=('block',)."
-            )
-    if _relative(outputs[0] - output, output) <= 1e-3:
-        return ("pre_ln" if _norm_before(order, z_path) else "post_ln"), b_O
-    if _post_norm(call, values, attn_out) is not None:
-        return "pre_post_ln", b_O
-    without_attention = outputs[1] - b_O
-    if _relative(output - attn_out - without_attention, output) <= 1e-3:
-        return "parallel", b_O
-    raise BoundaryError(
-        f"Block {call.layer}: its output follows neither the sum of skip connection and attention output, nor a norm "
-        "of the attention output, nor a parallel MLP. Take off hooks that edit the model, or use maps=('block',)."
-    )
-
-
-def _middle(layout: str, call: BlockCall, values: dict[str, Tensor], attn_out_path: str) -> Tensor | None:
-    """The vector m that the rest of the block sees, where the layout has one."""
-    attn_out = values[attn_out_path]
-    if layout in ("pre_ln", "post_ln"):
-        return call.resid_pre + attn_out
-    post_norm = _post_norm(call, values, attn_out)
-    if layout == "pre_post_ln" and post_norm is not None:
-        normed = values.get(f"{post_norm}.hook_out", values.get("hook_attn_out"))
-        return None if normed is None else call.resid_pre + normed
-    return None
-
-
-def _norm_paths(call: BlockCall) -> list[str]:
-    """Norms of the block outside attention: TransformerLens gives each a `hook_normalized`."""
-    suffix = ".hook_normalized"
-    paths = [p.removesuffix(suffix) for p in call.modules if p.endswith(suffix)]
-    return [p for p in paths if not p.startswith("attn.")]
-
-
-def _norm_before(order: Sequence[str], z_path: str) -> bool:
-    before = order[: order.index(z_path)]
-    return any(p.endswith(".hook_normalized") and not p.startswith("attn.") for p in before)
-
-
-def _qk_normed(order: Sequence[str], z_path: str) -> bool:
-    before = order[: order.index(z_path)]
-    return any(p.startswith("attn.") and p.endswith(".hook_normalized") for p in before)
 
 
 def _rounding(call: BlockCall, output: Tensor) -> float:
@@ -328,24 +241,9 @@ def _rounding(call: BlockCall, output: Tensor) -> float:
         return single
     nudged = call.run(call.resid_pre[None] * (1 + 1e-10))
     assert nudged is not None
-    moved = _relative(nudged[0] - output, output)
+    moved = relative(nudged[0] - output, output)
     # A block in float64 follows the nudge; one that rounds to float32 inside jumps by its eps, or not at all.
     return double if 1e-13 < moved < 1e-8 else single
-
-
-def _post_norm(call: BlockCall, values: dict[str, Tensor], attn_out: Tensor) -> str | None:
-    """Path of the norm that is applied to the attention output alone, if there is one."""
-    for path in _norm_paths(call):
-        scale = values.get(f"{path}.hook_scale")
-        normalized = values.get(f"{path}.hook_normalized")
-        if scale is None or normalized is None:
-            continue
-        # x = normalized * scale, up to the mean that LayerNorm takes off.
-        rebuilt = normalized * scale
-        centred = attn_out - attn_out.mean(-1, keepdim=True)
-        if min(_relative(rebuilt - attn_out, attn_out), _relative(rebuilt - centred, attn_out)) <= 1e-3:
-            return path
-    return None
 
 
 def _norm_kind(module: Any) -> str:
@@ -356,30 +254,24 @@ def _norm_kind(module: Any) -> str:
 
 
 def _hook_with_value(values: dict[str, Tensor], wanted: Tensor, first: bool) -> str | None:
-    paths = [
-        path
-        for path, value in values.items()
-        if value.shape == wanted.shape and _relative(value - wanted, wanted) <= 1e-5 and "hook_" in path
-    ]
+    def same(value: Tensor) -> bool:
+        # The first position settles most cases.
+        return all(relative(value[part] - wanted[part], wanted) <= 1e-5 for part in (slice(1), slice(None)))
+
+    paths = [path for path, value in values.items() if value.shape == wanted.shape and "hook_" in path and same(value)]
     # An outer hook names a node better than one deep inside a component.
     paths.sort(key=lambda p: p.count("."))
     shallow = [p for p in paths if p.count(".") == paths[0].count(".")]
     return (shallow[0] if first else shallow[-1]) if shallow else None
 
 
-def _hook_name(model: Any, call: BlockCall, path: str | None, familiar: str) -> str:
+def _hook_name(call: BlockCall, path: str | None, familiar: str) -> str:
     """Full hook name, in TransformerLens' familiar spelling where that is the same hook on this model."""
     prefix = f"blocks.{call.layer}."
     if path is None:
         return f"blocks.{call.layer} (no hook)"
     name = prefix + familiar
-    return name if model.hook_dict.get(name) is call.modules[path] else prefix + path
-
-
-def _relative(difference: Tensor, reference: Tensor) -> float:
-    if difference.numel() == 0:
-        return 0.0
-    return float(difference.abs().max() / reference.abs().max().clamp(min=1e-30))
+    return name if call.hook_dict.get(name) is call.modules[path] else prefix + path
 
 
 def _check_finite(call: BlockCall, node: str, value: Tensor) -> None:

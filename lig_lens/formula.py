@@ -13,13 +13,12 @@ return the reason instead.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lig_lens.block import BlockCall
+from lig_lens.block import BlockCall, Hook
 
 # Where the two generations show queries, keys and values before rotary, and the pattern.
 _QKV_PATHS = (
@@ -96,7 +95,7 @@ class Formula:
 
     def tokens(self, resid: Float[Tensor, "pos d_model"]) -> Tokens:
         """What the block makes of other residual vectors, from one run of its attention."""
-        seen = _read(self.call, self.paths, resid[None], self.end.q.shape[-1])
+        seen = _Reading(self.call, resid[None]).seen(self.paths, self.end.q.shape[-1])
         sigma = _sigma(self.norm, self.eps, resid)
         q, k, v = (
             (y[0] - bias) * sigma
@@ -106,27 +105,26 @@ class Formula:
 
 
 def find_formula(
-    call: BlockCall, values: Mapping[str, Tensor], z: Float[Tensor, "pos head d_head"], eps: float
+    call: BlockCall, values: Mapping[str, Tensor], z: Float[Tensor, "pos head d_head"], probe: "Probe"
 ) -> Formula | str:
     """The formula of a block's attention, or the reason why there is none.
 
-    The probe (small mixtures of two tokens each) fits what is fixed, the prompt itself then checks it. Runs the
-    attention of the block once; call it inside `prepared`.
+    The probe fits what is fixed, the prompt itself then checks it. Call it inside `prepared`.
 
     Args:
         call: the block on one prompt.
         values: what its hooks show on that prompt, without a batch axis.
         z: head outputs on that prompt.
-        eps: added to the mean square by the block's norms.
+        probe: of the same block; runs its attention unless a run has been read already.
     """
     paths = next((p for p in _QKV_PATHS if set(p) <= set(call.modules)), None)
     if paths is None or PATTERN_PATH not in call.modules:
         return "no hooks on queries, keys, values and pattern"
+    eps = probe.eps
     with torch.no_grad():
-        probe = _Probe(call.resid_pre, eps)
         try:
             own = _seen(values, paths, (), z.shape[-1])
-            other = _read(call, paths, probe.resid, z.shape[-1])
+            other = probe.seen(paths, z.shape[-1])
         except _UnreadableError as error:
             return str(error)
         if len(own.q) != z.shape[1] or len(own.pattern) != z.shape[1] or z.shape[1] % len(own.k):
@@ -147,14 +145,47 @@ def find_formula(
     return reason
 
 
-class _Probe:
-    """Mixtures of tokens that stand at opposite places of the prompt: one run, or three where tokens are few.
+class _Reading:
+    """One run of a block on other residual vectors, in which its attention is read."""
 
-    Every other mixture is so small that eps counts as much as the vector, which shows a wrong eps; small vectors
-    also give small scores, and patterns without underflow.
+    def __init__(self, call: BlockCall, resid: Float[Tensor, "run pos d_model"]) -> None:
+        self.call, self.resid = call, resid
+        self.values: dict[str, Tensor] = {}
+
+    def hooks(self) -> dict[str, Hook]:
+        """Hooks that read attention in a run of the block on `resid`."""
+        paths = {path for paths in _QKV_PATHS for path in paths} | {PATTERN_PATH}
+        return {path: self._reader(path) for path in paths if path in self.call.modules}
+
+    def _reader(self, path: str) -> Hook:
+        def read(tensor: Tensor) -> None:
+            self.values.setdefault(path, tensor.detach().clone())
+
+        return read
+
+    def seen(self, paths: tuple[str, str, str], d_head: int) -> "_Seen":
+        """Heads and pattern; runs attention if no run has been read yet."""
+        if not self.values:
+            # The end of attention, not of z: some bridges show their pattern only then.
+            self.call.run(self.resid, self.hooks(), stop_at="attn")
+        return _seen(self.values, paths, self.resid.shape[:1], d_head)
+
+
+class Probe(_Reading):
+    """What a block's attention does to mixtures of tokens that stand at opposite places of the prompt.
+
+    One prompt of mixtures, or three where tokens are few. Every other mixture is so small that eps counts as much as
+    the vector, which shows a wrong eps; small vectors also give small scores, and patterns without underflow.
     """
 
-    def __init__(self, x: Float[Tensor, "pos d_model"], eps: float) -> None:
+    def __init__(self, call: BlockCall, eps: float) -> None:
+        """Lay out the mixtures.
+
+        Args:
+            call: the block on the prompt.
+            eps: added to the mean square by the block's norms.
+        """
+        x, self.eps = call.resid_pre, eps
         shrink = (eps / (3 * x.square().mean(-1, keepdim=True) + eps)).sqrt()
         # The larger of two tokens decides how much both have to shrink.
         shrink = torch.minimum(shrink, shrink.flip(0))
@@ -163,7 +194,8 @@ class _Probe:
         size = torch.where((run[:, None, None] + pos[:, None]) % 2 == 0, shrink, 1.0)
         own, other = torch.tensor([[0.7, -0.5, 0.2], [-0.4, 0.9, 0.6]]).to(x)[:, :n_runs, None, None]
         self.own, self.other = own * size, other * size
-        self.prompt, self.resid = x, self.own * x + self.other * x.flip(0)
+        self.prompt = x
+        super().__init__(call, self.own * x + self.other * x.flip(0))
 
 
 @dataclass(frozen=True)
@@ -201,20 +233,6 @@ def _seen(values: Mapping[str, Tensor], paths: tuple[str, str, str], runs: tuple
     return _Seen(q, k, v, pattern.to(q))
 
 
-def _read(call: BlockCall, paths: tuple[str, str, str], resid: Float[Tensor, "run pos d_model"], d_head: int) -> _Seen:
-    values: dict[str, Tensor] = {}
-
-    def reader(path: str) -> Any:
-        def read(tensor: Tensor) -> None:
-            values.setdefault(path, tensor.detach())
-
-        return read
-
-    # The end of attention, not of z: some bridges show their pattern only then.
-    call.run(resid, {path: reader(path) for path in (*paths, PATTERN_PATH)}, stop_at="attn")
-    return _seen(values, paths, resid.shape[:1], d_head)
-
-
 def _centred(norm: str, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
     return resid - resid.mean(-1, keepdim=True) if norm == "layer" else resid
 
@@ -226,7 +244,7 @@ def _sigma(norm: str, eps: float, resid: Float[Tensor, "*batch d_model"]) -> Flo
     return (_centred(norm, resid).square().mean(-1, keepdim=True) + eps).sqrt()
 
 
-def _affine(probe: _Probe, norm: str, eps: float, own: _Seen, other: _Seen) -> list[tuple[Tensor, Tensor]] | None:
+def _affine(probe: Probe, norm: str, eps: float, own: _Seen, other: _Seen) -> list[tuple[Tensor, Tensor]] | None:
     """Homogeneous part Y and bias b of q, k and v, if they are affine in the normalised residual.
 
     With `y = Y / sigma + b`, the probe's y follow from the prompt's but for (1 - sum of weights) b, which every

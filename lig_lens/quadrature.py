@@ -48,7 +48,7 @@ _CAUTION = 30.0
 # Length in t of the panels that a path starts with.
 PANEL_LENGTH = 4.0
 _NARROWEST = 1e-18
-_NEWTON_STEPS = 8
+_NEWTON_STEPS = 5
 
 
 @runtime_checkable
@@ -304,7 +304,8 @@ def _evaluate(integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor, noi
     def estimate(integral: Tensor, tail: Tensor, power: float) -> Tensor:
         size = torch.maximum(integral.abs(), tail)
         ratio = tail / size.clamp(min=torch.finfo(size.dtype).tiny)
-        return (size * ratio**power).amax(-1).cpu().double() * panels.groups
+        # Several times faster than a power on a CPU.
+        return (size * (power * ratio.log()).exp()).amax(-1).cpu().double() * panels.groups
 
     integral = sums[0] if panels.kronrod is None else panels.kronrod + sums[0]
     gap = (integral.sum(-1).cpu().double() - (panels.scalar_high - panels.scalar_low)).abs() * panels.groups
@@ -324,21 +325,21 @@ def _choose(dst: Tensor, groups: Tensor, use: Tensor, used: Tensor) -> Tensor:
     All panels of a cell if they fit into what is left; else those that use least, up to half of the allowance, so
     that something is left for the halves of the others.
     """
-    open_use = torch.zeros_like(used).index_put_((dst,), use * groups, accumulate=True)
-    done = used + open_use <= 1
-    # Cells sorted together, least use first: one running sum serves all of them.
+    panel, group = groups.nonzero(as_tuple=True)
+    cell, use = dst[panel] * groups.shape[1] + group, use[panel, group].clamp(max=2.0)
+    used = used.flatten()
+    done = used + torch.zeros_like(used).index_add_(0, cell, use) <= 1
+    # Cells one after the other, least use first: one running sum serves all of them.
+    by_use = torch.argsort(use)
+    order = by_use[torch.argsort(cell[by_use], stable=True)]
+    cell, use = cell[order], use[order]
+    before = torch.cumsum(use, 0) - use
+    starts = torch.ones_like(cell, dtype=torch.bool)
+    starts[1:] = cell[1:] != cell[:-1]
+    before -= torch.cummax(torch.where(starts, before, 0.0), 0).values
     keep = torch.zeros_like(groups)
-    for group in range(use.shape[1]):
-        by_use = torch.argsort(use[:, group], stable=True)
-        order = by_use[torch.argsort(dst[by_use], stable=True)]
-        d = dst[order]
-        running = torch.cumsum(use[order, group], 0)
-        starts = torch.ones_like(d, dtype=torch.bool)
-        starts[1:] = d[1:] != d[:-1]
-        before = torch.where(starts, running - use[order, group], torch.zeros_like(running))
-        within = running - torch.cummax(before, 0).values
-        keep[order, group] = used[d, group] + within <= 0.5
-    return (keep | done[dst]) & groups
+    keep[panel[order], group[order]] = (used[cell] + before + use <= 0.5) | done[cell]
+    return keep
 
 
 def _extend(panels: _Panels, groups: Tensor, values: _Values) -> list[_Panels]:

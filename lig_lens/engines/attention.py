@@ -118,7 +118,7 @@ class AttentionPath(ABC):
         """Groups for panels that all heads ask for."""
         return torch.ones(n_panels, 1, dtype=torch.bool)
 
-    def _pick(self, table: Float[Tensor, "#head dst src"], panels: Panels) -> Float[Tensor, "#head panel 1 src"]:
+    def _pick(self, table: Float[Tensor, "#head dst src"], panels: Panels) -> Float[Tensor, "#head panel 1 seen"]:
         """Rows of a table of destinations and sources, for the destinations and sources of `panels`."""
         heads = self.heads if len(table) > 1 else self.heads[:1]
         return table[..., : panels.n_src][heads, panels.own][:, :, None]

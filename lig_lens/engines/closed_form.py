@@ -19,7 +19,7 @@ from lig_lens.targets import Direction, Scalar
 
 # Numbers in one attention-shaped tensor, for each token that may be run through a block at once: large enough to
 # make the cost of calls small, small enough for such tensors to stay in a CPU's cache.
-_NUMBERS_PER_TOKEN = 32
+_NUMBERS_PER_TOKEN = 64
 
 
 class _FromResid(PathIntegrand):
