@@ -97,6 +97,8 @@ class Formula:
         """What the block makes of other residual vectors, from one run of its attention."""
         seen = _Reading(self.call, resid[None]).seen(self.paths, self.end.q.shape[-1])
         sigma = _sigma(self.norm, self.eps, resid)
+        # What is homogeneous in the residual is 0 where that is 0, rounding of the fitted bias or not.
+        sigma = torch.where(_centred(self.norm, resid).any(-1, keepdim=True), sigma, 0.0)
         q, k, v = (
             (y[0] - bias) * sigma
             for y, bias in zip((seen.q, seen.k, seen.v), (self.b_q, self.b_k, self.b_v), strict=True)
@@ -258,8 +260,12 @@ def _affine(probe: Probe, norm: str, eps: float, own: _Seen, other: _Seen) -> li
         left = seen - weights[0] * y - weights[1] * y.flip(-2)
         # Least squares: tokens whose weights add up to 1 say nothing about b.
         bias = (rest * left).sum((0, -2)).unsqueeze(-2) / rest.square().sum()
-        if float((left - rest * bias).abs().max()) > _ALLOWED * float(torch.maximum(y.abs(), seen.abs()).max()):
+        size = float(torch.maximum(y.abs(), seen.abs()).max())
+        if float((left - rest * bias).abs().max()) > _ALLOWED * size:
             return None
+        # Single precision whatever the dtype is: Hugging Face norms cast to it.
+        if float(bias.abs().max()) <= 8 * torch.finfo(torch.float32).eps * size:
+            bias = torch.zeros_like(bias)
         result.append(((y - bias) * sigma, bias))
     return result
 

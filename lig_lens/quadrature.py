@@ -313,9 +313,10 @@ def _evaluate(integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor, noi
         now = estimate(integral, (integral - panels.gauss).abs(), _KRONROD_MISSES / _GAUSS_MISSES)
         return _Values(integral, gap, now, torch.full_like(now, torch.inf))
     gauss, kronrod, *top = sums
-    tail, highest = torch.hypot(*top), NODES_PER_PANEL - 1
-    now, after = (estimate(gauss, tail, misses / highest) for misses in (_GAUSS_MISSES, _KRONROD_MISSES))
-    now = torch.maximum((now * torch.maximum(gap, noise[panels.dst])).sqrt(), now / _CAUTION)
+    bound = estimate(gauss, torch.hypot(*top), _GAUSS_MISSES / (NODES_PER_PANEL - 1))
+    now = torch.maximum((bound * torch.maximum(gap, noise[panels.dst])).sqrt(), bound / _CAUTION)
+    size = torch.maximum(gauss.abs().amax(-1).cpu().double(), now)
+    after = size * (now / size.clamp(min=torch.finfo(torch.float32).tiny)) ** (_KRONROD_MISSES / _GAUSS_MISSES)
     return _Values(integral, gap, now, after, gauss, kronrod)
 
 
