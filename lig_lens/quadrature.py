@@ -43,8 +43,9 @@ NODES_PER_PANEL = 7
 _ADDED_NODES = 8
 # First Legendre mode that each rule does not integrate exactly.
 _GAUSS_MISSES, _KRONROD_MISSES = 14, 24
-# The bound by modes is this much too large at most, whatever the gap says.
-_CAUTION = 30.0
+# Errors are never taken to be smaller than these shares of what bounds them: the highest visible modes carried on, and
+# the difference of both rules.
+_OF_MODES, _OF_DIFFERENCE = 1 / 30, 1 / 10
 # Length in t of the panels that a path starts with.
 PANEL_LENGTH = 4.0
 _NARROWEST = 1e-18
@@ -290,7 +291,8 @@ def _evaluate(integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor, noi
     rule that is an upper bound, by two orders of magnitude as a rule, while the gap is a true error, but of the sum:
     their geometric mean was never below 0.6 of the worst part's error on 38,000 panels of real models where one of
     them was near 1e-3. Errors that cancel in the sum leave the bound, of which a fixed share stands. Once both rules
-    are there their difference stands for the first mode that Gauss's misses.
+    are there their difference stands for the first mode that Gauss's misses; where modes fall off slowly, a fixed share
+    of it does.
     """
     added = panels.gauss is not None
     nodes, rule = _rule(added)
@@ -310,11 +312,13 @@ def _evaluate(integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor, noi
     integral = sums[0] if panels.kronrod is None else panels.kronrod + sums[0]
     gap = (integral.sum(-1).cpu().double() - (panels.scalar_high - panels.scalar_low)).abs() * panels.groups
     if panels.gauss is not None:
-        now = estimate(integral, (integral - panels.gauss).abs(), _KRONROD_MISSES / _GAUSS_MISSES)
+        difference = (integral - panels.gauss).abs()
+        now = estimate(integral, difference, _KRONROD_MISSES / _GAUSS_MISSES)
+        now = torch.maximum(now, _OF_DIFFERENCE * difference.amax(-1).cpu().double() * panels.groups)
         return _Values(integral, gap, now, torch.full_like(now, torch.inf))
     gauss, kronrod, *top = sums
     bound = estimate(gauss, torch.hypot(*top), _GAUSS_MISSES / (NODES_PER_PANEL - 1))
-    now = torch.maximum((bound * torch.maximum(gap, noise[panels.dst])).sqrt(), bound / _CAUTION)
+    now = torch.maximum((bound * torch.maximum(gap, noise[panels.dst])).sqrt(), _OF_MODES * bound)
     size = torch.maximum(gauss.abs().amax(-1).cpu().double(), now)
     after = size * (now / size.clamp(min=torch.finfo(torch.float32).tiny)) ** (_KRONROD_MISSES / _GAUSS_MISSES)
     return _Values(integral, gap, now, after, gauss, kronrod)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from engine_pairs import both, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_hooked import HOOKED_KINDS, has_hooked_transformer, tiny_hooked
@@ -18,27 +19,6 @@ from lig_lens.errors import InputError
 # Norms on heads (gemma3) and capped scores (gemma2) are outside the formula.
 COVERED = [kind for kind in KINDS if not kind.startswith("gemma")]
 BASELINES = ("zero", "itb", "itb_zero_ratio", "itb_map_ratio", "corrupted", "tensor")
-
-
-def both(model: object, ids: object, name: str, baseline: str, target: object, **options: object):
-    n_pos = len(ids)
-    generator = torch.Generator().manual_seed(3)
-    start = torch.randn(n_pos, model.cfg.d_model, generator=generator) if baseline == "tensor" else baseline
-    extra = {"corrupted": [(i + 11) % 35 + 5 for i in range(n_pos)]} if baseline == "corrupted" else {}
-    flows = [
-        lig_lens.attribute(
-            model, ids, maps=name, target=target, engine=engine, progress=False, **{f"{name}_baseline": start},
-            **extra, **options,
-        )
-        for engine in ("closed_form", "hooks")
-    ]  # fmt: skip
-    assert set(flows[0].engines[name]) == {"closed_form"} and set(flows[1].engines[name]) == {"hooks"}
-    return flows
-
-
-def difference(flows: list[lig_lens.Flow], name: str) -> float:
-    fast, slow = (getattr(flow, name) for flow in flows)
-    return float((fast - slow).abs().max() / slow.abs().max())
 
 
 @pytest.mark.parametrize("target", ["l2", "direction"])

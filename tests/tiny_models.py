@@ -122,6 +122,16 @@ def tiny_bridge(kind: str, dtype: torch.dtype = torch.float32) -> TransformerBri
     return TransformerBridge.boot_transformers(str(folder), dtype=dtype, device="cpu")
 
 
+def config_bridge(config: transformers.PreTrainedConfig, dtype: torch.dtype = torch.float32) -> TransformerBridge:
+    """Load a causal model of any configuration as a TransformerBridge, weights made as for the kinds above."""
+    with torch.random.fork_rng(devices=[]):
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    folder = tempfile.mkdtemp(dir=_checkpoints().name)
+    _fill(model, config.model_type, seed=0).to(dtype).save_pretrained(folder)
+    tiny_tokenizer(config.model_type).save_pretrained(folder)
+    return TransformerBridge.boot_transformers(folder, dtype=dtype, device="cpu")
+
+
 def fresh_bridge(kind: str) -> TransformerBridge:
     """Load a bridge that a test may change or break."""
     return tiny_bridge.__wrapped__(kind)
