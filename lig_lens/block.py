@@ -51,7 +51,8 @@ def _first_tensor(output: Any) -> Tensor:
     return tensor
 
 
-def _with_first_tensor(output: Any, tensor: Tensor) -> Any:
+def with_first_tensor(output: Any, tensor: Tensor) -> Any:
+    """A module's output with other hidden states in it."""
     if isinstance(output, (tuple, list)):
         return type(output)((tensor, *output[1:]))
     return tensor
@@ -180,7 +181,7 @@ class BlockCall:
 
             def on_output(_module: nn.Module, _inputs: Any, output: Any, hook: Hook = hook) -> Any:
                 replacement = hook(_first_tensor(output))
-                return None if replacement is None else _with_first_tensor(output, replacement)
+                return None if replacement is None else with_first_tensor(output, replacement)
 
             pairs.append((self.modules[path], on_output, False))
         if stop_at is not None:

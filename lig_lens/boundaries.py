@@ -6,6 +6,7 @@ Every block is run once with all its hooks read, then with one node changed at a
 from what the block's output did.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lig_lens.block import BlockCall, prepared, record_calls
+from lig_lens.block import BlockCall, Hook, prepared, record_calls
 from lig_lens.errors import BoundaryError, NonFiniteError
 from lig_lens.formula import PATTERN_PATH, Formula, Probe, find_formula
-from lig_lens.layout import Inside, find_layout, middle, norm_before, norm_paths, qk_normed, relative
+from lig_lens.layout import Inside, find_layout, middle, norm_before, norm_paths, qk_normed, relative, tail_scales
 from lig_lens.loading import check_evaluating, check_hooked, load_model
 
 LAYOUTS = ("pre_ln", "post_ln", "pre_post_ln", "parallel", "block_only")
@@ -57,7 +58,8 @@ class BlockNodes:
     """One block of one prompt with its nodes' values: what the engines work on.
 
     `resid_post` is the replayed value in the dtype of integration; `W_O` and `b_O` reproduce the attention
-    output from `z`. `norms_to_z` and `norms_to_resid_post` count the norms in a row on the way there, and
+    output from `z`. `norms_to_z` counts the norms in a row on the way there, `tail_scales` holds what those behind it
+    divide by on the prompt (path of its hook -> value), `attention_is_attn_out` says that attention ends there, and
     `rounding` is the relative rounding error of the block: larger than its dtype's where it casts to float32.
     """
 
@@ -68,7 +70,8 @@ class BlockNodes:
     z_path: str | None = None
     attn_out_path: str | None = None
     norms_to_z: int = 1
-    norms_to_resid_post: int = 2
+    tail_scales: Mapping[str, Float[Tensor, "pos"]] = field(default_factory=dict, repr=False)
+    attention_is_attn_out: bool = False
     rounding: float = torch.finfo(torch.float32).eps
     z: Float[Tensor, "pos head d_head"] | None = field(default=None, repr=False)
     pattern: Float[Tensor, "head dst src"] | None = field(default=None, repr=False)
@@ -94,23 +97,16 @@ class BlockNodes:
         return read[0].reshape(*read[0].shape[:2], *self.z.shape[1:])
 
     def run_tail(
-        self, attn_out: Float[Tensor, "batch pos d_model"], skip: Float[Tensor, "batch pos d_model"]
+        self,
+        attn_out: Float[Tensor, "batch pos d_model"],
+        skip: Float[Tensor, "batch pos d_model"],
+        hooks: Mapping[str, Hook] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """resid_post from the attention output (W_O z + b_O, before any norm on it) and the skip connection."""
         assert self.attn_out_path is not None
-        result = self.call.run(skip, {self.attn_out_path: lambda _: attn_out})
+        result = self.call.run(skip, {**(hooks or {}), self.attn_out_path: lambda _: attn_out})
         assert result is not None
         return result
-
-    def run_tail_at(
-        self, attn_out: Float[Tensor, "item d_model"], skip: Float[Tensor, "item d_model"]
-    ) -> Float[Tensor, "item d_model"]:
-        """The tail at single points: it acts token by token, so they are packed into rows of the prompt's length."""
-        n_items, n_pos = len(attn_out), len(self.resid_pre)
-        rows = -(-n_items // n_pos)
-        index = torch.arange(rows * n_pos, device=attn_out.device).clamp(max=n_items - 1)
-        packed = [leaf[index].reshape(rows, n_pos, -1) for leaf in (attn_out, skip)]
-        return self.run_tail(*packed).reshape(rows * n_pos, -1)[:n_items]
 
     def attn_out(self, z: Float[Tensor, "*batch head d_head"], bias: float) -> Float[Tensor, "*batch d_model"]:
         """Attention output of head outputs `z`, with `bias` times b_O."""
@@ -155,6 +151,7 @@ def find_nodes(model: Any, call: BlockCall, heads: bool = True, formula: bool = 
         }
         eps = float(getattr(model.cfg, "eps", 1e-5) or 1e-5)
         nodes: dict[str, Any] = {"call": call, "resid_post": output, "eps": eps, "rounding": _rounding(call, output)}
+        nodes["tail_scales"] = tail_scales(call, values, order, next(iter(norms), None))
         found = next((p for p in _Z_PATHS if p[0] in values and p[1] in values), None)
         W_O = getattr(getattr(call.block, "attn", None), "W_O", None)
         if found is None or not isinstance(W_O, Tensor) or W_O.ndim != 3:
@@ -186,12 +183,13 @@ def find_nodes(model: Any, call: BlockCall, heads: bool = True, formula: bool = 
         }
         pattern = values.get(PATTERN_PATH)
         norms_to_z = int(norm_before(order, z_path)) + int(qk_normed(order, z_path))
+        nodes["tail_scales"] = tail_scales(call, values, order, None if layout == "parallel" else attn_out_path)
         return BlockNodes(
             boundaries=BlockBoundaries(**fields),
             z_path=z_path,
             attn_out_path=attn_out_path,
             norms_to_z=norms_to_z,
-            norms_to_resid_post=norms_to_z + (3 if layout == "pre_post_ln" else 1 if norms else 0),
+            attention_is_attn_out=_ends_with(attn_out_path, values),
             z=z,
             pattern=_pattern(pattern, z),
             W_O=W_O,
@@ -220,6 +218,14 @@ def _read_everything(call: BlockCall) -> tuple[dict[str, Tensor], list[str], Ten
     output = call.run(call.resid_pre[None], {path: reader(path) for path in paths})
     assert output is not None
     return values, order, output[0]
+
+
+def _ends_with(attn_out_path: str, values: Mapping[str, Tensor]) -> bool:
+    """Whether what attention returns is the attention output, with nothing done to it."""
+    if attn_out_path == "attn":
+        return True
+    out, returned = values[attn_out_path], values.get("attn.hook_out")
+    return returned is not None and returned.shape == out.shape and relative(returned - out, out) <= 1e-6
 
 
 def _check_replay(call: BlockCall, output: Tensor) -> None:

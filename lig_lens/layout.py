@@ -182,6 +182,26 @@ def qk_normed(order: Sequence[str], z_path: str) -> bool:
     return any(p.startswith("attn.") and p.endswith(".hook_normalized") for p in before)
 
 
+def tail_scales(
+    call: BlockCall, values: Mapping[str, Tensor], order: Sequence[str], after: str | None
+) -> dict[str, Float[Tensor, "pos"]]:
+    """What the norms outside attention divide by: path of the hook -> value on the prompt.
+
+    Args:
+        call: the block.
+        values: what its hooks show on the prompt.
+        order: the order in which they fired.
+        after: only norms that follow this hook, or the norm of this name; all with None.
+    """
+    hooks = {f"{path}.hook_scale": path for path in norm_paths(call)}
+    passed, found = after is None, {}
+    for path in order:
+        if passed and path in hooks and values[path].shape[-1:] == (1,) and hooks[path] != after:
+            found[path] = values[path][..., 0]
+        passed = passed or path == after or hooks.get(path) == after
+    return found
+
+
 def _post_norm(inside: Inside) -> str | None:
     """Path of the norm that is applied to the attention output alone, if there is one."""
     attn_out = inside.attn_out

@@ -13,8 +13,9 @@ from torch import Tensor
 from lig_lens.baselines import ResidPath
 from lig_lens.boundaries import BlockNodes
 from lig_lens.engines.attention import AttentionPath, OwnPaths, Panels, SharedPath
-from lig_lens.engines.common import Budget, PathIntegrand, layers_of_paths
+from lig_lens.engines.common import Budget, PathIntegrand, later_layers, layers_of_paths
 from lig_lens.quadrature import Integral
+from lig_lens.tail import Tail
 from lig_lens.targets import Direction, Scalar
 
 # Numbers in one attention-shaped tensor, for each token that may be run through a block at once: large enough to
@@ -97,7 +98,8 @@ class _ToBlock(_FromResid):
         self.attn_out_start = nodes.attn_out(self.attention.z_start.transpose(0, 1), 1.0)
         self.skip_start = (path.end if path.start is None else path.start)[dst]
         self.skip_step = path.end[dst] - self.skip_start
-        self.start = nodes.run_tail_at(self.attn_out_start, self.skip_start)[:, None]
+        self.tail = Tail(nodes, self.attn_out_start, self.skip_start)
+        self.start = self.tail.out[:, None]
 
     def _tail(self, panels: Panels, displacement: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """What the tail gets, as leaves: [item d_model] each, and the scalars: [item 1]."""
@@ -111,7 +113,7 @@ class _ToBlock(_FromResid):
         )
         for leaf in leaves:
             leaf.requires_grad_(torch.is_grad_enabled())
-        out = self.nodes.run_tail_at(*leaves)[:, None]
+        out = self.tail(*leaves)[:, None]
         return leaves, self.scalar(out - self.start[own], dst)
 
     def _scalars(self, panels: Panels, displacement: Tensor) -> Tensor:
@@ -152,9 +154,13 @@ def integrate_resid(
     with torch.no_grad():
         scalar = Scalar(target, len(nodes.resid_pre), nodes.resid_pre, nodes.W_O if to_heads else None)
         size = _NUMBERS_PER_TOKEN * budget.max_batch_tokens
-        integrand = (_ToHeads if to_heads else _ToBlock)(nodes, path, scalar, dst, size)
-        depth = nodes.norms_to_z if to_heads else nodes.norms_to_resid_post
-        s0, s1 = layers_of_paths(path, dst, nodes.eps, depth)
+        s0, s1 = layers_of_paths(path, dst, nodes.eps, nodes.norms_to_z)
+        integrand: _FromResid
+        if to_heads:
+            integrand = _ToHeads(nodes, path, scalar, dst, size)
+        else:
+            integrand = _ToBlock(nodes, path, scalar, dst, size)
+            s0, s1 = later_layers(nodes, integrand.tail.scales, dst, s0, s1)
         end = nodes.z if to_heads else nodes.resid_post[:, None]
         assert end is not None
         return integrand.integrate(s0, s1, end, budget)

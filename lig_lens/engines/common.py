@@ -10,6 +10,7 @@ from torch import Tensor
 from lig_lens.baselines import ResidPath
 from lig_lens.boundaries import BlockNodes
 from lig_lens.quadrature import Integral, integrate
+from lig_lens.tail import Scales
 from lig_lens.targets import Scalar
 
 
@@ -74,6 +75,16 @@ def layers_of_paths(
     start = end[dst.cpu()][:, None] if path.start is None else rms(path.start).expand(len(dst), -1)
     s0, s1 = widths(start, end.expand(len(dst), -1), eps, depth)
     return s0.amin(-1), s1.amin(-1)
+
+
+def later_layers(
+    nodes: BlockNodes, scales: Scales, dst: Int[Tensor, "dst"], s0: Float[Tensor, "dst"], s1: Float[Tensor, "dst"]
+) -> tuple[Float[Tensor, "dst"], Float[Tensor, "dst"]]:
+    """Widths of the layers with the norms after attention; in parallel blocks those see what the first one sees."""
+    if nodes.boundaries.layout == "parallel":
+        return s0, s1
+    later = scales.widths(dst)
+    return s0 * later[0], s1 * later[1]
 
 
 def widths(start: Tensor, end: Tensor, eps: float, depth: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,8 @@ It works on every block that can be replayed, and needs one backward pass per de
 """
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +13,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lig_lens.baselines import ResidPath, TailPath
+from lig_lens.block import Hook
 from lig_lens.boundaries import BlockNodes
-from lig_lens.engines.common import Budget, PathIntegrand, layers_of_paths, rms, widths
+from lig_lens.engines.common import Budget, PathIntegrand, later_layers, layers_of_paths
 from lig_lens.quadrature import Integral
+from lig_lens.tail import Scales, Tail
 from lig_lens.targets import Direction, Scalar
 
 
@@ -29,12 +33,6 @@ class _Integrand(PathIntegrand):
     @abstractmethod
     def _parts(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: list[int]) -> Tensor:
         """Parts at single points, for the groups asked for: [item group part]."""
-
-    def _read_start(self) -> Tensor:
-        zero = torch.zeros(1, device=self.device, dtype=self.dtype)
-        with torch.no_grad():
-            pieces = [self._read(d, zero.expand(len(d)))[1] for d in torch.split(self.positions, self.chunk)]
-        return torch.cat(pieces)
 
     def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
         """See `quadrature.Integrand`."""
@@ -73,6 +71,17 @@ class _Integrand(PathIntegrand):
         return values.to(self.dtype).to(self.device)
 
 
+@dataclass(frozen=True)
+class _At:
+    """Takes each item's own position."""
+
+    positions: Int[Tensor, "item"]
+
+    def __call__(self, value: Float[Tensor, "item pos"]) -> Float[Tensor, "item"]:
+        """Give the values at the positions."""
+        return value[torch.arange(len(self.positions), device=value.device), self.positions]
+
+
 class _FromResid(_Integrand):
     """Integrand of resid_pre -> hook_z (groups are heads) and of resid_pre -> resid_post (one group)."""
 
@@ -82,9 +91,17 @@ class _FromResid(_Integrand):
         n_groups = nodes.boundaries.n_heads if to_heads else 1
         super().__init__(nodes, scalar, dst, n_groups, n_parts=len(nodes.resid_pre))
         self.path, self.to_heads, self.chunk = path, to_heads, chunk
-        self.start = self._read_start()
+        self.scales = Scales(nodes)
+        zero, pieces = torch.zeros(len(dst), device=self.device, dtype=self.dtype), []
+        with torch.no_grad():
+            for part in torch.split(torch.arange(len(dst), device=self.device), chunk):
+                hooks = {} if to_heads else self.scales.hooks(_At(dst[part]))
+                pieces.append(self._read(dst[part], zero[part], hooks)[1])
+        self.start = torch.cat(pieces)
 
-    def _read(self, positions: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> tuple[Any, Tensor]:
+    def _read(
+        self, positions: Int[Tensor, "item"], a: Float[Tensor, "item"], hooks: Mapping[str, Hook] | None = None
+    ) -> tuple[Any, Tensor]:
         """Residual vectors at `a`, as a leaf, and what the destinations get: [item group dim]."""
         steps = self.path.steps(positions)
         resid = self.path.starts(positions) + a.to(steps.dtype)[:, None, None] * steps
@@ -92,7 +109,7 @@ class _FromResid(_Integrand):
         if self.to_heads:
             out = self.nodes.read_z(resid)
         else:
-            result = self.nodes.call.run(resid)
+            result = self.nodes.call.run(resid, hooks)
             assert result is not None
             out = result[:, :, None]
         return resid, out[torch.arange(len(positions), device=a.device), positions]
@@ -118,7 +135,8 @@ class _FromHeads(_Integrand):
         self.path, self.chunk = path, chunk
         self.attn_out_start = nodes.attn_out(path.z_start, path.bias_start)
         self.attn_out_end = nodes.attn_out(path.z_end, 1.0)
-        self.start = self._read_start()
+        self.tail = Tail(nodes, self.attn_out_start[dst], path.skip_start[dst])
+        self.start = self.tail.out[:, None]
 
     def _read(self, positions: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> tuple[Any, Tensor]:
         path = self.path
@@ -129,7 +147,7 @@ class _FromHeads(_Integrand):
         leaves = (attn_out, skip)
         for leaf in leaves:
             leaf.requires_grad_(torch.is_grad_enabled())
-        return leaves, self.nodes.run_tail_at(*leaves)[:, None]
+        return leaves, self.tail(*leaves)[:, None]
 
     def _parts(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: list[int]) -> Tensor:
         positions, path = self.positions.to(self.device)[dst], self.path
@@ -160,8 +178,9 @@ def integrate_resid(
     W_O = nodes.W_O if to_heads else None
     scalar = Scalar(target, len(nodes.resid_pre), nodes.resid_pre, W_O)
     integrand = _FromResid(nodes, path, scalar, dst, to_heads, budget.items(len(nodes.resid_pre)))
-    depth = nodes.norms_to_z if to_heads else nodes.norms_to_resid_post
-    s0, s1 = layers_of_paths(path, dst, nodes.eps, depth)
+    s0, s1 = layers_of_paths(path, dst, nodes.eps, nodes.norms_to_z)
+    if not to_heads:
+        s0, s1 = later_layers(nodes, integrand.scales, dst, s0, s1)
     end = nodes.z if to_heads else nodes.resid_post[:, None]
     assert end is not None
     return integrand.integrate(s0, s1, end, budget)
@@ -183,7 +202,5 @@ def integrate_tail(
     scalar = Scalar(target, len(nodes.resid_pre), nodes.resid_pre)
     n_pos = len(nodes.resid_pre)
     integrand = _FromHeads(nodes, path, scalar, dst, budget.items(n_pos) * n_pos)
-    start, end = integrand.attn_out_start + path.skip_start, integrand.attn_out_end + path.skip_end
-    depth = nodes.norms_to_resid_post - nodes.norms_to_z
-    s0, s1 = widths(rms(start[dst]), rms(end[dst]), nodes.eps, depth)
+    s0, s1 = integrand.tail.scales.widths(dst)
     return integrand.integrate(s0, s1, nodes.resid_post[:, None], budget)

@@ -1,0 +1,189 @@
+"""The closed-form engine gives what automatic differentiation gives, on attention of many makes.
+
+The kinds of `tiny_models` stand for the layouts. Here are what attention itself may differ in: windows, ALiBi, shared
+keys and values, biases, pairs that rotary turns, scales, and blocks of one model that are not alike.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from engine_pairs import both, difference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_hooked import has_hooked_transformer
+from tiny_models import VOCAB, config_bridge
+
+import lig_lens
+from lig_lens.block import record_calls
+from lig_lens.boundaries import BlockNodes, find_nodes
+
+IDS = [5, 12, 30, 7, 22, 39]
+# Rounding may decide whether a panel is halved, and the engines then differ by what `tol` allows.
+TOL = 1e-5
+SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "pad_token_id": 0}
+MLP = {"intermediate_size": 48, "max_position_embeddings": 32}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {**SIZES, **MLP, **HEADS}
+WIDE = {**SMALL, "hidden_size": 32}
+GPT = {"vocab_size": VOCAB, "n_embd": 24, "n_layer": 2, "n_positions": 32, "pad_token_id": 0}
+# Half of 8 dimensions: the default quarter is one pair, where all pairings are the same.
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a block's attention has to show; without it, its test would be about something else."""
+
+    layout: str = "pre_ln"
+    norm: str = "rms"
+    rotary: str = "halves"
+    """Which dimensions make a pair: `halves`, `neighbours`, or `none`."""
+    n_kv: int = 2
+    sees: int = len(IDS)
+    """Number of sources that the last token sees."""
+    alibi: bool = False
+    scale: float | None = None
+    """None for 1 / sqrt(d_head)."""
+
+
+RMS = Attention()
+LAYER = Attention(norm="layer")
+PARALLEL = Attention("parallel", "layer")
+
+
+def falcon(**options: Any) -> tf.PreTrainedConfig:
+    return tf.FalconConfig(**SIZES, **{"num_attention_heads": 4, "new_decoder_architecture": False, **options})
+
+
+# Configuration, and attention of both blocks, or of the first and the second.
+KINDS: dict[str, tuple[Any, ...]] = {
+    "gemma2": (
+        tf.Gemma2Config(**SMALL, head_dim=8, query_pre_attn_scalar=8, sliding_window=4, attn_logit_softcapping=None),
+        replace(RMS, layout="pre_post_ln", sees=4),
+        replace(RMS, layout="pre_post_ln"),
+    ),
+    "mistral": (tf.MistralConfig(**SMALL, head_dim=6, sliding_window=3), replace(RMS, sees=3)),
+    "gpt_neo": (
+        tf.GPTNeoConfig(
+            **SIZES, **MLP, num_heads=3, num_layers=2, attention_types=[[["global", "local"], 1]], window_size=3
+        ),
+        replace(LAYER, rotary="none", n_kv=3, scale=1.0),
+        replace(LAYER, rotary="none", n_kv=3, scale=1.0, sees=3),
+    ),
+    # Its first block takes the embedding's norm as its own and has none.
+    "modernbert_decoder": (
+        tf.ModernBertDecoderConfig(**{**SIZES, **MLP}, num_attention_heads=4, local_attention=4),
+        replace(LAYER, norm="none", n_kv=4),
+        replace(LAYER, n_kv=4, sees=2),
+    ),
+    "mpt": (
+        tf.MptConfig(vocab_size=VOCAB, d_model=24, n_layers=2, n_heads=3, expansion_ratio=2, max_seq_len=32),
+        replace(LAYER, rotary="none", n_kv=3, alibi=True),
+    ),
+    "bloom": (
+        tf.BloomConfig(vocab_size=VOCAB, hidden_size=24, n_layer=2, n_head=3, pad_token_id=0),
+        replace(LAYER, rotary="none", n_kv=3, alibi=True),
+    ),
+    "falcon": (falcon(multi_query=True), replace(PARALLEL, n_kv=1)),
+    "falcon_alibi": (falcon(alibi=True, multi_query=True), replace(PARALLEL, rotary="none", n_kv=1, alibi=True)),
+    "phi": (tf.PhiConfig(**{**WIDE, "num_key_value_heads": 4}, rope_parameters=PARTIAL), replace(PARALLEL, n_kv=4)),
+    "cohere": (tf.CohereConfig(**SMALL), replace(PARALLEL, rotary="neighbours")),
+    "stablelm": (tf.StableLmConfig(**WIDE, use_qkv_bias=True, rope_parameters=PARTIAL), LAYER),
+    "gpt_bigcode": (tf.GPTBigCodeConfig(**GPT, n_head=4, multi_query=True), replace(LAYER, rotary="none", n_kv=1)),
+    "glm": (tf.GlmConfig(**WIDE, head_dim=8, attention_bias=True), replace(RMS, rotary="neighbours")),
+    "qwen2": (tf.Qwen2Config(**SMALL), RMS),
+    # YaRN's tables turn and stretch.
+    "llama": (
+        tf.LlamaConfig(**{**SMALL, "num_key_value_heads": 1}, head_dim=6, attention_bias=True, rope_parameters=YARN),
+        replace(RMS, n_kv=1),
+    ),
+    "granite": (tf.GraniteConfig(**SMALL, attention_multiplier=0.3), replace(RMS, scale=0.3)),
+    # Its second block gets the tables for rotary and does not turn anything.
+    "smollm3": (tf.SmolLM3Config(**SMALL, no_rope_layers=[1, 0]), RMS, replace(RMS, rotary="none")),
+}
+# Sinks, gates, clipped queries, norms on heads: the formula does not cover them and has to notice.
+REFUSED: dict[str, Any] = {
+    "gpt_oss": tf.GptOssConfig(**SMALL, head_dim=6, num_local_experts=4),
+    "afmoe": tf.AfmoeConfig(**SMALL, head_dim=6),
+    "olmo": tf.OlmoConfig(**SMALL, clip_qkv=1.0),
+    "qwen3": tf.Qwen3Config(**SMALL, head_dim=6),
+}
+COHERE = pytest.mark.skipif(has_hooked_transformer(), reason="TransformerLens 3.9 pairs Cohere's dimensions wrongly")
+BLOOM = pytest.mark.xfail(strict=True, raises=RuntimeError, reason="replays do not repeat ALiBi [batch head, 1, src]")
+
+
+def kinds(**marks: pytest.MarkDecorator) -> list[Any]:
+    return [pytest.param(kind, marks=marks.get(kind, ())) for kind in KINDS]
+
+
+@functools.cache
+def bridge(kind: str) -> Any:
+    return config_bridge(KINDS[kind][0])
+
+
+@functools.cache
+def windowed(n_kv: int, window: int, dtype: torch.dtype) -> Any:
+    sizes = {**SMALL, "num_key_value_heads": n_kv}
+    return config_bridge(tf.MistralConfig(**sizes, head_dim=6, sliding_window=window), dtype)
+
+
+def shown(nodes: BlockNodes) -> Attention:
+    formula, rotary = nodes.formula, "none"
+    assert formula is not None, nodes.boundaries.why_hooks
+    if formula.rotary is not None:
+        rotary = "neighbours" if formula.rotary.adjacent else "halves"
+    is_usual = abs(formula.scale * nodes.boundaries.d_head**0.5 - 1) < 1e-4
+    return Attention(
+        layout=nodes.boundaries.layout,
+        norm=formula.norm,
+        rotary=rotary,
+        n_kv=len(formula.b_k),
+        sees=int(torch.isfinite(formula.bias[0, -1]).sum()),
+        alibi=len(formula.bias) > 1,
+        scale=None if is_usual else round(formula.scale, 4),
+    )
+
+
+@pytest.mark.parametrize("kind", kinds(cohere=COHERE))
+def test_the_formula_is_the_attention_that_is_meant(kind: str) -> None:
+    model, expected = bridge(kind), KINDS[kind][1:]
+    calls = record_calls(model, torch.tensor([IDS]), [0, 1])
+    assert [shown(find_nodes(model, calls[layer])) for layer in (0, 1)] == [expected[0], expected[-1]]
+
+
+@pytest.mark.parametrize("baseline", ["itb", "zero", "corrupted"])
+@pytest.mark.parametrize("kind", kinds(cohere=COHERE, bloom=BLOOM))
+def test_engines_agree(kind: str, baseline: str) -> None:
+    alike = len(KINDS[kind]) == 2
+    flows = both(bridge(kind), IDS, ("attn", "block"), baseline, "l2", layers=1 if alike else None, tol=TOL)
+    for name in ("attn", "block"):
+        assert difference(flows, name) <= 2e-5
+        torch.testing.assert_close(flows[0].total[name], flows[1].total[name], rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=12)
+@given(
+    st.lists(st.integers(5, 39), min_size=1, max_size=8),
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 8),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.sampled_from(["attn", "block"]),
+    st.sampled_from(["itb", "zero", "corrupted"]),
+)
+def test_engines_agree_on_any_window(
+    ids: list[int], n_kv: int, window: int, dtype: torch.dtype, name: str, baseline: str
+) -> None:
+    flows = both(windowed(n_kv, window, dtype), ids, name, baseline, "l2", layers=1, tol=TOL)
+    fast, slow = (getattr(flow, name) for flow in flows)
+    assert (fast - slow).abs().max() <= 2e-5 * slow.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_the_formula_refuses_other_attention(kind: str) -> None:
+    boundaries = lig_lens.describe_boundaries(config_bridge(REFUSED[kind]))
+    assert all(b.engine == "hooks" and "not a softmax" in b.why_hooks for b in boundaries)
