@@ -7,6 +7,7 @@ works alike on a `TransformerBridge`, a `HookedTransformer` and a `HookedEncoder
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,6 +135,8 @@ class BlockCall:
     hook_dict: Mapping[str, nn.Module] = field(repr=False)
     """Hooks of the whole model by all their names."""
     recorded_dtype: torch.dtype = torch.float32
+    folded: frozenset[int | str] = frozenset()
+    """Arguments whose first axis is batch times something else, items of the batch one after the other."""
 
     def run(
         self,
@@ -151,18 +154,8 @@ class BlockCall:
         Returns:
             resid_post, or None where `stop_at` cut the run short.
         """
-        batch = resid_pre.shape[0]
-
-        def adapt(tensor: Tensor) -> Tensor:
-            # Masks and position embeddings were recorded for one prompt: repeat them without copying.
-            if tensor.is_floating_point():
-                tensor = tensor.to(resid_pre.dtype)
-            if tensor.ndim >= 2 and tensor.shape[0] == 1 and batch != 1:
-                tensor = tensor.expand(batch, *tensor.shape[1:])
-            return tensor
-
-        args = list(_map_tensors(self.args, adapt))
-        kwargs = {name: _map_tensors(value, adapt) for name, value in self.kwargs.items()}
+        args = [self._adapted(key, value, resid_pre) for key, value in enumerate(self.args)]
+        kwargs = {name: self._adapted(name, value, resid_pre) for name, value in self.kwargs.items()}
         if isinstance(self.resid_key, int):
             args[self.resid_key] = resid_pre
         else:
@@ -173,24 +166,40 @@ class BlockCall:
             except _Stop:
                 return None
 
+    def _adapted(self, key: int | str, value: Any, resid_pre: Float[Tensor, "batch pos d_model"]) -> Any:
+        """An argument for as many items as `resid_pre` has; masks and positions were recorded for one."""
+        return _map_tensors(value, functools.partial(_adapt, resid_pre, key in self.folded))
+
     def _torch_hooks(
         self, hooks: Mapping[str, Hook], stop_at: str | None
     ) -> list[tuple[nn.Module, Callable[..., Any], bool]]:
         pairs: list[tuple[nn.Module, Callable[..., Any], bool]] = []
         for path, hook in hooks.items():
-
-            def on_output(_module: nn.Module, _inputs: Any, output: Any, hook: Hook = hook) -> Any:
-                replacement = hook(_first_tensor(output))
-                return None if replacement is None else with_first_tensor(output, replacement)
-
-            pairs.append((self.modules[path], on_output, False))
+            pairs.append((self.modules[path], functools.partial(_on_output, hook), False))
         if stop_at is not None:
-
-            def stop(*_: Any) -> None:
-                raise _Stop
-
-            pairs.append((self.modules[stop_at], stop, False))
+            pairs.append((self.modules[stop_at], _stop, False))
         return pairs
+
+
+def _adapt(resid_pre: Float[Tensor, "batch pos d_model"], folded: bool, tensor: Tensor) -> Tensor:
+    batch = len(resid_pre)
+    if tensor.is_floating_point():
+        tensor = tensor.to(resid_pre.dtype)
+    if batch == 1 or tensor.ndim < 2:
+        return tensor
+    if folded:
+        return tensor.repeat(batch, *[1] * (tensor.ndim - 1))
+    # Without copying.
+    return tensor.expand(batch, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
+
+
+def _on_output(hook: Hook, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+    replacement = hook(_first_tensor(output))
+    return None if replacement is None else with_first_tensor(output, replacement)
+
+
+def _stop(*_: Any) -> None:
+    raise _Stop
 
 
 def record_calls(model: Any, tokens: Int[Tensor, "1 pos"], layers: Sequence[int]) -> dict[int, BlockCall]:
@@ -199,6 +208,24 @@ def record_calls(model: Any, tokens: Int[Tensor, "1 pos"], layers: Sequence[int]
     Returns:
         layer -> `BlockCall`; values are copies, so the model's memory can be reused.
     """
+    inputs, outputs = _inputs_and_outputs(model, tokens, layers)
+    folded: dict[int, frozenset[int | str]] = {}
+    if any(tensor.ndim >= 2 and tensor.shape[0] != 1 for call in inputs.values() for _, tensor in _tensors(*call)):
+        # Which first axes hold the batch, only a batch of two can tell. Two tokens are enough.
+        short = tokens[:, :2]
+        one, two = (_inputs_and_outputs(model, short.expand(n, -1), layers)[0] for n in (1, 2))
+        folded = {layer: _folded(_tensors(*one[layer]), _tensors(*two[layer])) for layer in layers}
+    hook_dict = model.hook_dict
+    return {
+        layer: _block_call(model, hook_dict, layer, *inputs[layer], outputs[layer], folded.get(layer, frozenset()))
+        for layer in layers
+    }
+
+
+def _inputs_and_outputs(
+    model: Any, tokens: Int[Tensor, "batch pos"], layers: Sequence[int]
+) -> tuple[dict[int, tuple[tuple[Any, ...], dict[str, Any]]], dict[int, Tensor]]:
+    """Arguments and outputs of the blocks `layers` in a run of the model that ends with the last of them."""
     inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     outputs: dict[int, Tensor] = {}
     pairs: list[tuple[nn.Module, Callable[..., Any], bool]] = []
@@ -215,8 +242,19 @@ def record_calls(model: Any, tokens: Int[Tensor, "1 pos"], layers: Sequence[int]
         pairs += [(model.blocks[layer], before, True), (model.blocks[layer], after, False)]
     with torch.no_grad(), module_hooks(pairs), contextlib.suppress(_Stop):
         model(tokens)
-    hook_dict = model.hook_dict
-    return {layer: _block_call(model, hook_dict, layer, *inputs[layer], outputs[layer]) for layer in layers}
+    return inputs, outputs
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int | str, Tensor]]:
+    """Tensors among the arguments, by position or name."""
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return [(key, value) for key, value in named if isinstance(value, Tensor)]
+
+
+def _folded(one: list[tuple[int | str, Tensor]], two: list[tuple[int | str, Tensor]]) -> frozenset[int | str]:
+    """Arguments whose first axis doubles with the batch although it is longer."""
+    lengths = {key: len(tensor) for key, tensor in two if tensor.ndim >= 2}
+    return frozenset(key for key, x in one if x.ndim >= 2 and 1 < len(x) and lengths.get(key) == 2 * len(x))
 
 
 def _block_call(
@@ -226,6 +264,7 @@ def _block_call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     output: Tensor,
+    folded: frozenset[int | str],
 ) -> BlockCall:
     resid_key: int | str | None = next((i for i, a in enumerate(args) if isinstance(a, Tensor)), None)
     if resid_key is None:
@@ -255,4 +294,5 @@ def _block_call(
         modules=dict(submodules(block)),
         hook_dict=hook_dict,
         recorded_dtype=output.dtype,
+        folded=folded,
     )

@@ -6,6 +6,7 @@ Every block is run once with all its hooks read, then with one node changed at a
 from what the block's output did.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,20 +205,18 @@ def _read_everything(call: BlockCall) -> tuple[dict[str, Tensor], list[str], Ten
     values: dict[str, Tensor] = {}
     order: list[str] = []
 
-    def reader(path: str) -> Any:
-        def read(tensor: Tensor) -> None:
-            order.append(path)
-            # Some bridges fire a hook twice; the first value is the one on the path.
-            values.setdefault(path, tensor[0].detach().clone())
-
-        return read
-
     paths = [p for p in call.modules if p.split(".")[-1].startswith("hook_") and not p.endswith(_NOT_READ)]
     if "attn.o.hook_in" not in call.modules and "attn" in call.modules:
         paths.append("attn")
-    output = call.run(call.resid_pre[None], {path: reader(path) for path in paths})
+    output = call.run(call.resid_pre[None], {path: functools.partial(_note, values, order, path) for path in paths})
     assert output is not None
     return values, order, output[0]
+
+
+def _note(values: dict[str, Tensor], order: list[str], path: str, tensor: Tensor) -> None:
+    order.append(path)
+    # Some bridges fire a hook twice; the first value is the one on the path.
+    values.setdefault(path, tensor[0].detach().clone())
 
 
 def _ends_with(attn_out_path: str, values: Mapping[str, Tensor]) -> bool:

@@ -11,6 +11,7 @@ masks, ALiBi). Norms on heads, capped scores, sinks and whatever else takes z aw
 return the reason instead.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -157,13 +158,10 @@ class _Reading:
     def hooks(self) -> dict[str, Hook]:
         """Hooks that read attention in a run of the block on `resid`."""
         paths = {path for paths in _QKV_PATHS for path in paths} | {PATTERN_PATH}
-        return {path: self._reader(path) for path in paths if path in self.call.modules}
+        return {path: functools.partial(self._read, path) for path in paths if path in self.call.modules}
 
-    def _reader(self, path: str) -> Hook:
-        def read(tensor: Tensor) -> None:
-            self.values.setdefault(path, tensor.detach().clone())
-
-        return read
+    def _read(self, path: str, tensor: Tensor) -> None:
+        self.values.setdefault(path, tensor.detach().clone())
 
     def seen(self, paths: tuple[str, str, str], d_head: int) -> "_Seen":
         """Heads and pattern; runs attention if no run has been read yet."""

@@ -105,8 +105,8 @@ def test_nothing_left_after_a_failure(model: Any, ids: torch.Tensor, error: Base
         if calls == when:
             raise error
 
-    attn = model.blocks[0].attn
-    handle = (attn.hook_z if "hook_z" in attn._modules else attn.o.hook_in).register_forward_hook(fail)
+    # The MLP runs with the whole block as well as with attention left out.
+    handle = model.blocks[0].mlp.register_forward_hook(fail)
     try:
         with pytest.raises(type(error)):
             lig_lens.attribute(model, ids, layers=0, progress=False)
@@ -114,6 +114,7 @@ def test_nothing_left_after_a_failure(model: Any, ids: torch.Tensor, error: Base
         handle.remove()
     assert calls == when
     assert (hooks_on(model), state(model)) == (before, kept)
+    assert "forward" not in model.blocks[0].attn.__dict__
 
 
 def test_half_precision_weights_come_back(ids: torch.Tensor) -> None:
