@@ -2,20 +2,20 @@
 
 import importlib.metadata
 import itertools
-import operator
+import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lig_lens import __version__
+from lig_lens import __version__, flow_io
 from lig_lens.baselines import (
     check_baseline,
     describe_baseline,
@@ -26,57 +26,24 @@ from lig_lens.baselines import (
 )
 from lig_lens.block import prepared, record_calls
 from lig_lens.boundaries import BlockNodes, find_nodes
-from lig_lens.config import BASELINES, ENGINES, MAPS, MAX_BATCH_TOKENS, MAX_NODES
+from lig_lens.config import MAX_BATCH_TOKENS, MAX_NODES
 from lig_lens.engines import closed_form, hooks
 from lig_lens.engines.common import Budget
-from lig_lens.errors import ConvergenceWarning, InputError, NonFiniteError, check_choice
-from lig_lens.flow import Flow
+from lig_lens.errors import ConvergenceWarning, InputError, NonFiniteError
+from lig_lens.files import check_writable
+from lig_lens.flow import AXES, CELL_AXES, Flow
 from lig_lens.loading import check_evaluating, check_hooked, describe_processing, model_name
-from lig_lens.prompts import Prompt, check_same_length, is_batch, read_prompt
-from lig_lens.quadrature import NODES_PER_PANEL, Integral
+from lig_lens.prompts import Prompt, is_batch
+from lig_lens.quadrature import Integral
+from lig_lens.request import Selection, Settings, chosen_numbers, read_prompts
 from lig_lens.targets import Direction, check_target, describe_target
-
-Selection = Any
-"""Layers or destinations: one number, several (list, array, tensor), or None for all; checked in `_chosen`."""
 
 # Contributions of unfinished panels that may be held at once, in bytes, and how many panels a column may have open.
 _PANEL_BYTES = 2**28
 _OPEN_PANELS = 32
+# Of the mlp map, beside its heads.
+_PARTS = {"skip", "bias"}
 _OUR_FRAMES = ("lig_lens", "torch", "jaxtyping", "beartype")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What was asked for, checked as far as it can be without a prompt."""
-
-    maps: tuple[str, ...]
-    baselines: dict[str, Any]
-    target: "str | Direction"
-    tol: float
-    max_nodes: int
-    max_batch_tokens: int
-    engine: str
-    progress: bool
-
-    def __post_init__(self) -> None:
-        if not self.maps:
-            raise InputError("maps is empty: name at least one of 'attn', 'mlp', 'block'.")
-        for name in self.maps:
-            check_choice("map", name, MAPS)
-        for name, baseline in self.baselines.items():  # a slip is a slip, also where the map is not asked for
-            if not isinstance(baseline, Tensor):
-                check_choice(f"{name}_baseline", baseline, BASELINES[name])
-        check_choice("engine", self.engine, ENGINES)
-        if not isinstance(self.tol, float) or not 0 < self.tol < 1:
-            raise InputError(f"tol={self.tol!r} is not between 0 and 1: it is a relative gap, such as 1e-3.")
-        if self.max_nodes < NODES_PER_PANEL:
-            raise InputError(f"max_nodes={self.max_nodes} is too few: give at least {NODES_PER_PANEL}.")
-        if self.max_batch_tokens < 1:
-            raise InputError(f"max_batch_tokens={self.max_batch_tokens} is too few: give at least 1.")
-
-    def starts_from(self, name: str, baseline: str) -> bool:
-        """Whether map `name` has the named baseline; tensors have no name."""
-        return isinstance(self.baselines[name], str) and self.baselines[name] == baseline
 
 
 @dataclass(frozen=True)
@@ -110,6 +77,7 @@ def attribute(
     engine: str = "auto",
     prepend_bos: bool | None = None,
     attention_mask: Any = None,
+    out: "str | os.PathLike[str] | None" = None,
     progress: bool = True,
 ) -> Flow | list[Flow]:
     """Layer-wise Integrated Gradients of one prompt or of several (LIG, arXiv 2606.21564).
@@ -137,6 +105,8 @@ def attribute(
             throughout. The `mlp` map costs one backward pass per node whichever is named.
         prepend_bos: for texts, handed to the model's tokenizer; its own default with None.
         attention_mask: for token ids, 0 marks padding, which is dropped before the model runs.
+        out: file to which each layer is written as soon as it is computed, for a Flow that need not fit into memory;
+            what is returned then reads from that file. For one prompt.
         progress: show a progress bar.
 
     Returns:
@@ -167,73 +137,20 @@ def attribute(
             f"corrupted is given, but no baseline of the maps {', '.join(settings.maps)} is 'corrupted': set one, or "
             "leave corrupted out."
         )
+    if out is not None:
+        if is_batch(prompt):
+            raise InputError("out is one file, for one prompt: call attribute() for each prompt, or save the Flows.")
+        check_writable(out, "out")
     check_evaluating(model)
-    read = _read_prompts(model, prompt, corrupted, attention_mask, prepend_bos)
-    chosen = _chosen("layer", layers, int(model.cfg.n_layers))
-    wanted = [_chosen("destination", destinations, len(clean)) for clean, _ in read]
+    read = read_prompts(model, prompt, corrupted, attention_mask, prepend_bos)
+    chosen = chosen_numbers("layer", layers, int(model.cfg.n_layers))
+    wanted = [chosen_numbers("destination", destinations, len(clean)) for clean, _ in read]
     first = _prepare(model, settings, *read[0], chosen, wanted[0])
     for clean, second in read:
         _check_shapes(settings, first.nodes[chosen[0]], len(clean), len(chosen), second is not None)
     rest = (_prepare(model, settings, *pair, chosen, dst) for pair, dst in zip(read[1:], wanted[1:], strict=True))
-    flows = [_run(model, settings, job) for job in itertools.chain([first], rest)]
+    flows = [_run(model, settings, job, out) for job in itertools.chain([first], rest)]
     return flows if is_batch(prompt) else flows[0]
-
-
-def _read_prompts(
-    model: Any, prompt: Any, corrupted: Any, attention_mask: Any, prepend_bos: bool | None
-) -> list[tuple[Prompt, Prompt | None]]:
-    """Clean and corrupted prompt of every run."""
-    several = is_batch(prompt)
-    prompts, others, masks = (
-        _one_each(several, prompt, prompt),
-        _one_each(several, prompt, corrupted, "corrupted"),
-        _one_each(several, prompt, attention_mask, "attention_mask"),
-    )
-    read: list[tuple[Prompt, Prompt | None]] = []
-    for number, (one, other, mask) in enumerate(zip(prompts, others, masks, strict=True)):
-        try:
-            clean = read_prompt(model, one, prepend_bos=prepend_bos, attention_mask=mask)
-            second = None
-            if other is not None:
-                second = read_prompt(model, other, prepend_bos=prepend_bos, what="corrupted prompt")
-                check_same_length(clean, second)
-        except InputError as error:
-            where = f"Prompt {number} of {len(prompts)}: " if several else ""
-            raise InputError(f"{where}{error}") from error
-        read.append((clean, second))
-    return read
-
-
-def _one_each(several: bool, prompt: Any, value: Any, what: str = "prompt") -> list[Any]:
-    """`value` as a list with one entry per prompt."""
-    if not several:
-        return [value]
-    if value is None:
-        return [None] * len(prompt)
-    if isinstance(value, str) or len(value) != len(prompt):
-        given = "one text" if isinstance(value, str) else f"{len(value)} entries"
-        raise InputError(f"{what} has {given} for {len(prompt)} prompts: give a list with one per prompt.")
-    return list(value)
-
-
-def _chosen(what: str, values: Selection, count: int) -> tuple[int, ...]:
-    """Indices in `values`, made non-negative; all of `count` for None."""
-    if values is None:
-        return tuple(range(count))
-    try:
-        several = [values] if isinstance(values, (int, np.integer)) else list(values)
-        chosen = [operator.index(v) for v in several]
-    except TypeError as error:
-        raise InputError(f"{what}s={values!r} is not a number or a list of numbers such as [0, 3].") from error
-    if not chosen:
-        raise InputError(f"{what}s is empty: name at least one, or leave it out for all {count}.")
-    outside = [v for v in chosen if not -count <= v < count]
-    if outside:
-        raise InputError(
-            f"{what} {outside[0]} is out of range: this {'model' if what == 'layer' else 'prompt'} has {count}, "
-            f"numbered 0 to {count - 1}."
-        )
-    return tuple(dict.fromkeys(v % count for v in chosen))
 
 
 def _prepare(
@@ -248,8 +165,9 @@ def _prepare(
     heads = [name for name in settings.maps if name in ("attn", "mlp")]
     # The formula saves work on the attn and block maps only.
     formula = settings.engine != "hooks" and set(settings.maps) != {"mlp"}
-    nodes = _nodes(model, clean, layers, bool(heads), formula)
-    corrupted = _nodes(model, second, layers, bool(heads), False) if second is not None else {}
+    needs_pattern = "attn" in heads and settings.starts_from("attn", "itb_map_ratio")
+    nodes = _nodes(model, clean, layers, bool(heads), formula, needs_pattern)
+    corrupted = _nodes(model, second, layers, bool(heads), False, False) if second is not None else {}
     for layer in layers:
         if heads and nodes[layer].z is None:
             raise InputError(
@@ -261,7 +179,7 @@ def _prepare(
                 f"engine='closed_form' cannot work on block {layer}: {nodes[layer].boundaries.why_hooks}. Use "
                 "engine='auto', which takes 'hooks' for such blocks."
             )
-        if "attn" in heads and settings.starts_from("attn", "itb_map_ratio") and nodes[layer].pattern is None:
+        if needs_pattern and nodes[layer].pattern is None:
             raise InputError(
                 f"attn_baseline='itb_map_ratio' needs the attention pattern, which block {layer} does not show "
                 "(attn.hook_pattern): use 'itb_zero_ratio', or load the model with eager attention."
@@ -280,14 +198,42 @@ def _check_shapes(settings: Settings, nodes: BlockNodes, n_pos: int, n_layers: i
         check_baseline(name, settings.baselines[name], n_layers, shape, has_corrupted)
 
 
-def _nodes(model: Any, prompt: Prompt, layers: tuple[int, ...], heads: bool, formula: bool) -> dict[int, BlockNodes]:
+def _nodes(
+    model: Any, prompt: Prompt, layers: tuple[int, ...], heads: bool, formula: bool, pattern: bool
+) -> dict[int, BlockNodes]:
     calls = record_calls(model, prompt.ids, layers)
-    return {layer: find_nodes(model, calls[layer], heads, formula) for layer in layers}
+    found = {}
+    for layer in layers:
+        nodes = find_nodes(model, calls[layer], heads, formula)
+        # Patterns of all layers of a long prompt may be larger than all else.
+        found[layer] = nodes if pattern else replace(nodes, pattern=None)
+    return found
 
 
-def _run(model: Any, settings: Settings, job: _Job) -> Flow:
+def _run(model: Any, settings: Settings, job: _Job, out: "str | os.PathLike[str] | None") -> Flow:
+    labels, shapes = _labels(model, settings, job), _shapes(settings, job)
+    if out is None or (Path(out).exists() and not Path(out).is_file()):  # a pipe cannot be written in pieces
+        tensors = {
+            name: torch.empty(shape, dtype=torch.bool if name.startswith("converged") else torch.float32)
+            for name, shape in shapes.items()
+        }
+        _fill(model, settings, job, lambda name, index, value: tensors[name][index].copy_(value))
+        grouped: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if "." not in name}
+        for group in flow_io.CELLS:
+            grouped[group] = {name: tensors[f"{group}.{name}"] for name in settings.maps}
+        flow = Flow(**labels, **grouped)
+        if out is not None:
+            flow.save(out)
+        return flow
+    with flow_io.growing(out, labels, shapes) as file:
+        _fill(model, settings, job, file.put)
+    return Flow.load(out)
+
+
+def _fill(model: Any, settings: Settings, job: _Job, put: Callable[[str, int, Tensor], Any]) -> None:
+    """Compute every layer and hand its tensors over, under the names that they have in a Flow file."""
     total = len(job.layers) * len(settings.maps) * len(job.destinations)
-    results: dict[str, list[dict[str, Tensor]]] = {name: [] for name in settings.maps}
+    cells: dict[str, list[dict[str, Tensor]]] = {name: [] for name in settings.maps}
     with tqdm(
         total=total, desc="lig_lens", unit="col", disable=not settings.progress, file=sys.stderr, leave=False
     ) as bar:
@@ -295,12 +241,32 @@ def _run(model: Any, settings: Settings, job: _Job) -> Flow:
             with prepared(model, model.blocks[layer]):
                 for name in settings.maps:
                     bar.set_postfix_str(f"layer {layer} {name}")
-                    results[name].append(_columns(settings, job, index, name, bar))
-    tensors = {
-        name: {key: torch.stack([r[key] for r in layered]) for key in layered[0]} for name, layered in results.items()
+                    columns = _columns(settings, job, index, name, bar)
+                    put(name, index, columns.pop("contributions"))
+                    for key in _PARTS & columns.keys():
+                        put(key, index, columns.pop(key))
+                    for key in flow_io.CELLS:
+                        put(f"{key}.{name}", index, columns[key])
+                    cells[name].append(columns)
+    _warn(
+        settings,
+        {n: {key: torch.stack([c[key] for c in layered]) for key in layered[0]} for n, layered in cells.items()},
+    )
+
+
+def _shapes(settings: Settings, job: _Job) -> dict[str, tuple[int, ...]]:
+    """Shapes of a Flow's tensors, under the names that they have in a Flow file."""
+    sizes = {
+        "layer": len(job.layers),
+        "head": job.nodes[job.layers[0]].boundaries.n_heads,
+        "src": len(job.prompt),
+        "dst": len(job.destinations),
     }
-    _warn(settings, tensors)
-    return _flow(model, settings, job, tensors)
+    axes = {name: AXES[name] for name in settings.maps}
+    if "mlp" in axes:
+        axes |= {name: AXES[name] for name in _PARTS}
+    axes |= {f"{group}.{name}": CELL_AXES[name] for group in flow_io.CELLS for name in settings.maps}
+    return {name: tuple(sizes[axis] for axis in named) for name, named in axes.items()}
 
 
 def _columns(settings: Settings, job: _Job, index: int, name: str, bar: Any) -> dict[str, Tensor]:
@@ -411,30 +377,20 @@ def _warn(settings: Settings, tensors: dict[str, dict[str, Tensor]]) -> None:
     )
 
 
-def _flow(model: Any, settings: Settings, job: _Job, tensors: dict[str, dict[str, Tensor]]) -> Flow:
-    def read(name: str, key: str = "contributions") -> Tensor | None:
-        return tensors[name][key] if name in tensors else None
-
-    return Flow(
-        tokens=job.prompt.tokens,
-        special=job.prompt.special,
-        layers=job.layers,
-        destinations=job.destinations,
-        model_name=model_name(model),
-        settings=_record(model, settings, job),
-        layouts=tuple(job.nodes[layer].boundaries.layout for layer in job.layers),
-        engines={
+def _labels(model: Any, settings: Settings, job: _Job) -> dict[str, Any]:
+    """What a Flow holds beside its tensors."""
+    return {
+        "tokens": job.prompt.tokens,
+        "special": job.prompt.special,
+        "layers": job.layers,
+        "destinations": job.destinations,
+        "model_name": model_name(model),
+        "settings": _record(model, settings, job),
+        "layouts": tuple(job.nodes[layer].boundaries.layout for layer in job.layers),
+        "engines": {
             name: tuple(_engine(settings, job.nodes[layer], name) for layer in job.layers) for name in settings.maps
         },
-        attn=read("attn"),
-        mlp=read("mlp"),
-        skip=read("mlp", "skip"),
-        bias=read("mlp", "bias"),
-        block=read("block"),
-        total={name: t["total"] for name, t in tensors.items()},
-        gap={name: t["gap"] for name, t in tensors.items()},
-        converged={name: t["converged"] for name, t in tensors.items()},
-    )
+    }
 
 
 def _record(model: Any, settings: Settings, job: _Job) -> dict[str, Any]:

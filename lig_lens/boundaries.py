@@ -259,11 +259,15 @@ def _norm_kind(module: Any) -> str:
 
 
 def _hook_with_value(values: dict[str, Tensor], wanted: Tensor, first: bool) -> str | None:
-    def same(value: Tensor) -> bool:
+    allowed = 1e-5 * float(wanted.abs().max())
+    paths = [
+        path
+        for path, value in values.items()
+        if value.shape == wanted.shape
+        and "hook_" in path
         # The first position settles most cases.
-        return all(relative(value[part] - wanted[part], wanted) <= 1e-5 for part in (slice(1), slice(None)))
-
-    paths = [path for path, value in values.items() if value.shape == wanted.shape and "hook_" in path and same(value)]
+        and all(float((value[part] - wanted[part]).abs().max()) <= allowed for part in (slice(1), slice(None)))
+    ]
     # An outer hook names a node better than one deep inside a component.
     paths.sort(key=lambda p: p.count("."))
     shallow = [p for p in paths if p.count(".") == paths[0].count(".")]

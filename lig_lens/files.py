@@ -1,6 +1,8 @@
 """Output files: checked before the work starts, replaced in one step when it is done."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from lig_lens.errors import InputError
@@ -33,6 +35,22 @@ def check_writable(path: str | os.PathLike[str], what: str = "output") -> Path:
     return file
 
 
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give the name of a file beside `path`, which takes its place at the end if nothing was raised.
+
+    Raises:
+        InputError: `path` cannot be written (see `check_writable`).
+    """
+    target = Path(os.path.realpath(check_writable(path)))  # keep a symbolic link a link
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write `data` to `path` so that a reader sees the old file or the new one, never half of it.
 
@@ -46,14 +64,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     if file.exists() and not file.is_file():
         file.write_bytes(data)
         return file
-    target = Path(os.path.realpath(file))  # keep a symbolic link a link
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(file) as beside, open(beside, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
     return file

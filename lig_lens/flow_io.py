@@ -1,10 +1,13 @@
 """A Flow on disk and in other people's formats: safetensors, JSON, pandas, xarray."""
 
+import contextlib
 import importlib
 import json
+import math
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
@@ -13,7 +16,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from lig_lens.errors import FlowFileError, missing_package
-from lig_lens.files import write_atomic
+from lig_lens.files import replacing, write_atomic
 from lig_lens.flow import AXES, CELL_AXES, Flow
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 SCHEMA = "lig_lens.flow"
 SCHEMA_VERSION = 1
 
-_CELLS = ("total", "gap", "converged")
+CELLS = ("total", "gap", "converged")
 
 
 class FlowHeader(BaseModel):
@@ -46,15 +49,81 @@ class FlowHeader(BaseModel):
     engines: dict[str, tuple[str, ...]]
 
 
+_LABELS = tuple(name for name in FlowHeader.model_fields if not name.startswith("schema"))
+
+
 def save(flow: Flow, path: str | os.PathLike[str]) -> Path:
     """Write `flow` to `path`; see `Flow.save`. The labels are one JSON text in the metadata."""
     tensors = {name: getattr(flow, name) for name in AXES if getattr(flow, name) is not None}
-    for group in _CELLS:
+    for group in CELLS:
         tensors |= {f"{group}.{name}": value for name, value in getattr(flow, group).items()}
     # safetensors refuses tensors that share memory, which slices of one result may do.
     tensors = {name: value.clone() for name, value in tensors.items()}
-    header = {"lig_lens": json.dumps(_header(flow), ensure_ascii=False, allow_nan=False)}
-    return write_atomic(path, safetensors_bytes(tensors, metadata=header))
+    labels = {name: getattr(flow, name) for name in _LABELS}
+    return write_atomic(path, safetensors_bytes(tensors, metadata=_metadata(labels)))
+
+
+class GrowingFile:
+    """A Flow file that is written layer by layer, so that the Flow need not fit into memory.
+
+    Layers are the first axis of every tensor, so each is one stretch of the file. Room is taken at once: a full disk
+    shows before anything is computed.
+    """
+
+    def __init__(self, stream: BinaryIO, labels: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+        self._stream, self._shapes, self._starts = stream, shapes, {}
+        entries: dict[str, Any] = {"__metadata__": _metadata(labels)}
+        end = 0
+        # safetensors wants large elements first.
+        for name in sorted(shapes, key=_dtype, reverse=True):
+            start, end = end, end + math.prod(shapes[name]) * (4 if _dtype(name) == "F32" else 1)
+            self._starts[name] = start
+            entries[name] = {"dtype": _dtype(name), "shape": list(shapes[name]), "data_offsets": [start, end]}
+        header = json.dumps(entries, ensure_ascii=False, allow_nan=False).encode()
+        header += b" " * (-len(header) % 8)
+        self._offset = 8 + len(header)
+        stream.write(len(header).to_bytes(8, "little") + header)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, self._offset + end)
+        stream.truncate(self._offset + end)
+
+    def put(self, name: str, index: int, value: Tensor) -> None:
+        """Write layer number `index` of a tensor."""
+        if tuple(value.shape) != tuple(self._shapes[name][1:]):
+            raise ValueError(f"{name} has layers of shape {self._shapes[name][1:]}, not {list(value.shape)}")
+        dtype = torch.float32 if _dtype(name) == "F32" else torch.bool
+        data = value.detach().to("cpu", dtype).contiguous().numpy()
+        self._stream.seek(self._offset + self._starts[name] + index * data.nbytes)
+        self._stream.write(data.data)
+
+
+@contextlib.contextmanager
+def growing(
+    path: str | os.PathLike[str], labels: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+) -> Iterator[GrowingFile]:
+    """Open a Flow file to be filled; it is there, whole, once this ends without an error.
+
+    Args:
+        path: where it goes.
+        labels: what a Flow holds beside its tensors, by name.
+        shapes: of all its tensors, under the names that they have in the file (`attn`, `gap.attn`).
+
+    Raises:
+        InputError: `path` cannot be written.
+        OSError: no room for the file.
+    """
+    with replacing(path) as beside, open(beside, "wb") as stream:
+        yield GrowingFile(stream, labels, shapes)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _dtype(name: str) -> str:
+    return "BOOL" if name.startswith("converged") else "F32"
+
+
+def _metadata(labels: Mapping[str, Any]) -> dict[str, str]:
+    return {"lig_lens": json.dumps(_header(labels), ensure_ascii=False, allow_nan=False)}
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -78,7 +147,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             "give one that Flow.save wrote."
         )
     header = _parse_header(metadata["lig_lens"], shown)
-    fields = {name: getattr(header, name) for name in FlowHeader.model_fields if not name.startswith("schema")}
+    fields = {name: getattr(header, name) for name in _LABELS}
     return fields, _group(tensors, shown)
 
 
@@ -103,11 +172,11 @@ def _parse_header(text: str, shown: str) -> FlowHeader:
 
 def _group(tensors: dict[str, Tensor], shown: str) -> dict[str, Any]:
     """`{"attn": ..., "gap.attn": ...}` as `{"attn": ..., "gap": {"attn": ...}}`."""
-    grouped: dict[str, Any] = {group: {} for group in _CELLS}
+    grouped: dict[str, Any] = {group: {} for group in CELLS}
     for name, tensor in tensors.items():
         group, _, map_name = name.partition(".")
         expected = torch.bool if group == "converged" else torch.float32
-        known = name in AXES or (group in _CELLS and map_name in CELL_AXES)
+        known = name in AXES or (group in CELLS and map_name in CELL_AXES)
         if not known or tensor.dtype != expected:
             raise FlowFileError(
                 f"{shown} holds an unexpected tensor {name!r} ({tensor.dtype}): it is damaged. Save the Flow again."
@@ -119,24 +188,14 @@ def _group(tensors: dict[str, Tensor], shown: str) -> dict[str, Any]:
     return grouped
 
 
-def _header(flow: Flow) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "schema_version": SCHEMA_VERSION,
-        "model_name": flow.model_name,
-        "tokens": list(flow.tokens),
-        "special": list(flow.special),
-        "layers": list(flow.layers),
-        "destinations": list(flow.destinations),
-        "layouts": list(flow.layouts),
-        "engines": {name: list(engine) for name, engine in flow.engines.items()},
-        "settings": flow.settings,
-    }
+def _header(labels: Mapping[str, Any]) -> dict[str, Any]:
+    # Tuples become lists in JSON.
+    return {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **{name: labels[name] for name in _LABELS}}
 
 
 def to_json(flow: Flow, path: str | os.PathLike[str] | None = None) -> str:
     """JSON text of schema `lig_lens.flow` version 1 (docs/flow-json.md); see `Flow.to_json`."""
-    document = _header(flow)
+    document = _header({name: getattr(flow, name) for name in _LABELS})
     document["maps"] = {}
     for name in flow.maps:
         parts = ("mlp", "skip", "bias") if name == "mlp" else (name,)
@@ -144,7 +203,7 @@ def to_json(flow: Flow, path: str | os.PathLike[str] | None = None) -> str:
             "tensors": {part: {"axes": AXES[part], "values": _nested(getattr(flow, part))} for part in parts},
             "cells": {
                 "axes": CELL_AXES[name],
-                **{group: _nested(getattr(flow, group)[name]) for group in _CELLS},
+                **{group: _nested(getattr(flow, group)[name]) for group in CELLS},
             },
         }
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -211,7 +270,7 @@ def to_xarray(flow: Flow) -> "xarray.Dataset":
     variables = {
         name: (AXES[name], getattr(flow, name).numpy().copy()) for name in AXES if getattr(flow, name) is not None
     }
-    for group in _CELLS:
+    for group in CELLS:
         for name, value in getattr(flow, group).items():
             variables[f"{name}_{group}"] = (CELL_AXES[name], value.numpy().copy())
     coords: dict[str, Any] = {

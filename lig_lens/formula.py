@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lig_lens.block import BlockCall, Hook
@@ -31,6 +31,9 @@ PATTERN_PATH = "attn.hook_pattern"
 _ALLOWED = 1e-4
 # Prompts with fewer tokens than this are probed three times.
 _FEW = 4
+# Destinations whose scores show whether there is a bias.
+_ROWS = 16
+_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -297,21 +300,42 @@ def _repeated(kv: Float[Tensor, "kv_head *rest"], n_heads: int) -> Float[Tensor,
 
 
 def _products(
-    rotary: Rotary | None, q: Float[Tensor, "head pos d_head"], k: Float[Tensor, "kv_head pos d_head"]
-) -> Float[Tensor, "head dst src"]:
+    rotary: Rotary | None,
+    q: Float[Tensor, "head pos d_head"],
+    k: Float[Tensor, "kv_head pos d_head"],
+    rows: Int[Tensor, "row"] | slice = _ALL,
+) -> Float[Tensor, "head row src"]:
     q, k = (q, k) if rotary is None else (rotary.turn(q), rotary.turn(k))
-    return q @ _repeated(k, len(q)).transpose(-1, -2)
+    return q[:, rows] @ _repeated(k, len(q)).transpose(-1, -2)
 
 
 def _fit_scores(rotary: Rotary | None, own: _Seen, other: _Seen) -> tuple[float, Tensor]:
     """Scale and bias of the scores.
 
+    A few rows tell whether there is a bias beyond the mask. If not, they give the scale, and every row its mask.
+    """
+    n_pos = own.q.shape[-2]
+    some = torch.linspace(0, n_pos - 1, min(n_pos, _ROWS), device=own.q.device).round().long()
+    scale, bias = _fit_rows(rotary, own, other, some)
+    if bool(((bias == 0) | (bias == -torch.inf)).all()):
+        visible = (own.pattern > 0) | (other.pattern[0] > 0)
+        bias = torch.zeros_like(own.pattern).masked_fill(~visible, -torch.inf)
+    else:
+        scale, bias = _fit_rows(rotary, own, other, _ALL)
+    return scale, bias[:1] if bool((bias == bias[:1]).all()) else bias
+
+
+def _fit_rows(
+    rotary: Rotary | None, own: _Seen, other: _Seen, rows: Int[Tensor, "row"] | slice
+) -> tuple[float, Float[Tensor, "head row src"]]:
+    """Scale and bias of the scores of these destinations.
+
     `log pattern = scale q.k + bias - (one number per row)`. Between two runs bias drops out, which leaves the scale
     to least squares; bias is then read where the pattern is larger, so that little underflows.
     """
     products, patterns = (
-        torch.stack([_products(rotary, own.q, own.k), _products(rotary, other.q[0], other.k[0])]),
-        torch.stack([own.pattern, other.pattern[0]]),
+        torch.stack([_products(rotary, own.q, own.k, rows), _products(rotary, other.q[0], other.k[0], rows)]),
+        torch.stack([own.pattern[:, rows], other.pattern[0][:, rows]]),
     )
     clear = (patterns > 1e-20).all(0)  # logarithms of what is about to underflow have few digits
     logs = patterns.log()
@@ -337,7 +361,7 @@ def _fit_scores(rotary: Rotary | None, own: _Seen, other: _Seen) -> tuple[float,
     bias = torch.where(visible, bias, -torch.inf)
     if float(torch.where(visible, bias, 0.0).abs().max()) < 1e-5:
         bias = torch.where(visible, 0.0, -torch.inf).to(bias)
-    return scale, bias[:1] if bool((bias == bias[:1]).all()) else bias
+    return scale, bias
 
 
 def _misses(z: Float[Tensor, "head pos d_head"], wanted: Float[Tensor, "head pos d_head"]) -> float:

@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ import torch
 from flows import TOKENS, make_flow
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny_models import tiny_bridge
 
+import lig_lens
+from lig_lens import flow_io
 from lig_lens.errors import FlowFileError, InputError, MissingPackageError
 from lig_lens.files import check_writable, write_atomic
 from lig_lens.flow import Flow
@@ -221,3 +225,39 @@ def test_missing_extras_name_the_command(monkeypatch, package, call, extra):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackageError, match=f"pip install {package}"):
         getattr(make_flow(), call)()
+
+
+def test_streaming_gives_the_same_flow(tmp_path: Path) -> None:
+    model, ids, path = tiny_bridge("llama"), [5, 12, 30, 7], tmp_path / "flow.safetensors"
+    kept = lig_lens.attribute(model, ids, progress=False)
+    streamed = lig_lens.attribute(model, ids, progress=False, out=path)
+    saved = kept.save(tmp_path / "saved.safetensors")
+    for flow in (streamed, Flow.load(path)):
+        assert flow.to_json() == kept.to_json()
+    with safe_open(path, "pt") as one, safe_open(saved, "pt") as other:
+        assert one.metadata() == other.metadata() and set(one.keys()) == set(other.keys())
+    assert {p.name for p in tmp_path.iterdir()} == {"flow.safetensors", "saved.safetensors"}
+
+
+def test_streaming_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "flow.safetensors"
+    path.write_bytes(b"old")
+    put, calls = flow_io.GrowingFile.put, []
+
+    def fail_late(self: flow_io.GrowingFile, *args: object) -> None:
+        calls.append(put(self, *args))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(flow_io.GrowingFile, "put", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        lig_lens.attribute(tiny_bridge("llama"), [5, 12, 30], progress=False, out=path)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["flow.safetensors"]
+
+
+def test_streaming_refuses_what_it_cannot_write_before_any_work(tmp_path: Path) -> None:
+    model = tiny_bridge("llama")
+    with pytest.raises(InputError, match="out is one file, for one prompt"):
+        lig_lens.attribute(model, ["w1", "w2"], out=tmp_path / "flow.safetensors")
+    with pytest.raises(InputError, match=r"out: cannot write .* does not exist"):
+        lig_lens.attribute(model, "w1", out=tmp_path / "none" / "flow.safetensors")

@@ -154,8 +154,7 @@ class OwnPaths(AttentionPath):
         self.rise = self._each(q, formula.turn(end.k).mT) - self.at_start
         self.fixed = self._each(q, self.b_k.mT) + self.bias
         share = self.n_heads // self.n_kv_heads
-        one = torch.ones_like(end.v[..., :1])
-        self.v_and_one, self.v_and_minus = torch.cat([end.v, one], -1), torch.cat([end.v, -one], -1).mT
+        self.v, self.v_and_minus = end.v, torch.cat([end.v, -torch.ones_like(end.v[..., :1])], -1).mT
         self.own_v, self.r_own = end.v.repeat_interleave(share, 0)[:, dst], self.r_own[dst]
         self.z_start = self.own_v * self.r_own[:, None] + formula.b_v.repeat_interleave(share, 0)
 
@@ -193,11 +192,10 @@ class OwnPaths(AttentionPath):
         rise, (r, slope) = self._pick(self.rise, panels), self._norms(panels)
         line = torch.addcmul(self._pick(self.at_start, panels), a, rise)
         weights = torch.addcmul(self._pick(self.fixed, panels), line, r).softmax(-1).mul_(r)
-        summed = self._each(weights, self.v_and_one[:, : panels.n_src])
+        summed, total = self._each(weights, self.v[:, : panels.n_src]), weights.sum(-1, keepdim=True)
         own, r_own = self._own(self.own_v, panels), self.r_own[panels.own][..., None, None]
-        total = summed[..., -1:]
         panels.state |= {"line": line, "rise": rise, "weights": weights, "r": r, "slope": slope, "own": own}
-        return a * (summed[..., :-1] - total * own) + (total - r_own) * own
+        return a * (summed - total * own) + (total - r_own) * own
 
     def contributions(
         self,
