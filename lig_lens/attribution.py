@@ -163,8 +163,7 @@ def _prepare(
 ) -> _Job:
     """Record the prompt's blocks, verify their nodes, and check that they have what the maps need."""
     heads = [name for name in settings.maps if name in ("attn", "mlp")]
-    # The formula saves work on the attn and block maps only.
-    formula = settings.engine != "hooks" and set(settings.maps) != {"mlp"}
+    formula = settings.engine != "hooks"
     needs_pattern = "attn" in heads and settings.starts_from("attn", "itb_map_ratio")
     nodes = _nodes(model, clean, layers, bool(heads), formula, needs_pattern)
     corrupted = _nodes(model, second, layers, bool(heads), False, False) if second is not None else {}

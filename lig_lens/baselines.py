@@ -125,6 +125,9 @@ def z_at_start(
     nodes: BlockNodes, path: ResidPath, dst: Int[Tensor, "item"], chunk: int
 ) -> Float[Tensor, "item head d_head"]:
     """Head outputs at each destination with the residual vectors at the start of its path."""
+    if path.start is None and nodes.formula is not None:
+        # All positions hold the same vector, so whatever the pattern is, z is its value.
+        return nodes.formula.values()[dst]
     with torch.no_grad():
         pieces = [
             nodes.read_z(path.starts(part))[torch.arange(len(part), device=dst.device), part]

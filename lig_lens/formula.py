@@ -97,6 +97,11 @@ class Formula:
         """Rotary, where there is one."""
         return vectors if self.rotary is None else self.rotary.turn(vectors)
 
+    def values(self) -> Float[Tensor, "pos head d_head"]:
+        """Values of the prompt's tokens, for each query head."""
+        sigma = _sigma(self.norm, self.eps, self.call.resid_pre)
+        return _repeated(self.end.v / sigma + self.b_v, len(self.end.q)).transpose(0, 1)
+
     def tokens(self, resid: Float[Tensor, "pos d_model"]) -> Tokens:
         """What the block makes of other residual vectors, from one run of its attention."""
         seen = _Reading(self.call, resid[None]).seen(self.paths, self.end.q.shape[-1])

@@ -4,6 +4,7 @@ It acts token by token (`layout.find_layout` checks that), so points of any path
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -86,15 +87,14 @@ class Scales:
         self.start: dict[str, list[Tensor]] = {path: [] for path in self.end}
 
     def hooks(self, pick: Callable[[Tensor], Tensor]) -> dict[str, Hook]:
-        """Hooks that read them in a run; `pick` takes the wanted items from [batch, pos]."""
+        """Hooks that read them in one run; `pick` takes the wanted items from [batch, pos]."""
+        waiting = set(self.end)  # some hooks fire again for every input of attention
+        return {path: functools.partial(self._read, waiting, path, pick) for path in self.end}
 
-        def reader(path: str) -> Hook:
-            def read(value: Tensor) -> None:
-                self.start[path].append(pick(value.detach()[..., 0]))
-
-            return read
-
-        return {path: reader(path) for path in self.end}
+    def _read(self, waiting: set[str], path: str, pick: Callable[[Tensor], Tensor], value: Tensor) -> None:
+        if path in waiting:
+            waiting.discard(path)
+            self.start[path].append(pick(value.detach()[..., 0]))
 
     def widths(self, dst: Int[Tensor, "dst"]) -> tuple[Float[Tensor, "dst"], Float[Tensor, "dst"]]:
         """Share of a path, at its start and at its end, in which these norms turn to the direction of the other end.

@@ -14,6 +14,9 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
+from lig_lens import quadrature
+from lig_lens.engines import common as engine_common
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TEXT = "w3 w9 w27 w1 w14 w30 w5 w8 w22 w6"
 Program = Callable[[str], ModuleType]
@@ -102,6 +105,38 @@ def test_memory(program: Program, folders: dict[str, str], tmp_path: Path) -> No
     assert cell["peak_mib"] is None or cell["peak_mib"] >= 0
 
 
+def test_accuracy(program: Program, folders: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "accuracy.json"
+    program("accuracy").main(
+        models=",".join(folders.values()), tokens=6, sample=3, steps="8,64", tols="1e-2,1e-4", text=TEXT, out=out
+    )
+    assert engine_common.integrate is quadrature.integrate
+    cells = read(out)["cells"]
+    assert len(cells) == 2 * 6 * (2 * 2 + 2)
+    for cell in cells:
+        assert_positive(cell["mean_nodes"], cell["worst_error"])
+        assert cell["median_gap"] <= cell["worst_gap"] and cell["median_error"] <= cell["worst_error"]
+        if cell["rule"] == "ours":
+            assert cell["converged"] == 1 and cell["converged_but_error_above_tol"] == 0
+            assert cell["worst_gap"] <= cell["tol"] and cell["worst_error"] <= cell["tol"]
+        else:
+            assert cell["mean_nodes"] == cell["steps"]
+
+
+def test_fixed_rules_integrate_what_they_should(program: Program) -> None:
+    accuracy = program("accuracy")
+    width = torch.tensor([1e-9], dtype=torch.float64)
+    a, weights = accuracy._reference(width, 100 * width)
+    torch.testing.assert_close(weights.sum(), torch.ones((), dtype=torch.float64))
+    for distance, layer in ((a, width), (1 - a, 100 * width)):
+        slope = layer**2 / (distance**2 + layer**2) ** 1.5  # of distance / sqrt(distance^2 + layer^2)
+        torch.testing.assert_close((weights * slope).sum(), torch.ones((), dtype=torch.float64))
+    a, weights = accuracy._gauss_legendre(4)
+    torch.testing.assert_close((weights * 8 * a**7).sum(), torch.ones((), dtype=torch.float64))
+    a, weights = accuracy._trapezoid(5)
+    torch.testing.assert_close(weights, torch.tensor([0.125, 0.25, 0.25, 0.25, 0.125], dtype=torch.float64))
+
+
 def test_versus_captum(program: Program, folders: dict[str, str], tmp_path: Path) -> None:
     pytest.importorskip("captum", reason='needs pip install -e ".[bench]"')
     out = tmp_path / "captum.json"
@@ -143,7 +178,7 @@ def test_prompts_have_the_length_asked_for(program: Program) -> None:
     assert len(set(common.english(3).split(". "))) > 20
 
 
-@pytest.mark.parametrize("name", ["cost", "memory", "versus_captum", "versus_released_lig"])
+@pytest.mark.parametrize("name", ["accuracy", "cost", "memory", "versus_captum", "versus_released_lig"])
 def test_help_from_another_folder(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--help"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -18,6 +18,8 @@ from lig_lens.errors import InputError
 
 # Norms on heads (gemma3) and capped scores (gemma2) are outside the formula.
 COVERED = [kind for kind in KINDS if not kind.startswith("gemma")]
+# Rounding may decide whether a panel is halved, and the engines then differ by what `tol` allows: below their bounds.
+TOL = 1e-5
 BASELINES = ("zero", "itb", "itb_zero_ratio", "itb_map_ratio", "corrupted", "tensor")
 
 
@@ -30,11 +32,17 @@ def test_engines_agree(kind: str, name: str, baseline: str, target: str) -> None
         pytest.skip("not a baseline of the block map")
     model = tiny_bridge(kind)
     w = lig_lens.direction(torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(1)))
-    flows = both(model, [5, 12, 30, 7, 22], name, baseline, w if target == "direction" else target)
-    # Same nodes, same refinement: what remains is rounding, far below the tolerance of 1e-3. A zero ratio divides by
-    # totals that may cancel, which enlarges it; the Flow then marks the column.
+    flows = both(model, [5, 12, 30, 7, 22], name, baseline, w if target == "direction" else target, tol=TOL)
+    # A zero ratio divides by totals that may cancel, which enlarges rounding; the Flow then marks the column.
     assert difference(flows, name) <= (2e-3 if baseline == "itb_zero_ratio" else 2e-5)
     torch.testing.assert_close(flows[0].total[name], flows[1].total[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("baseline", ["zero", "itb", "corrupted", "tensor"])
+@pytest.mark.parametrize("kind", COVERED)
+def test_engines_agree_at_the_default_tolerance(kind: str, baseline: str) -> None:
+    flows = both(tiny_bridge(kind), [5, 12, 30, 7, 22], ("attn", "block"), baseline, "l2")
+    assert max(difference(flows, name) for name in ("attn", "block")) <= 2e-3
 
 
 @pytest.mark.parametrize("baseline", ["zero", "itb"])
@@ -50,7 +58,7 @@ def test_engines_agree_in_float64(kind: str, name: str, baseline: str) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in HOOKED_KINDS if kind in COVERED])
 def test_engines_agree_on_hooked_transformers(kind: str, name: str) -> None:
     for baseline in ("zero", "itb"):
-        assert difference(both(tiny_hooked(kind), [5, 12, 30, 7], name, baseline, "l2"), name) <= 2e-5
+        assert difference(both(tiny_hooked(kind), [5, 12, 30, 7], name, baseline, "l2", tol=TOL), name) <= 2e-5
 
 
 @pytest.mark.parametrize("kind", COVERED)
@@ -62,7 +70,7 @@ def test_engines_agree_on_hooked_transformers(kind: str, name: str) -> None:
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
 )
 def test_engines_agree_on_any_prompt(kind: str, ids: list[int], name: str, baseline: str, dtype: torch.dtype) -> None:
-    flows = both(tiny_bridge(kind, dtype), ids, name, baseline, "l2", layers=1)
+    flows = both(tiny_bridge(kind, dtype), ids, name, baseline, "l2", layers=1, tol=TOL)
     fast, slow = (getattr(flow, name) for flow in flows)
     assert (fast - slow).abs().max() <= 2e-5 * slow.abs().max() + 1e-6
 
