@@ -349,7 +349,7 @@ def _fit_rows(
         kept = torch.where(clear, values, 0.0)
         return torch.where(clear, kept - kept.sum(-1, keepdim=True) / clear.sum(-1, keepdim=True).clamp(min=1), 0.0)
 
-    rise, run = by_row(logs[0] - logs[1]).double(), by_row(products[0] - products[1]).double()
+    rise, run = (by_row(x[0] - x[1]).cpu().double() for x in (logs, products))
     d_head = own.q.shape[-1]
     size = float(run.square().sum())
     scale = float((rise * run).sum()) / size if size > 1e-8 else d_head**-0.5
