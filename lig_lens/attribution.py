@@ -99,7 +99,7 @@ def attribute(
         corrupted: second prompt of the same length, for the `corrupted` baseline.
         tol: largest completeness gap of a cell, relative to the change of the target that it explains.
         max_nodes: nodes that may be spent on one cell; what still misses `tol` is marked and warned of.
-        max_batch_tokens: tokens that are run through a block at once; bounds memory, changes nothing else.
+        max_batch_tokens: about how many tokens are run through a block at once; bounds memory, changes nothing else.
         engine: `auto` takes `closed_form` for the `attn` and `block` maps where a block's attention follows its
             formula and `hooks` elsewhere, block by block; `closed_form` insists on it, `hooks` uses autograd
             throughout. The `mlp` map costs one backward pass per node whichever is named.
@@ -117,6 +117,7 @@ def attribute(
         InputError: an argument that cannot be used; raised before any contribution is computed.
         BoundaryError: the nodes of a block could not be verified on this model.
         NonFiniteError: NaN or infinite values in weights or activations.
+        OSError: no room for `out`.
 
     Warns:
         ConvergenceWarning: once per prompt, with the number of cells that missed `tol`.

@@ -2,7 +2,7 @@
 
 Hook names mean different things by architecture (`hook_resid_mid` of a BERT bridge is the sum that enters the
 *second* LayerNorm, `hook_resid_post` of a HookedEncoder comes before the last one), so no name is trusted.
-Every block is run once with all its hooks read, then with one node changed at a time, and the layout follows
+Every block is run once with all its hooks read, then with its nodes changed (`layout.py`), and the layout follows
 from what the block's output did.
 """
 

@@ -1,6 +1,7 @@
 """A Flow on disk and in other people's formats: safetensors, JSON, pandas, xarray."""
 
 import contextlib
+import errno
 import importlib
 import json
 import math
@@ -84,7 +85,11 @@ class GrowingFile:
         self._offset = 8 + len(header)
         stream.write(len(header).to_bytes(8, "little") + header)
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(stream.fileno(), 0, self._offset + end)
+            try:
+                os.posix_fallocate(stream.fileno(), 0, self._offset + end)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some file systems cannot
+                    raise
         stream.truncate(self._offset + end)
 
     def put(self, name: str, index: int, value: Tensor) -> None:

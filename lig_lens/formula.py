@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lig_lens.block import BlockCall, Hook
@@ -34,6 +34,8 @@ _FEW = 4
 # Destinations whose scores show whether there is a bias.
 _ROWS = 16
 _ALL = slice(None)
+# Scores that are this far below the row's best can be 0 in a pattern without a mask.
+_UNDERFLOW = -80.0
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,11 @@ def find_formula(
             (q, b_q), (k, b_k), (v, b_v) = affine
             end = Tokens(_centred(norm, call.resid_pre), q, k, v)
             for rotary in (*_rotaries(call, z.shape[-1]), None):
-                scale, bias = _fit_scores(rotary, own, other)
+                fitted = _fit_scores(rotary, own, other)
+                if fitted is None:
+                    reason = "the pattern is 0 where it may be masked or too small for its dtype, which look alike"
+                    continue
+                scale, bias = fitted
                 pattern = (scale * _products(rotary, own.q, own.k) + bias).softmax(-1)
                 if _misses(pattern @ _repeated(own.v, len(pattern)), z.transpose(0, 1)) <= _ALLOWED:
                     return Formula(call, paths, norm, eps, rotary, scale, bias, b_q, b_k, b_v, end)
@@ -314,20 +320,60 @@ def _products(
     return q[:, rows] @ _repeated(k, len(q)).transpose(-1, -2)
 
 
-def _fit_scores(rotary: Rotary | None, own: _Seen, other: _Seen) -> tuple[float, Tensor]:
-    """Scale and bias of the scores.
+def _fit_scores(rotary: Rotary | None, own: _Seen, other: _Seen) -> tuple[float, Tensor] | None:
+    """Scale and bias of the scores, or None where the mask cannot be told.
 
     A few rows tell whether there is a bias beyond the mask. If not, they give the scale, and every row its mask.
     """
     n_pos = own.q.shape[-2]
     some = torch.linspace(0, n_pos - 1, min(n_pos, _ROWS), device=own.q.device).round().long()
     scale, bias = _fit_rows(rotary, own, other, some)
-    if bool(((bias == 0) | (bias == -torch.inf)).all()):
-        visible = (own.pattern > 0) | (other.pattern[0] > 0)
-        bias = torch.zeros_like(own.pattern).masked_fill(~visible, -torch.inf)
+    visible = (own.pattern > 0) | (other.pattern[0] > 0)
+    only_mask = bool(((bias == 0) | (bias == -torch.inf)).all())
+    masked = _masked(rotary, scale, own, other, visible)
+    if masked is None:
+        return None
+    if only_mask:
+        bias = torch.zeros_like(own.pattern).masked_fill(masked, -torch.inf)
+    elif bool((~visible & ~masked).any()):
+        return None
     else:
         scale, bias = _fit_rows(rotary, own, other, _ALL)
-    return scale, bias[:1] if bool((bias == bias[:1]).all()) else bias
+    # A copy, since a view would keep all heads alive.
+    return scale, bias[:1].clone() if bool((bias == bias[:1]).all()) else bias
+
+
+def _masked(
+    rotary: Rotary | None, scale: float, own: _Seen, other: _Seen, visible: Bool[Tensor, "head dst src"]
+) -> Bool[Tensor, "head dst src"] | None:
+    """What a mask hides, or None: a pattern that underflows is 0 too.
+
+    It is a mask where the score would show in one of the runs. Of what no head shows, one head that would is enough.
+    """
+    hidden = ~visible
+    in_all = hidden.all(0)
+    first = _would_show(rotary, scale, own, other, visible, slice(1))[0]
+    if bool((in_all & ~first).any()) or bool((hidden & ~in_all).any()):
+        shows = _would_show(rotary, scale, own, other, visible, _ALL)
+        if bool((in_all & ~shows.any(0)).any()):
+            return None
+        # What some heads show is masked in others only if they would show it.
+        return hidden & (in_all | shows)
+    return hidden
+
+
+def _would_show(
+    rotary: Rotary | None, scale: float, own: _Seen, other: _Seen, visible: Tensor, heads: slice
+) -> Bool[Tensor, "head dst src"]:
+    """Where the score is near enough to the best visible one, in one of the runs, to be seen in the pattern."""
+    found = torch.zeros_like(visible[heads])
+    for q, k in ((own.q, own.k), (other.q[0], other.k[0])):
+        if heads != _ALL:
+            q, k = q[heads], k[:1]
+        scores = scale * _products(rotary, q, k)
+        best = torch.where(visible[heads], scores, -torch.inf).amax(-1, keepdim=True)
+        found |= scores - best > _UNDERFLOW
+    return found
 
 
 def _fit_rows(
@@ -354,7 +400,7 @@ def _fit_rows(
     size = float(run.square().sum())
     scale = float((rise * run).sum()) / size if size > 1e-8 else d_head**-0.5
     # Scales are 1 / sqrt(n) in practice, and then exactly so.
-    for n in (d_head, round(scale**-2) if 0.01 < scale <= 1 else 0):
+    for n in (d_head, round(scale**-2) if 1 / 32 < scale <= 1 else 0):
         if n and abs(scale * n**0.5 - 1) < 1e-4:
             scale = n**-0.5
             break

@@ -18,8 +18,6 @@ from lig_lens.formula import Probe
 # How far a layout may be from what the block does, relative to the largest value of its output.
 _ALLOWED = 1e-3
 _MAY_LEAK = 1e-4
-# Positions on which weights, which are the same for all, are checked.
-_POSITIONS = 16
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,7 @@ def _known_bias(inside: Inside) -> Tensor | None:
     b_O = torch.zeros_like(inside.attn_out[0]) if b_O is None else b_O.detach().to(inside.attn_out)
     if b_O.shape != inside.attn_out.shape[1:]:
         return None
-    some = slice(None, None, -(-len(inside.z) // _POSITIONS))
-    missed = torch.einsum("phd,hdm->pm", inside.z[some], inside.W_O) + b_O - inside.attn_out[some]
+    missed = inside.z.flatten(1) @ inside.W_O.flatten(0, 1) + b_O - inside.attn_out
     return b_O if relative(missed, inside.attn_out) <= 1e-5 else None
 
 
@@ -131,7 +128,7 @@ def _diagnose(inside: Inside) -> tuple[str, Tensor]:
     if error > _ALLOWED:
         raise BoundaryError(
             f"Block {call.layer}: hook_z times W_O plus b_O misses the attention output at "
-            f"'{inside.attn_out_path}' by {error:.1e} of it. The hook is not the head output before W_O "
+            f"'{inside.attn_out_path}' by {error:.1e} of it. The hook is not the head output before W_O. "
             "Take off hooks that edit the model, or use maps=('block',)."
         )
     if z.shape[0] > 1:

@@ -78,7 +78,7 @@ class Integrand(Protocol):
     ) -> Float[Tensor, "column panel group part"]:
         """Parts `<x_i - x0_i, dL/dx_i>` at the nodes, times `factors`, added up over nodes.
 
-        Groups that are not asked for may hold anything.
+        Groups that are not asked for may hold any finite number.
         """
 
 

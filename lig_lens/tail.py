@@ -16,7 +16,7 @@ from lig_lens.block import Hook, module_hooks, with_first_tensor
 from lig_lens.boundaries import BlockNodes
 from lig_lens.layout import relative
 
-# What a block may raise when its attention hands over something else than usual.
+# What a block may raise when its attention hands over something else than usual; then all of it is run.
 _PROBLEMS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
@@ -46,12 +46,14 @@ class Tail:
             with module_hooks([(nodes.call.modules["attn"], lambda *seen: usual.append(seen[-1]), False)]):
                 self.out = self._whole(attn_out, skip, hooks)
             self._usual = usual[0]
-            # One point more, so that rows of another length than the prompt's are tried too.
-            more = torch.arange(len(skip) + 1, device=skip.device).clamp(max=len(skip) - 1)
+            # A row of another length than the prompt's: nothing in the block may depend on that.
+            n_items = len(skip) + (2 if len(skip) + 1 == len(nodes.resid_pre) else 1)
+            more = torch.arange(n_items, device=skip.device).clamp(max=len(skip) - 1)
             try:
-                again = self._bare(attn_out[more], skip[more])[:-1]
+                again = self._bare(attn_out[more], skip[more])[: len(skip)]
             except _PROBLEMS:
                 self._usual = None
+                self._whole(attn_out, skip, {})  # what is not due to the missing attention is raised again
             else:
                 if relative(again - self.out, self.out) > 1e-5:
                     self._usual = None

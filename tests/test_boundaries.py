@@ -164,3 +164,19 @@ def test_block_without_attention_has_the_block_map_only(ids: torch.Tensor) -> No
     assert flow.layouts == ("block_only",) and bool(flow.converged["block"].all())
     with pytest.raises(InputError, match=r"Block 0 has no attention .* no 'attn' map: use maps=\('block',\)"):
         lig_lens.attribute(model, ids, progress=False)
+
+
+def test_an_edit_of_one_position_is_seen_in_a_long_prompt() -> None:
+    model, ids = fresh_bridge("llama"), list(range(5, 36))
+
+    def zero_the_middle(_module, _inputs, output):
+        output = output.clone()
+        output[:, 15] = 0
+        return output
+
+    handle = model.blocks[1].attn.o.hook_out.register_forward_hook(zero_the_middle)
+    try:
+        with pytest.raises(BoundaryError, match=r"misses the attention output"):
+            lig_lens.attribute(model, ids, maps="mlp", layers=1, progress=False)
+    finally:
+        handle.remove()

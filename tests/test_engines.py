@@ -6,7 +6,7 @@ from engine_pairs import both, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_hooked import HOOKED_KINDS, has_hooked_transformer, tiny_hooked
-from tiny_models import KINDS, tiny_bridge
+from tiny_models import KINDS, fresh_bridge, tiny_bridge
 
 import lig_lens
 from lig_lens.baselines import resid_path
@@ -126,3 +126,40 @@ def test_what_the_formula_does_not_cover_goes_through_hooks(kind: str) -> None:
 @pytest.mark.parametrize("kind", COVERED)
 def test_boundaries_name_the_engine(kind: str) -> None:
     assert {b.engine for b in lig_lens.describe_boundaries(tiny_bridge(kind))} == {"closed_form"}
+
+
+def test_patterns_that_underflow_are_not_taken_for_masked() -> None:
+    model, ids = fresh_bridge("llama"), [5, 12, 30, 7, 22, 9, 17, 33]
+    for block in model.blocks:
+        block.attn.q.original_component.weight.data *= 20
+    options = {"maps": "attn", "layers": 1, "attn_baseline": "corrupted", "corrupted": ids[::-1], "progress": False}
+    fast, slow = (lig_lens.attribute(model, ids, engine=engine, tol=1e-4, **options) for engine in ("auto", "hooks"))
+    assert (fast.attn - slow.attn).abs().max() <= 1e-3 * slow.attn.abs().max()
+
+
+@pytest.mark.parametrize("name", ["block", "mlp"])
+def test_attention_does_not_run_with_the_rest_of_the_block(name: str) -> None:
+    model, ids = tiny_bridge("llama"), [5, 12, 30, 7, 22]
+    runs = []
+    handle = model.blocks[1].attn.o.register_forward_hook(lambda *_: runs.append(1))
+    try:
+        flow = lig_lens.attribute(model, ids, maps=name, layers=1, tol=1e-6, max_batch_tokens=5, progress=False)
+    finally:
+        handle.remove()
+    # Recording, reading, the layout with the probe, and the tail's start; then never again.
+    assert len(runs) == 4 and flow.converged[name].all()
+
+
+@pytest.mark.parametrize("destinations", [None, [2], range(1, 5)])
+def test_a_tail_that_needs_the_length_of_the_prompt_runs_whole(destinations: object) -> None:
+    model, ids = fresh_bridge("llama"), [5, 12, 30, 7, 22]
+    options = {"maps": ("block", "mlp"), "layers": 1, "destinations": destinations, "progress": False}
+    nothing = torch.zeros(1, len(ids), model.cfg.d_model)
+    expected = lig_lens.attribute(model, ids, **options)
+    handle = model.blocks[1].ln2.register_forward_hook(lambda _module, _inputs, output: output + nothing)
+    try:
+        flow = lig_lens.attribute(model, ids, **options)
+    finally:
+        handle.remove()
+    for part in ("block", "mlp", "skip"):
+        torch.testing.assert_close(getattr(flow, part), getattr(expected, part), rtol=1e-4, atol=1e-5)

@@ -85,8 +85,9 @@ class AttentionPath(ABC):
         reach = n_seen[rows].amax(0)
         numbers, start = size // (self.n_heads * a.shape[1]), 0
         while start < len(reach):
-            stop = start + max(1, numbers // int(reach[start]))
-            stop = start + max(1, numbers // int(reach[start:stop].max()))
+            furthest = torch.cummax(reach[start:], 0).values
+            fitting = int((torch.arange(1, len(furthest) + 1) * furthest <= numbers).sum())
+            stop = start + max(1, fitting)
             part = rows[:, start:stop]
             on_device = own[part].to(self.dst.device)
             points = a[part].to(self.b_k.dtype).to(self.dst.device)
@@ -182,7 +183,7 @@ class OwnPaths(AttentionPath):
         start, end = self.size[panels.dst][..., None, None], self.size[: panels.n_src]
         rest = 1 - a
         square = torch.addcmul(rest * rest * start + self.formula.eps, 2 * a * rest, cross).addcmul_(a * a, end)
-        r = square.rsqrt()
+        r = square.clamp_(min=self.formula.eps).rsqrt()
         fall = torch.addcmul(rest * start, a - rest, cross).addcmul_(a, end, value=-1)
         return r, fall.mul_(r).mul_(r)
 
@@ -228,8 +229,12 @@ class SharedPath(AttentionPath):
     def __init__(self, formula: Formula, dst: Int[Tensor, "dst"], start: Tokens) -> None:
         super().__init__(formula, dst)
         end = formula.end
-        pairs = ((start.centred, start.centred), (start.centred, end.centred), (end.centred, end.centred))
-        self.products = torch.stack([(x * y).sum(-1) for x, y in pairs]) / self.d_model
+        # sigma^2 = steep (a - nearest)^2 + least + eps: no differences of large numbers where a path passes near 0.
+        step = end.centred - start.centred
+        self.steep = step.square().mean(-1)
+        along = (start.centred * step).mean(-1)
+        self.nearest = torch.where(self.steep > 0, -along / self.steep, 0.0)
+        self.least = (start.centred + self.nearest[:, None] * step).square().mean(-1)
         b_q = formula.scale * formula.turn(formula.b_q.expand_as(end.q))
         q = [formula.scale * formula.turn(tokens.q) for tokens in (start, end)]
         k = [formula.turn(tokens.k) for tokens in (start, end)]
@@ -261,20 +266,21 @@ class SharedPath(AttentionPath):
     def _step(self, ends: Sequence[Tensor]) -> Tensor:
         return ends[1] if self.from_zero else ends[1] - ends[0]
 
-    def _norms(self, a: Float[Tensor, "#head panel node 1"], products: Tensor) -> tuple[Tensor, Tensor]:
-        """R = 1 / sigma and (dr / da) / r of the tokens whose products are given: [#head panel node token]."""
+    def _norms(
+        self, a: Float[Tensor, "#head panel node 1"], token: Int[Tensor, "..."] | slice
+    ) -> tuple[Tensor, Tensor]:
+        """R = 1 / sigma and (dr / da) / r of the tokens: [#head panel node token]."""
         if self.formula.norm == "none":
             return torch.ones_like(a), torch.zeros_like(a)
-        first, cross, last = products
-        rest = 1 - a
-        r = (rest * rest * first + 2 * a * rest * cross + a * a * last + self.formula.eps).rsqrt()
-        return r, (rest * first + (a - rest) * cross - a * last) * r * r
+        away, steep = a - self.nearest[token], self.steep[token]
+        r = torch.addcmul(self.least[token] + self.formula.eps, steep, away * away).rsqrt()
+        return r, -steep * away * r * r
 
     def move(self, panels: Panels) -> Float[Tensor, "head panel node d_head"]:
         """See the base class."""
         a, n_src = panels.a[..., None], panels.n_src
-        r_own, slope_own = self._norms(a, self.products[:, panels.dst, None, None])
-        r, slope = self._norms(a, self.products[:, :n_src])
+        r_own, slope_own = self._norms(a, panels.dst[..., None, None])
+        r, slope = self._norms(a, slice(n_src))
         qk = [[self._pick(table, panels) for table in row] for row in self.products_qk]
         by_k = [self._between((qk[0][i], qk[1][i]), a) for i in (0, 1)]  # at this query, both ends of the key
         by_q = [self._between(qk[i], a) for i in (0, 1)]
