@@ -72,8 +72,8 @@ def _known_bias(inside: Inside) -> Tensor | None:
 def _acts_on_sum(inside: Inside, probe: Probe | None) -> bool:
     """Whether the rest of the block sees only skip + attention output, and each position by itself.
 
-    The block gets the probe, and heads and attention output get what makes the sum that of the prompt turned around,
-    but for the last position, where something else is put in. All other positions must come out turned around.
+    The block gets the probe, and heads and attention output get what makes the sum that of the prompt moved on by one
+    position, but for the last, where something else is put in. All other positions must come out moved on.
     """
     call, n_pos = inside.call, len(inside.z)
     if n_pos == 1:
@@ -81,9 +81,9 @@ def _acts_on_sum(inside: Inside, probe: Probe | None) -> bool:
     if probe is None:
         probe = Probe(call, 1.0)
     runs = len(probe.resid)
-    z = inside.z.flip(0).clone()
+    z = inside.z.roll(1, 0).clone()
     z[-1] = z[-1].flip(-1) + z.std()
-    shift = call.resid_pre.flip(0) - probe.resid
+    shift = call.resid_pre.roll(1, 0) - probe.resid
     hooks: dict[str, Hook] = {
         **probe.hooks(),
         inside.z_path: lambda now: z.repeat(runs, 1, 1, 1).reshape(now.shape),
@@ -91,7 +91,8 @@ def _acts_on_sum(inside: Inside, probe: Probe | None) -> bool:
     }
     output = call.run(probe.resid, hooks)
     assert output is not None
-    return relative((output - inside.output.flip(0))[:, :-1], inside.output) <= _MAY_LEAK
+    expected = inside.output.roll(1, 0)[:-1]
+    return all(by_position(row[:-1] - expected, expected) <= _MAY_LEAK for row in output)
 
 
 def _diagnose(inside: Inside) -> tuple[str, Tensor]:
@@ -100,17 +101,17 @@ def _diagnose(inside: Inside) -> tuple[str, Tensor]:
     Run 0 moves a vector from the attention output to the skip connection: if nothing changes, the rest of the
     block sees only their sum (pre_ln, post_ln). Run 1 sets z to 0, which leaves b_O and, in parallel blocks,
     changes the output by exactly the attention output. Run 2 changes z at the last position only: no other
-    position may follow, since the rest of the block is taken to act token by token. Run 3 turns all positions
-    around, and the output must turn with them.
+    position may follow, since the rest of the block is taken to act token by token. Run 3 moves all positions
+    on by one, and the output must move with them.
     """
     call, z, output, attn_out = inside.call, inside.z, inside.output, inside.attn_out
     scale = call.resid_pre.std().clamp(min=1e-6)
     generator = torch.Generator().manual_seed(0)
     moved = torch.randn(call.resid_pre.shape, generator=generator).to(call.resid_pre) * scale
-    changed_z = torch.stack([z, torch.zeros_like(z), z.clone(), z.flip(0)])
+    changed_z = torch.stack([z, torch.zeros_like(z), z.clone(), z.roll(1, 0)])
     changed_z[2, -1] = changed_z[2, -1].flip(-1) + z.std()
     shift = torch.stack([-moved, *torch.zeros_like(moved).expand(3, -1, -1)])
-    skip = torch.stack([call.resid_pre + moved, call.resid_pre, call.resid_pre, call.resid_pre.flip(0)])
+    skip = torch.stack([call.resid_pre + moved, call.resid_pre, call.resid_pre, call.resid_pre.roll(1, 0)])
     attn_outs: list[Tensor] = []
 
     def on_attn_out(now: Tensor) -> Tensor:
@@ -132,19 +133,21 @@ def _diagnose(inside: Inside) -> tuple[str, Tensor]:
             "Take off hooks that edit the model, or use maps=('block',)."
         )
     if z.shape[0] > 1:
-        leak = max(relative((outputs[2] - output)[:-1], output), relative(outputs[3].flip(0) - output, output))
+        leak = max(
+            by_position((outputs[2] - output)[:-1], output[:-1]), by_position(outputs[3].roll(-1, 0) - output, output)
+        )
         if leak > _MAY_LEAK:
             raise BoundaryError(
                 f"Block {call.layer}: after attention it mixes positions or treats them differently (by {leak:.1e} of "
                 "its output), but only what acts on each token alike can be attributed to heads. Take off hooks that "
                 "edit the model, or use maps=('block',)."
             )
-    if relative(outputs[0] - output, output) <= _ALLOWED:
+    if by_position(outputs[0] - output, output) <= _ALLOWED:
         return _by_norm(inside), b_O
     if _post_norm(inside) is not None:
         return "pre_post_ln", b_O
     without_attention = outputs[1] - b_O
-    if relative(output - attn_out - without_attention, output) <= _ALLOWED:
+    if by_position(output - attn_out - without_attention, output) <= _ALLOWED:
         return "parallel", b_O
     raise BoundaryError(
         f"Block {call.layer}: its output follows neither the sum of skip connection and attention output, nor a norm "
@@ -223,3 +226,9 @@ def relative(difference: Tensor, reference: Tensor) -> float:
     if difference.numel() == 0:
         return 0.0
     return float(difference.abs().max() / reference.abs().max().clamp(min=1e-30))
+
+
+def by_position(difference: Float[Tensor, "pos d_model"], reference: Float[Tensor, "pos d_model"]) -> float:
+    """The same for each position, of which one may be a thousand times larger than all others; then the worst."""
+    sizes = reference.abs().amax(-1)
+    return float((difference.abs().amax(-1) / sizes.clamp(min=1e-6 * float(sizes.max()))).max())

@@ -180,3 +180,21 @@ def test_an_edit_of_one_position_is_seen_in_a_long_prompt() -> None:
             lig_lens.attribute(model, ids, maps="mlp", layers=1, progress=False)
     finally:
         handle.remove()
+
+
+def test_an_edit_beside_a_massive_position_is_seen() -> None:
+    model, ids = fresh_bridge("llama"), [5, 12, 30, 7, 22, 9, 17]
+    # One token is a thousand times larger than the others, and what a hook does to one of these is small beside it.
+    model.embed.original_component.weight.data[ids[0]] *= 1e4
+
+    def push(_module, _inputs, output):
+        output = output.clone()
+        output[:, 3] += 0.5
+        return output
+
+    handle = model.blocks[1].mlp.hook_out.register_forward_hook(push)
+    try:
+        with pytest.raises(BoundaryError, match=r"treats them differently"):
+            lig_lens.attribute(model, ids, maps="mlp", layers=1, progress=False)
+    finally:
+        handle.remove()
