@@ -172,7 +172,7 @@ def _total(
         "tokens": cells[0]["tokens"],
         "theirs": theirs,
         "ours": {**ours.record(), **accuracy(ours.result, row.split(":")[0])},
-        "ratio": theirs["ms"] / ours.median,
+        "ratio": theirs["ms"] / (1e3 * ours.median),
     }
 
 
