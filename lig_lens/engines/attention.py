@@ -59,7 +59,6 @@ class AttentionPath(ABC):
     def __init__(self, formula: Formula, dst: Int[Tensor, "dst"]) -> None:
         self.formula, self.dst = formula, dst
         self.n_heads, self.n_kv_heads = len(formula.end.q), len(formula.end.k)
-        self.d_model = formula.end.centred.shape[-1]
         self.heads = torch.arange(self.n_heads, device=dst.device)[:, None]
         self.bias = formula.bias[:, dst]
         self.b_k = formula.turn(formula.b_k.expand_as(formula.end.k))
@@ -68,17 +67,21 @@ class AttentionPath(ABC):
         self._n_seen = torch.maximum(seen, dst + 1).cpu()
 
     def work(
-        self, own: Int[Tensor, "panel"], a: Float[Tensor, "panel node"], groups: Bool[Tensor, "panel group"], size: int
+        self,
+        own: Int[Tensor, "panel"],
+        a: Float[Tensor, "panel node"],
+        groups: Bool[Tensor, "panel group"] | None,
+        size: int,
     ) -> Iterator[Panels]:
         """Portions of the panels that fit into `size` numbers per tensor, those that see most sources last.
 
-        All of `own`, `a` and `groups` are on the CPU, so nothing here waits for a device. With one column of groups
-        all heads work on the same panels.
+        All of `own`, `a` and `groups` are on the CPU, so nothing here waits for a device. Without
+        groups, or with one column of them, all heads work on the same panels.
         """
         n_seen = self._n_seen[own]
         rows = torch.argsort(n_seen)[None]
-        most = int(groups.sum(0).max())
-        if groups.shape[1] > 1 and most < _OWN_LISTS * len(own):
+        most = len(own) if groups is None or groups.shape[1] == 1 else int(groups.sum(0).max())
+        if groups is not None and most < _OWN_LISTS * len(own):
             # What a head asks for comes first; what it does not ask for fills its list up.
             first = torch.argsort(~groups[rows[0]], dim=0, stable=True)[:most]
             rows = rows[0][first].T
@@ -114,11 +117,6 @@ class AttentionPath(ABC):
             gradient: of L, at z.
         """
 
-    @staticmethod
-    def _all(n_panels: int) -> Bool[Tensor, "panel 1"]:
-        """Groups for panels that all heads ask for."""
-        return torch.ones(n_panels, 1, dtype=torch.bool)
-
     def _pick(self, table: Float[Tensor, "#head dst src"], panels: Panels) -> Float[Tensor, "#head panel 1 seen"]:
         """Rows of a table of destinations and sources, for the destinations and sources of `panels`."""
         heads = self.heads if len(table) > 1 else self.heads[:1]
@@ -147,7 +145,7 @@ class OwnPaths(AttentionPath):
     def __init__(self, formula: Formula, dst: Int[Tensor, "dst"]) -> None:
         super().__init__(formula, dst)
         end = formula.end
-        products = end.centred @ end.centred.T / self.d_model
+        products = end.centred @ end.centred.T / end.centred.shape[-1]
         self.size, self.cross = products.diagonal(), products[dst]
         self.r_own = torch.ones_like(self.size) if formula.norm == "none" else (self.size + formula.eps).rsqrt()
         q = formula.scale * formula.turn(end.q * self.r_own[:, None] + formula.b_q)[:, dst]
@@ -253,9 +251,7 @@ class SharedPath(AttentionPath):
         # Values without their bias, which drops out of every difference.
         self.v_start = torch.zeros_like(q[0])
         if not self.from_zero:
-            for panels in self.work(
-                torch.arange(len(dst)), torch.zeros(len(dst), 1), self._all(len(dst)), q[0].numel()
-            ):
+            for panels in self.work(torch.arange(len(dst)), torch.zeros(len(dst), 1), None, q[0].numel()):
                 self.v_start[:, panels.own[0]] = self.move(panels)[:, :, 0]
         self.z_start = self.v_start + formula.b_v.repeat_interleave(self.n_heads // self.n_kv_heads, 0)
 

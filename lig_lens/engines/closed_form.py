@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lig_lens.baselines import ResidPath
 from lig_lens.boundaries import BlockNodes
+from lig_lens.engines import common
 from lig_lens.engines.attention import AttentionPath, OwnPaths, Panels, SharedPath
-from lig_lens.engines.common import Budget, PathIntegrand, later_layers, layers_of_paths
+from lig_lens.engines.common import Budget, PathIntegrand
 from lig_lens.quadrature import Integral
 from lig_lens.tail import Tail
 from lig_lens.targets import Direction, Scalar
@@ -50,8 +51,7 @@ class _FromResid(PathIntegrand):
     def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
         """See `quadrature.Integrand`."""
         result = torch.zeros(len(dst), self.n_groups, dtype=self.dtype, device=self.device)
-        everything = torch.ones(len(dst), 1, dtype=torch.bool)
-        for panels in self.attention.work(dst, a[:, None], everything, self.size):
+        for panels in self.attention.work(dst, a[:, None], None, self.size):
             result[panels.rows[0]] = self._scalars(panels, self.attention.move(panels))
         return result
 
@@ -154,13 +154,7 @@ def integrate_resid(
     with torch.no_grad():
         scalar = Scalar(target, len(nodes.resid_pre), nodes.resid_pre, nodes.W_O if to_heads else None)
         size = _NUMBERS_PER_TOKEN * budget.max_batch_tokens
-        s0, s1 = layers_of_paths(path, dst, nodes.eps, nodes.norms_to_z)
-        integrand: _FromResid
         if to_heads:
-            integrand = _ToHeads(nodes, path, scalar, dst, size)
-        else:
-            integrand = _ToBlock(nodes, path, scalar, dst, size)
-            s0, s1 = later_layers(nodes, integrand.tail.scales, dst, s0, s1)
-        end = nodes.z if to_heads else nodes.resid_post[:, None]
-        assert end is not None
-        return integrand.integrate(s0, s1, end, budget)
+            return common.integrate_resid(_ToHeads(nodes, path, scalar, dst, size), path, None, dst, budget)
+        integrand = _ToBlock(nodes, path, scalar, dst, size)
+        return common.integrate_resid(integrand, path, integrand.tail.scales, dst, budget)

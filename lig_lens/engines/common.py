@@ -77,14 +77,19 @@ def layers_of_paths(
     return s0.amin(-1), s1.amin(-1)
 
 
-def later_layers(
-    nodes: BlockNodes, scales: Scales, dst: Int[Tensor, "dst"], s0: Float[Tensor, "dst"], s1: Float[Tensor, "dst"]
-) -> tuple[Float[Tensor, "dst"], Float[Tensor, "dst"]]:
-    """Widths of the layers with the norms after attention; in parallel blocks those see what the first one sees."""
-    if nodes.boundaries.layout == "parallel":
-        return s0, s1
-    later = scales.widths(dst)
-    return s0 * later[0], s1 * later[1]
+def integrate_resid(
+    integrand: PathIntegrand, path: ResidPath, scales: Scales | None, dst: Int[Tensor, "dst"], budget: Budget
+) -> Integral:
+    """Integrate along paths of residual vectors, to head outputs or, where `scales` are given, through the block."""
+    nodes = integrand.nodes
+    s0, s1 = layers_of_paths(path, dst, nodes.eps, nodes.norms_to_z)
+    # In parallel blocks the norms after attention see what the first one sees.
+    if scales is not None and nodes.boundaries.layout != "parallel":
+        later = scales.widths(dst)
+        s0, s1 = s0 * later[0], s1 * later[1]
+    end = nodes.z if scales is None else nodes.resid_post[:, None]
+    assert end is not None
+    return integrand.integrate(s0, s1, end, budget)
 
 
 def widths(start: Tensor, end: Tensor, eps: float, depth: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,8 @@ from torch import Tensor
 from lig_lens.baselines import ResidPath, TailPath
 from lig_lens.block import Hook
 from lig_lens.boundaries import BlockNodes
-from lig_lens.engines.common import Budget, PathIntegrand, later_layers, layers_of_paths
+from lig_lens.engines import common
+from lig_lens.engines.common import Budget, PathIntegrand
 from lig_lens.quadrature import Integral
 from lig_lens.tail import Scales, Tail
 from lig_lens.targets import Direction, Scalar
@@ -178,12 +179,7 @@ def integrate_resid(
     W_O = nodes.W_O if to_heads else None
     scalar = Scalar(target, len(nodes.resid_pre), nodes.resid_pre, W_O)
     integrand = _FromResid(nodes, path, scalar, dst, to_heads, budget.items(len(nodes.resid_pre)))
-    s0, s1 = layers_of_paths(path, dst, nodes.eps, nodes.norms_to_z)
-    if not to_heads:
-        s0, s1 = later_layers(nodes, integrand.scales, dst, s0, s1)
-    end = nodes.z if to_heads else nodes.resid_post[:, None]
-    assert end is not None
-    return integrand.integrate(s0, s1, end, budget)
+    return common.integrate_resid(integrand, path, None if to_heads else integrand.scales, dst, budget)
 
 
 def integrate_tail(
