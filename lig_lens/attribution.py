@@ -24,7 +24,7 @@ from lig_lens.baselines import (
     self_share,
     tail_path,
 )
-from lig_lens.block import prepared, record_calls
+from lig_lens.block import BlockCall, prepared
 from lig_lens.boundaries import BlockNodes, find_nodes
 from lig_lens.config import MAX_BATCH_TOKENS, MAX_NODES
 from lig_lens.engines import closed_form, hooks
@@ -35,6 +35,7 @@ from lig_lens.flow import AXES, CELL_AXES, Flow
 from lig_lens.loading import check_evaluating, check_hooked, describe_processing, model_name
 from lig_lens.prompts import Prompt, is_batch
 from lig_lens.quadrature import Integral
+from lig_lens.recording import record_calls
 from lig_lens.request import Selection, Settings, chosen_numbers, read_prompts
 from lig_lens.targets import Direction, check_target, describe_target
 
@@ -201,13 +202,12 @@ def _check_shapes(settings: Settings, nodes: BlockNodes, n_pos: int, n_layers: i
 def _nodes(
     model: Any, prompt: Prompt, layers: tuple[int, ...], heads: bool, formula: bool, pattern: bool
 ) -> dict[int, BlockNodes]:
-    calls = record_calls(model, prompt.ids, layers)
-    found = {}
-    for layer in layers:
-        nodes = find_nodes(model, calls[layer], heads, formula)
+    def visit(call: BlockCall) -> BlockNodes:
+        nodes = find_nodes(model, call, heads, formula)
         # Patterns of all layers of a long prompt may be larger than all else.
-        found[layer] = nodes if pattern else replace(nodes, pattern=None)
-    return found
+        return nodes if pattern else replace(nodes, pattern=None)
+
+    return record_calls(model, prompt.ids, layers, visit)
 
 
 def _run(model: Any, settings: Settings, job: _Job, out: "str | os.PathLike[str] | None") -> Flow:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lig_lens.errors import BoundaryError
@@ -22,11 +22,14 @@ Hook = Callable[[Tensor], Tensor | None]
 """Receives the activation at a node; returns a replacement, or None to leave it."""
 
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
+
+# Hooks that are large, and show no node of a block.
+_NOT_READ = ("hook_attn_scores", "hook_rot_q", "hook_rot_k", "mlp.hook_pre", "mlp.hook_post")
 
 
-class _Stop(Exception):  # noqa: N818  (control flow, not an error)
-    """Ends a replay as soon as the wanted node has been read."""
+class Stop(Exception):  # noqa: N818  (control flow, not an error)
+    """Ends a run as soon as the wanted node has been read."""
 
 
 def submodules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -41,7 +44,7 @@ def submodules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
         yield from submodules(child, f"{prefix}{name}.")
 
 
-def _first_tensor(output: Any) -> Tensor:
+def first_tensor(output: Any) -> Tensor:
     """The hidden states in a block's or module's output, which may be a tuple."""
     tensor = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(tensor, Tensor):
@@ -57,11 +60,6 @@ def with_first_tensor(output: Any, tensor: Tensor) -> Any:
     if isinstance(output, (tuple, list)):
         return type(output)((tensor, *output[1:]))
     return tensor
-
-
-def _without_cache(value: Any) -> Any:
-    """A key-value cache would grow at every replay, so it is dropped from the recorded call."""
-    return None if hasattr(value, "get_seq_length") or "KeyValueCache" in type(value).__name__ else value
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -100,11 +98,11 @@ def prepared(model: Any, block: nn.Module) -> Iterator[None]:
     cfg, dtype = model.cfg, model.cfg.dtype
     try:
         for p in parameters:
-            if p.dtype in _HALF:
+            if p.dtype in HALF:
                 p.data = p.data.float()
             if p.is_floating_point():
                 p.requires_grad_(False)
-        if dtype in _HALF:
+        if dtype in HALF:
             cfg.dtype = torch.float32
         yield
     finally:
@@ -113,6 +111,29 @@ def prepared(model: Any, block: nn.Module) -> Iterator[None]:
             if data.is_floating_point():
                 p.requires_grad_(requires_grad)
         cfg.dtype = dtype
+
+
+class Seen:
+    """What a block's hooks show in one run (first batch item), in the order in which they fired, and its output."""
+
+    output: Float[Tensor, "pos d_model"]
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.order: list[str] = []
+
+    def hooks(self, modules: Mapping[str, nn.Module]) -> dict[str, Hook]:
+        """Hooks that read the nodes among a block's submodules."""
+        paths = [p for p in modules if p.split(".")[-1].startswith("hook_") and not p.endswith(_NOT_READ)]
+        if "attn.o.hook_in" not in modules and "attn" in modules:
+            paths.append("attn")
+        return {path: functools.partial(self._note, path) for path in paths}
+
+    def _note(self, path: str, tensor: Tensor) -> None:
+        self.order.append(path)
+        # Some bridges fire a hook twice; the first value is the one on the path.
+        if path not in self.values:
+            self.values[path] = tensor[0].detach().clone()
 
 
 @dataclass(frozen=True)
@@ -137,6 +158,8 @@ class BlockCall:
     recorded_dtype: torch.dtype = torch.float32
     folded: frozenset[int | str] = frozenset()
     """Arguments whose first axis is batch times something else, items of the batch one after the other."""
+    seen: Seen | None = field(default=None, repr=False)
+    """What the block's hooks showed in that call; None after a call in half precision."""
 
     def run(
         self,
@@ -160,25 +183,18 @@ class BlockCall:
             args[self.resid_key] = resid_pre
         else:
             kwargs[self.resid_key] = resid_pre
-        with module_hooks(self._torch_hooks(hooks or {}, stop_at)):
+        pairs = torch_hooks(self.modules, hooks or {})
+        if stop_at is not None:
+            pairs.append((self.modules[stop_at], _stop, False))
+        with module_hooks(pairs):
             try:
-                return _first_tensor(self.block(*args, **kwargs))
-            except _Stop:
+                return first_tensor(self.block(*args, **kwargs))
+            except Stop:
                 return None
 
     def _adapted(self, key: int | str, value: Any, resid_pre: Float[Tensor, "batch pos d_model"]) -> Any:
         """An argument for as many items as `resid_pre` has; masks and positions were recorded for one."""
         return _map_tensors(value, functools.partial(_adapt, resid_pre, key in self.folded))
-
-    def _torch_hooks(
-        self, hooks: Mapping[str, Hook], stop_at: str | None
-    ) -> list[tuple[nn.Module, Callable[..., Any], bool]]:
-        pairs: list[tuple[nn.Module, Callable[..., Any], bool]] = []
-        for path, hook in hooks.items():
-            pairs.append((self.modules[path], functools.partial(_on_output, hook), False))
-        if stop_at is not None:
-            pairs.append((self.modules[stop_at], _stop, False))
-        return pairs
 
 
 def _adapt(resid_pre: Float[Tensor, "batch pos d_model"], folded: bool, tensor: Tensor) -> Tensor:
@@ -193,106 +209,17 @@ def _adapt(resid_pre: Float[Tensor, "batch pos d_model"], folded: bool, tensor: 
     return tensor.expand(batch, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
 
 
+def torch_hooks(
+    modules: Mapping[str, nn.Module], hooks: Mapping[str, Hook]
+) -> list[tuple[nn.Module, Callable[..., Any], bool]]:
+    """Hooks on the outputs of a block's submodules, as `module_hooks` takes them."""
+    return [(modules[path], functools.partial(_on_output, hook), False) for path, hook in hooks.items()]
+
+
 def _on_output(hook: Hook, _module: nn.Module, _inputs: Any, output: Any) -> Any:
-    replacement = hook(_first_tensor(output))
+    replacement = hook(first_tensor(output))
     return None if replacement is None else with_first_tensor(output, replacement)
 
 
 def _stop(*_: Any) -> None:
-    raise _Stop
-
-
-def record_calls(model: Any, tokens: Int[Tensor, "1 pos"], layers: Sequence[int]) -> dict[int, BlockCall]:
-    """Run the model once on `tokens`, as far as needed, and keep how it called the blocks `layers`.
-
-    Returns:
-        layer -> `BlockCall`; values are copies, so the model's memory can be reused.
-    """
-    inputs, outputs = _inputs_and_outputs(model, tokens, layers)
-    folded: dict[int, frozenset[int | str]] = {}
-    if any(tensor.ndim >= 2 and tensor.shape[0] != 1 for call in inputs.values() for _, tensor in _tensors(*call)):
-        # Which first axes hold the batch, only a batch of two can tell. Two tokens are enough.
-        short = tokens[:, :2]
-        one, two = (_inputs_and_outputs(model, short.expand(n, -1), layers)[0] for n in (1, 2))
-        folded = {layer: _folded(_tensors(*one[layer]), _tensors(*two[layer])) for layer in layers}
-    hook_dict = model.hook_dict
-    return {
-        layer: _block_call(model, hook_dict, layer, *inputs[layer], outputs[layer], folded.get(layer, frozenset()))
-        for layer in layers
-    }
-
-
-def _inputs_and_outputs(
-    model: Any, tokens: Int[Tensor, "batch pos"], layers: Sequence[int]
-) -> tuple[dict[int, tuple[tuple[Any, ...], dict[str, Any]]], dict[int, Tensor]]:
-    """Arguments and outputs of the blocks `layers` in a run of the model that ends with the last of them."""
-    inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    outputs: dict[int, Tensor] = {}
-    pairs: list[tuple[nn.Module, Callable[..., Any], bool]] = []
-    for layer in layers:
-
-        def before(_module: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
-            inputs[layer] = (args, kwargs)
-
-        def after(_module: nn.Module, _args: Any, output: Any, layer: int = layer) -> None:
-            outputs[layer] = _first_tensor(output)
-            if layer == max(layers):
-                raise _Stop
-
-        pairs += [(model.blocks[layer], before, True), (model.blocks[layer], after, False)]
-    with torch.no_grad(), module_hooks(pairs), contextlib.suppress(_Stop):
-        model(tokens)
-    return inputs, outputs
-
-
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int | str, Tensor]]:
-    """Tensors among the arguments, by position or name."""
-    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    return [(key, value) for key, value in named if isinstance(value, Tensor)]
-
-
-def _folded(one: list[tuple[int | str, Tensor]], two: list[tuple[int | str, Tensor]]) -> frozenset[int | str]:
-    """Arguments whose first axis doubles with the batch although it is longer."""
-    lengths = {key: len(tensor) for key, tensor in two if tensor.ndim >= 2}
-    return frozenset(key for key, x in one if x.ndim >= 2 and 1 < len(x) and lengths.get(key) == 2 * len(x))
-
-
-def _block_call(
-    model: Any,
-    hook_dict: Mapping[str, nn.Module],
-    layer: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Tensor,
-    folded: frozenset[int | str],
-) -> BlockCall:
-    resid_key: int | str | None = next((i for i, a in enumerate(args) if isinstance(a, Tensor)), None)
-    if resid_key is None:
-        resid_key = next((k for k in ("hidden_states", "resid_pre", "x") if k in kwargs), None)
-    if resid_key is None:
-        raise BoundaryError(
-            f"Block {layer} was called without a residual tensor (arguments: {sorted(kwargs)}): "
-            "this architecture is not supported."
-        )
-    resid = args[resid_key] if isinstance(resid_key, int) else kwargs[resid_key]
-    if resid.shape != output.shape or resid.ndim != 3:
-        raise BoundaryError(
-            f"Block {layer} maps shape {tuple(resid.shape)} to {tuple(output.shape)}; "
-            "a block must keep [batch, pos, d_model]."
-        )
-    # What runs decides: a config's dtype stays as it was loaded when the model is cast.
-    dtype = torch.float32 if output.dtype in _HALF else output.dtype
-    block = model.blocks[layer]
-    return BlockCall(
-        layer=layer,
-        block=block,
-        resid_pre=resid[0].detach().to(dtype).clone(),
-        resid_post=output[0].detach().to(dtype).clone(),
-        args=tuple(_without_cache(a) for a in args),
-        kwargs={k: _without_cache(v) for k, v in kwargs.items()},
-        resid_key=resid_key,
-        modules=dict(submodules(block)),
-        hook_dict=hook_dict,
-        recorded_dtype=output.dtype,
-        folded=folded,
-    )
+    raise Stop

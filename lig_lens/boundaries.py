@@ -2,13 +2,12 @@
 
 Hook names mean different things by architecture (`hook_resid_mid` of a BERT bridge is the sum that enters the
 *second* LayerNorm, `hook_resid_post` of a HookedEncoder comes before the last one), so no name is trusted.
-Every block is run once with all its hooks read, then with its nodes changed (`layout.py`), and the layout follows
-from what the block's output did.
+All hooks of a block are read in the model's own run, then it is run with its nodes changed (`layout.py`), and the
+layout follows from what the block's output did.
 """
 
-import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,27 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lig_lens.block import BlockCall, Hook, prepared, record_calls
+from lig_lens.block import BlockCall, Hook, Seen, prepared
 from lig_lens.errors import BoundaryError, NonFiniteError
 from lig_lens.formula import PATTERN_PATH, Formula, Probe, find_formula
-from lig_lens.layout import Inside, find_layout, middle, norm_before, norm_paths, qk_normed, relative, tail_scales
+from lig_lens.layout import (
+    Inside,
+    diagnose,
+    find_common_layout,
+    middle,
+    norm_before,
+    norm_paths,
+    qk_normed,
+    relative,
+    tail_scales,
+)
 from lig_lens.loading import check_evaluating, check_hooked, load_model
+from lig_lens.recording import record_calls
 
 LAYOUTS = ("pre_ln", "post_ln", "pre_post_ln", "parallel", "block_only")
 
 # Where the two generations keep the head outputs before W_O, and the output of W_O with its bias.
 _Z_PATHS = (("attn.o.hook_in", "attn.o.hook_out"), ("attn.hook_z", "attn"))
-
-# Large, and no node of a block.
-_NOT_READ = ("hook_attn_scores", "hook_rot_q", "hook_rot_k", "mlp.hook_pre", "mlp.hook_post")
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class BlockBoundaries:
 class BlockNodes:
     """One block of one prompt with its nodes' values: what the engines work on.
 
-    `resid_post` is the replayed value in the dtype of integration; `W_O` and `b_O` reproduce the attention
+    `resid_post` is in the dtype of integration, replayed if the model is not; `W_O` and `b_O` reproduce the attention
     output from `z`. `norms_to_z` counts the norms in a row on the way there, `tail_scales` holds what those behind it
     divide by on the prompt (path of its hook -> value), `attention_is_attn_out` says that attention ends there, and
     `rounding` is the relative rounding error of the block: larger than its dtype's where it casts to float32.
@@ -130,93 +137,130 @@ def find_nodes(model: Any, call: BlockCall, heads: bool = True, formula: bool = 
     """
     _check_weights(call)
     _check_finite(call, "resid_pre", call.resid_pre)
+    _check_finite(call, "resid_post", call.resid_post)
     with torch.no_grad(), prepared(model, call.block):
-        values, order, output = _read_everything(call)
-        _check_replay(call, output)
-        norms = {path: call.modules[path] for path in norm_paths(call)}
-        resid_pre_path = _hook_with_value(values, call.resid_pre, first=True)
-        resid_post_path = _hook_with_value(values, output, first=False)
-        fields: dict[str, Any] = {
-            "layer": call.layer,
-            "layout": "block_only",
-            "resid_pre": _hook_name(call, resid_pre_path, "hook_resid_pre"),
-            "hook_z": None,
-            "resid_mid": None,
-            "resid_post": _hook_name(call, resid_post_path, "hook_resid_post"),
-            "n_heads": 0,
-            "n_key_value_heads": 0,
-            "d_head": 0,
-            "norms": tuple(f"{path} {_norm_kind(module)}" for path, module in norms.items()),
-            "engine": "hooks",
-            "why_hooks": "no attention with separable heads",
-        }
-        eps = float(getattr(model.cfg, "eps", 1e-5) or 1e-5)
-        nodes: dict[str, Any] = {"call": call, "resid_post": output, "eps": eps, "rounding": _rounding(call, output)}
-        nodes["tail_scales"] = tail_scales(call, values, order, next(iter(norms), None))
-        found = next((p for p in _Z_PATHS if p[0] in values and p[1] in values), None)
-        W_O = getattr(getattr(call.block, "attn", None), "W_O", None)
-        if found is None or not isinstance(W_O, Tensor) or W_O.ndim != 3:
-            return BlockNodes(boundaries=BlockBoundaries(**fields), **nodes)
-        z_path, attn_out_path = found
-        W_O = W_O.detach().to(output.dtype)
-        z = values[z_path].reshape(-1, *W_O.shape[:2])
-        _check_finite(call, "hook_z", z)
-        inside = Inside(call, z_path, attn_out_path, W_O, z, values, order, output)
-        probe = Probe(call, eps) if formula else None
-        try:
-            layout, b_O = find_layout(inside, probe)
-        except BoundaryError:
-            if heads:
-                raise
-            return BlockNodes(boundaries=BlockBoundaries(**fields), **nodes)
-        found_formula = find_formula(call, values, z, probe) if probe is not None else "not asked for"
-        resid_mid = middle(layout, inside)
-        mid_path = None if resid_mid is None else _hook_with_value(values, resid_mid, first=True)
-        fields |= {
-            "layout": layout,
-            "hook_z": _hook_name(call, z_path, "attn.hook_z"),
-            "resid_mid": mid_path and _hook_name(call, mid_path, "hook_resid_mid"),
-            "n_heads": W_O.shape[0],
-            "n_key_value_heads": getattr(model.cfg, "n_key_value_heads", None) or W_O.shape[0],
-            "d_head": W_O.shape[1],
-            "engine": "closed_form" if isinstance(found_formula, Formula) else "hooks",
-            "why_hooks": found_formula if isinstance(found_formula, str) else "",
-        }
-        pattern = values.get(PATTERN_PATH)
-        norms_to_z = int(norm_before(order, z_path)) + int(qk_normed(order, z_path))
-        nodes["tail_scales"] = tail_scales(call, values, order, None if layout == "parallel" else attn_out_path)
-        return BlockNodes(
-            boundaries=BlockBoundaries(**fields),
-            z_path=z_path,
-            attn_out_path=attn_out_path,
-            norms_to_z=norms_to_z,
-            attention_is_attn_out=_ends_with(attn_out_path, values),
-            z=z,
-            pattern=_pattern(pattern, z),
-            W_O=W_O,
-            b_O=b_O,
-            formula=found_formula if isinstance(found_formula, Formula) else None,
-            **nodes,
+        seen = call.seen or _replay(call)
+        nodes = _whole_block(model, replace(call, seen=None), seen)
+        inside = _inside(nodes, seen)
+        if inside is not None:
+            try:
+                return _with_heads(model, nodes, inside, formula, replayed=call.seen is None)
+            except BoundaryError:
+                if heads:
+                    raise
+        if call.seen is not None:
+            _replay(call)
+        return nodes
+
+
+def _whole_block(model: Any, call: BlockCall, seen: Seen) -> BlockNodes:
+    """The nodes that every block has, resid_pre and resid_post."""
+    norms = {path: call.modules[path] for path in norm_paths(call)}
+    output = seen.output
+    boundaries = BlockBoundaries(
+        layer=call.layer,
+        layout="block_only",
+        resid_pre=_hook_name(call, _hook_with_value(seen.values, call.resid_pre, first=True), "hook_resid_pre"),
+        hook_z=None,
+        resid_mid=None,
+        resid_post=_hook_name(call, _hook_with_value(seen.values, output, first=False), "hook_resid_post"),
+        n_heads=0,
+        n_key_value_heads=0,
+        d_head=0,
+        norms=tuple(f"{path} {_norm_kind(module)}" for path, module in norms.items()),
+        engine="hooks",
+        why_hooks="no attention with separable heads",
+    )
+    return BlockNodes(
+        call,
+        boundaries,
+        output,
+        eps=float(getattr(model.cfg, "eps", 1e-5) or 1e-5),
+        tail_scales=tail_scales(call, seen, next(iter(norms), None)),
+        rounding=_rounding(call, output),
+    )
+
+
+def _inside(nodes: BlockNodes, seen: Seen) -> Inside | None:
+    """Attention's nodes, where a block shows them and the W_O between them."""
+    call = nodes.call
+    paths = next((p for p in _Z_PATHS if p[0] in seen.values and p[1] in seen.values), None)
+    W_O = getattr(getattr(call.block, "attn", None), "W_O", None)
+    if paths is None or not isinstance(W_O, Tensor) or W_O.ndim != 3:
+        return None
+    W_O = W_O.detach().to(nodes.resid_post.dtype)
+    z = seen.values[paths[0]].reshape(-1, *W_O.shape[:2])
+    _check_finite(call, "hook_z", z)
+    return Inside(call, *paths, W_O, z, seen)
+
+
+def _with_heads(model: Any, nodes: BlockNodes, inside: Inside, formula: bool, replayed: bool) -> BlockNodes:
+    """The nodes of a block with attention nodes.
+
+    Args:
+        model: the model that the block belongs to.
+        nodes: those that every block has.
+        inside: attention's.
+        formula: whether to look for one.
+        replayed: whether the block is known to do alone what it does in the model.
+
+    Raises:
+        BoundaryError: the block fits no layout.
+    """
+    call, z, values = inside.call, inside.z, inside.seen.values
+    probe = Probe(call, nodes.eps) if formula else None
+    common = find_common_layout(inside, probe)
+    found = find_formula(call, values, z, probe) if probe is not None else "not asked for"
+    # That layout and formula hold on other residual vectors, with what the model's run showed, says it too.
+    if not replayed and (common is None or isinstance(found, str)):
+        _replay(call)
+    layout, b_O = common or diagnose(inside)
+    resid_mid = middle(layout, inside)
+    mid_path = None if resid_mid is None else _hook_with_value(values, resid_mid, first=True)
+    n_heads, d_head = z.shape[1:]
+    boundaries = replace(
+        nodes.boundaries,
+        layout=layout,
+        hook_z=_hook_name(call, inside.z_path, "attn.hook_z"),
+        resid_mid=mid_path and _hook_name(call, mid_path, "hook_resid_mid"),
+        n_heads=n_heads,
+        n_key_value_heads=getattr(model.cfg, "n_key_value_heads", None) or n_heads,
+        d_head=d_head,
+        engine="hooks" if isinstance(found, str) else "closed_form",
+        why_hooks=found if isinstance(found, str) else "",
+    )
+    order = inside.seen.order
+    return replace(
+        nodes,
+        boundaries=boundaries,
+        z_path=inside.z_path,
+        attn_out_path=inside.attn_out_path,
+        norms_to_z=int(norm_before(order, inside.z_path)) + int(qk_normed(order, inside.z_path)),
+        tail_scales=tail_scales(call, inside.seen, None if layout == "parallel" else inside.attn_out_path),
+        attention_is_attn_out=_ends_with(inside.attn_out_path, values),
+        z=z,
+        pattern=_pattern(values.get(PATTERN_PATH), z),
+        W_O=inside.W_O,
+        b_O=b_O,
+        formula=None if isinstance(found, str) else found,
+    )
+
+
+def _replay(call: BlockCall) -> Seen:
+    """What the block's hooks show when it runs alone, which must be what it does in the model."""
+    seen = Seen()
+    result = call.run(call.resid_pre[None], seen.hooks(call.modules))
+    assert result is not None
+    seen.output = result[0]
+    # A half-precision model was recorded in its own rounding and is replayed in float32.
+    tolerance = max(1e-4, 8 * torch.finfo(call.recorded_dtype).eps)
+    error = relative(seen.output - call.resid_post, call.resid_post)
+    if error > tolerance:
+        raise BoundaryError(
+            f"Running block {call.layer} alone differs from the full model by {error:.1e} of its output "
+            f"(allowed {tolerance:.0e}): the block takes input that its call does not show, or is random."
         )
-
-
-def _read_everything(call: BlockCall) -> tuple[dict[str, Tensor], list[str], Tensor]:
-    """Values at the block's hooks (first batch item), the order in which they fired, and the block's output."""
-    values: dict[str, Tensor] = {}
-    order: list[str] = []
-
-    paths = [p for p in call.modules if p.split(".")[-1].startswith("hook_") and not p.endswith(_NOT_READ)]
-    if "attn.o.hook_in" not in call.modules and "attn" in call.modules:
-        paths.append("attn")
-    output = call.run(call.resid_pre[None], {path: functools.partial(_note, values, order, path) for path in paths})
-    assert output is not None
-    return values, order, output[0]
-
-
-def _note(values: dict[str, Tensor], order: list[str], path: str, tensor: Tensor) -> None:
-    order.append(path)
-    # Some bridges fire a hook twice; the first value is the one on the path.
-    values.setdefault(path, tensor[0].detach().clone())
+    return seen
 
 
 def _ends_with(attn_out_path: str, values: Mapping[str, Tensor]) -> bool:
@@ -225,18 +269,6 @@ def _ends_with(attn_out_path: str, values: Mapping[str, Tensor]) -> bool:
         return True
     out, returned = values[attn_out_path], values.get("attn.hook_out")
     return returned is not None and returned.shape == out.shape and relative(returned - out, out) <= 1e-6
-
-
-def _check_replay(call: BlockCall, output: Tensor) -> None:
-    _check_finite(call, "resid_post", output)
-    # A half-precision model was recorded in its own rounding and is replayed in float32.
-    tolerance = max(1e-4, 8 * torch.finfo(call.recorded_dtype).eps)
-    error = relative(output - call.resid_post, call.resid_post)
-    if error > tolerance:
-        raise BoundaryError(
-            f"Running block {call.layer} alone differs from the full model by {error:.1e} of its output "
-            f"(allowed {tolerance:.0e}): the block takes input that its call does not show, or is random."
-        )
 
 
 def _rounding(call: BlockCall, output: Tensor) -> float:
@@ -258,7 +290,7 @@ def _norm_kind(module: Any) -> str:
     return "RMSNorm" if rms else "LayerNorm"
 
 
-def _hook_with_value(values: dict[str, Tensor], wanted: Tensor, first: bool) -> str | None:
+def _hook_with_value(values: Mapping[str, Tensor], wanted: Tensor, first: bool) -> str | None:
     allowed = 1e-5 * float(wanted.abs().max())
     paths = [
         path
@@ -332,5 +364,5 @@ def describe_boundaries(
         length = min(6, model.cfg.n_ctx)
         tokens = torch.arange(1, length + 1, device=model.cfg.device)[None] * 7 % model.cfg.d_vocab
     layers = range(model.cfg.n_layers)
-    calls = record_calls(model, tokens, layers)
-    return [find_nodes(model, calls[layer]).boundaries for layer in layers]
+    found = record_calls(model, tokens, layers, lambda call: find_nodes(model, call).boundaries)
+    return [found[layer] for layer in layers]

@@ -4,14 +4,14 @@ One run settles the common layouts, in which the rest of the block acts on the s
 that fails does a second one, of four prompts, tell what else it is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lig_lens.block import BlockCall, Hook
+from lig_lens.block import BlockCall, Hook, Seen
 from lig_lens.errors import BoundaryError
 from lig_lens.formula import Probe
 
@@ -29,34 +29,27 @@ class Inside:
     attn_out_path: str
     W_O: Float[Tensor, "head d_head d_model"]
     z: Float[Tensor, "pos head d_head"]
-    values: Mapping[str, Tensor] = field(repr=False)
-    order: Sequence[str]
-    output: Float[Tensor, "pos d_model"]
+    seen: Seen = field(repr=False)
 
     @property
     def attn_out(self) -> Float[Tensor, "pos d_model"]:
         """Attention output on the prompt."""
-        return self.values[self.attn_out_path]
+        return self.seen.values[self.attn_out_path]
 
 
-def find_layout(inside: Inside, probe: Probe | None) -> tuple[str, Float[Tensor, "d_model"]]:
-    """Layout of a block with attention (`pre_ln`, `post_ln`, `pre_post_ln` or `parallel`), and its b_O.
+def find_common_layout(inside: Inside, probe: Probe | None) -> tuple[str, Float[Tensor, "d_model"]] | None:
+    """Layout of a block with attention and its b_O, if it is `pre_ln` or `post_ln` and one run can show it.
 
     Args:
         inside: the block's nodes.
         probe: where given, what attention makes of it is read along the way.
-
-    Raises:
-        BoundaryError: the block fits no layout.
     """
     b_O = _known_bias(inside)
-    if b_O is not None and _acts_on_sum(inside, probe):
-        return _by_norm(inside), b_O
-    return _diagnose(inside)
+    return None if b_O is None or not _acts_on_sum(inside, probe) else (_by_norm(inside), b_O)
 
 
 def _by_norm(inside: Inside) -> str:
-    return "pre_ln" if norm_before(inside.order, inside.z_path) else "post_ln"
+    return "pre_ln" if norm_before(inside.seen.order, inside.z_path) else "post_ln"
 
 
 def _known_bias(inside: Inside) -> Tensor | None:
@@ -91,20 +84,23 @@ def _acts_on_sum(inside: Inside, probe: Probe | None) -> bool:
     }
     output = call.run(probe.resid, hooks)
     assert output is not None
-    expected = inside.output.roll(1, 0)[:-1]
+    expected = inside.seen.output.roll(1, 0)[:-1]
     return all(by_position(row[:-1] - expected, expected) <= _MAY_LEAK for row in output)
 
 
-def _diagnose(inside: Inside) -> tuple[str, Tensor]:
-    """Layout and b_O from four runs in which one node differs at a time.
+def diagnose(inside: Inside) -> tuple[str, Tensor]:
+    """Layout (`pre_ln`, `post_ln`, `pre_post_ln` or `parallel`) and b_O from four runs that differ in one node each.
 
     Run 0 moves a vector from the attention output to the skip connection: if nothing changes, the rest of the
     block sees only their sum (pre_ln, post_ln). Run 1 sets z to 0, which leaves b_O and, in parallel blocks,
     changes the output by exactly the attention output. Run 2 changes z at the last position only: no other
     position may follow, since the rest of the block is taken to act token by token. Run 3 moves all positions
     on by one, and the output must move with them.
+
+    Raises:
+        BoundaryError: the block fits no layout.
     """
-    call, z, output, attn_out = inside.call, inside.z, inside.output, inside.attn_out
+    call, z, output, attn_out = inside.call, inside.z, inside.seen.output, inside.attn_out
     scale = call.resid_pre.std().clamp(min=1e-6)
     generator = torch.Generator().manual_seed(0)
     moved = torch.randn(call.resid_pre.shape, generator=generator).to(call.resid_pre) * scale
@@ -161,7 +157,7 @@ def middle(layout: str, inside: Inside) -> Float[Tensor, "pos d_model"] | None:
         return inside.call.resid_pre + inside.attn_out
     post_norm = _post_norm(inside)
     if layout == "pre_post_ln" and post_norm is not None:
-        normed = inside.values.get(f"{post_norm}.hook_out", inside.values.get("hook_attn_out"))
+        normed = inside.seen.values.get(f"{post_norm}.hook_out", inside.seen.values.get("hook_attn_out"))
         return None if normed is None else inside.call.resid_pre + normed
     return None
 
@@ -185,22 +181,20 @@ def qk_normed(order: Sequence[str], z_path: str) -> bool:
     return any(p.startswith("attn.") and p.endswith(".hook_normalized") for p in before)
 
 
-def tail_scales(
-    call: BlockCall, values: Mapping[str, Tensor], order: Sequence[str], after: str | None
-) -> dict[str, Float[Tensor, "pos"]]:
+def tail_scales(call: BlockCall, seen: Seen, after: str | None) -> dict[str, Float[Tensor, "pos"]]:
     """What the norms outside attention divide by: path of the hook -> value on the prompt.
 
     Args:
         call: the block.
-        values: what its hooks show on the prompt.
-        order: the order in which they fired.
+        seen: what its hooks show on the prompt.
         after: only norms that follow this hook, or the norm of this name; all with None.
     """
     hooks = {f"{path}.hook_scale": path for path in norm_paths(call)}
     passed, found = after is None, {}
-    for path in order:
-        if passed and path in hooks and values[path].shape[-1:] == (1,) and hooks[path] != after:
-            found[path] = values[path][..., 0]
+    for path in seen.order:
+        value = seen.values[path]
+        if passed and path in hooks and value.shape[-1:] == (1,) and hooks[path] != after:
+            found[path] = value[..., 0]
         passed = passed or path == after or hooks.get(path) == after
     return found
 
@@ -209,8 +203,8 @@ def _post_norm(inside: Inside) -> str | None:
     """Path of the norm that is applied to the attention output alone, if there is one."""
     attn_out = inside.attn_out
     for path in norm_paths(inside.call):
-        scale = inside.values.get(f"{path}.hook_scale")
-        normalized = inside.values.get(f"{path}.hook_normalized")
+        scale = inside.seen.values.get(f"{path}.hook_scale")
+        normalized = inside.seen.values.get(f"{path}.hook_normalized")
         if scale is None or normalized is None:
             continue
         # x = normalized * scale, up to the mean that LayerNorm takes off.

@@ -1,6 +1,6 @@
 """The rest of a block after attention, run at single points of paths.
 
-It acts token by token (`layout.find_layout` checks that), so points of any paths can stand side by side.
+It acts token by token (`layout.py` checks that), so points of any paths can stand side by side.
 """
 
 import contextlib

@@ -10,8 +10,9 @@ from tiny_models import KINDS, tiny_bridge
 from torch import nn
 
 import lig_lens
-from lig_lens.block import prepared, record_calls
+from lig_lens.block import prepared
 from lig_lens.boundaries import find_nodes
+from lig_lens.recording import record_calls
 
 
 def hooks_on(model: nn.Module) -> int:
@@ -42,7 +43,7 @@ def model(request: pytest.FixtureRequest, ids: torch.Tensor) -> Iterator[Any]:
 @pytest.mark.parametrize("layer", [0, 1])
 def test_block_alone_is_exact(kind: str, layer: int, ids: torch.Tensor) -> None:
     model = tiny_bridge(kind)
-    call = record_calls(model, ids[None], [layer])[layer]
+    call = record_calls(model, ids[None], [layer], lambda call: call)[layer]
     with torch.no_grad(), prepared(model, call.block):
         batch = call.resid_pre.expand(3, -1, -1)
         out = call.run(batch)
@@ -53,7 +54,7 @@ def test_block_alone_is_exact(kind: str, layer: int, ids: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_batch_items_do_not_mix(kind: str, ids: torch.Tensor) -> None:
     model = tiny_bridge(kind)
-    call = record_calls(model, ids[None], [1])[1]
+    call = record_calls(model, ids[None], [1], lambda call: call)[1]
     with torch.no_grad():
         batch = torch.stack([call.resid_pre, 0.5 * call.resid_pre, call.resid_pre.flip(0)])
         together = call.run(batch)
@@ -64,7 +65,7 @@ def test_batch_items_do_not_mix(kind: str, ids: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_tail_from_nodes_gives_resid_post(kind: str, ids: torch.Tensor) -> None:
     model = tiny_bridge(kind)
-    nodes = find_nodes(model, record_calls(model, ids[None], [1])[1])
+    nodes = find_nodes(model, record_calls(model, ids[None], [1], lambda call: call)[1])
     with torch.no_grad():
         out = nodes.run_tail(nodes.attn_out(nodes.z, 1.0)[None], nodes.resid_pre[None])
         z = nodes.read_z(nodes.resid_pre[None])
@@ -75,7 +76,7 @@ def test_tail_from_nodes_gives_resid_post(kind: str, ids: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_match_finite_differences(kind: str, ids: torch.Tensor) -> None:
     model = tiny_bridge(kind, torch.float64)
-    call = record_calls(model, ids[None], [0])[0]
+    call = record_calls(model, ids[None], [0], lambda call: call)[0]
     x = call.resid_pre[None].clone().requires_grad_()
     out = call.run(x)
     weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)

@@ -8,9 +8,9 @@ from tiny_hooked import has_hooked_transformer, tiny_hooked
 from tiny_models import KINDS, LAYOUTS, fresh_bridge, tiny_bridge
 
 import lig_lens
-from lig_lens.block import record_calls
 from lig_lens.boundaries import find_nodes
 from lig_lens.errors import BoundaryError, InputError, NonFiniteError
+from lig_lens.recording import record_calls
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_layout_and_nodes(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_named_hooks_carry_the_nodes(kind: str, ids: torch.Tensor) -> None:
     model = tiny_bridge(kind)
-    nodes = find_nodes(model, record_calls(model, ids[None], [1])[1])
+    nodes = find_nodes(model, record_calls(model, ids[None], [1], lambda call: call)[1])
     _, cache = model.run_with_cache(ids[None])
     block = nodes.boundaries
     close = {"atol": 1e-4, "rtol": 1e-4}

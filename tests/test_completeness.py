@@ -8,10 +8,10 @@ from tiny_models import KINDS, tiny_bridge
 
 import lig_lens
 from lig_lens.baselines import ResidPath
-from lig_lens.block import record_calls
 from lig_lens.boundaries import find_nodes
 from lig_lens.engines.hooks import _FromResid
 from lig_lens.errors import ConvergenceWarning
+from lig_lens.recording import record_calls
 from lig_lens.targets import Scalar
 
 prompts = st.lists(st.integers(5, 39), min_size=1, max_size=7)
@@ -100,7 +100,7 @@ def test_what_misses_is_counted_in_one_warning(ids: torch.Tensor) -> None:
 def test_rounding_allowance_is_a_millionth_of_the_vectors(ids: torch.Tensor) -> None:
     # What is not refined must stay out of sight: 8 eps of float32, relative to the longer end of the path.
     model = tiny_bridge("llama")
-    nodes = find_nodes(model, record_calls(model, ids[None], [1])[1])
+    nodes = find_nodes(model, record_calls(model, ids[None], [1], lambda call: call)[1])
     dst = torch.arange(len(ids))
     scalar = Scalar("l2", len(ids), nodes.resid_pre)
     with torch.no_grad():

@@ -18,8 +18,8 @@ from tiny_hooked import has_hooked_transformer
 from tiny_models import VOCAB, config_bridge
 
 import lig_lens
-from lig_lens.block import record_calls
 from lig_lens.boundaries import BlockNodes, find_nodes
+from lig_lens.recording import record_calls
 
 IDS = [5, 12, 30, 7, 22, 39]
 # Rounding may decide whether a panel is halved, and the engines then differ by what `tol` allows.
@@ -151,7 +151,7 @@ def shown(nodes: BlockNodes) -> Attention:
 @pytest.mark.parametrize("kind", kinds(cohere=COHERE))
 def test_the_formula_is_the_attention_that_is_meant(kind: str) -> None:
     model, expected = bridge(kind), KINDS[kind][1:]
-    calls = record_calls(model, torch.tensor([IDS]), [0, 1])
+    calls = record_calls(model, torch.tensor([IDS]), [0, 1], lambda call: call)
     assert [shown(find_nodes(model, calls[layer])) for layer in (0, 1)] == [expected[0], expected[-1]]
 
 

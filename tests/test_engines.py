@@ -10,11 +10,12 @@ from tiny_models import KINDS, fresh_bridge, tiny_bridge
 
 import lig_lens
 from lig_lens.baselines import resid_path
-from lig_lens.block import prepared, record_calls
+from lig_lens.block import prepared
 from lig_lens.boundaries import find_nodes
 from lig_lens.engines import closed_form
 from lig_lens.engines.common import Budget
 from lig_lens.errors import InputError
+from lig_lens.recording import record_calls
 
 # Norms on heads (gemma3) and capped scores (gemma2) are outside the formula.
 COVERED = [kind for kind in KINDS if not kind.startswith("gemma")]
@@ -100,7 +101,7 @@ def test_portions_change_nothing(kind: str, baseline: str) -> None:
 @pytest.mark.parametrize("to_heads", [True, False])
 def test_attention_needs_no_gradient(to_heads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_bridge("llama")
-    nodes = find_nodes(model, record_calls(model, torch.tensor([[5, 12, 30, 7]]), [1])[1])
+    nodes = find_nodes(model, record_calls(model, torch.tensor([[5, 12, 30, 7]]), [1], lambda call: call)[1])
     calls = []
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (calls.append(1), grad(*a, **k))[1])
