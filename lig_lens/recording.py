@@ -99,7 +99,9 @@ class _Watcher:
 
     def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self.close()  # the visitor may run the block again
-        self._visit(self._call(first_tensor(output)))
+        call = self._call(first_tensor(output))
+        del self._args, self._kwargs, self._seen  # large, and the visitor's to keep
+        self._visit(call)
 
     def _call(self, output: Tensor) -> BlockCall:
         args, kwargs = self._args, self._kwargs
