@@ -14,7 +14,19 @@ _HOMES = {
     "load_model": "loading",
     "describe_boundaries": "boundaries",
     "BlockBoundaries": "boundaries",
+    "average": "averaging",
+    "compare": "agreement",
+    "compare_table": "agreement",
+    "consistency_table": "compose",
     "direction": "targets",
+    "Effects": "effects",
+    "induction_pairs": "induction",
+    "scores": "scoring",
+    "metric": "metrics",
+    "logit_difference": "metrics",
+    "log_probability": "metrics",
+    "class_logit": "metrics",
+    "kl_divergence": "metrics",
     "Flow": "flow",
     "LigLensError": "errors",
     "InputError": "errors",
@@ -24,12 +36,19 @@ _HOMES = {
     "FlowFileError": "errors",
     "ConvergenceWarning": "errors",
 }
-__all__ = ["__version__", *_HOMES]
+_MODULES = ("patching",)
+__all__ = ["__version__", *_HOMES, *_MODULES]
 
 if TYPE_CHECKING:
+    from lig_lens import patching as patching
+    from lig_lens.agreement import compare as compare
+    from lig_lens.agreement import compare_table as compare_table
     from lig_lens.attribution import attribute as attribute
+    from lig_lens.averaging import average as average
     from lig_lens.boundaries import BlockBoundaries as BlockBoundaries
     from lig_lens.boundaries import describe_boundaries as describe_boundaries
+    from lig_lens.compose import consistency_table as consistency_table
+    from lig_lens.effects import Effects as Effects
     from lig_lens.errors import BoundaryError as BoundaryError
     from lig_lens.errors import ConvergenceWarning as ConvergenceWarning
     from lig_lens.errors import FlowFileError as FlowFileError
@@ -38,7 +57,14 @@ if TYPE_CHECKING:
     from lig_lens.errors import MissingPackageError as MissingPackageError
     from lig_lens.errors import NonFiniteError as NonFiniteError
     from lig_lens.flow import Flow as Flow
+    from lig_lens.induction import induction_pairs as induction_pairs
     from lig_lens.loading import load_model as load_model
+    from lig_lens.metrics import class_logit as class_logit
+    from lig_lens.metrics import kl_divergence as kl_divergence
+    from lig_lens.metrics import log_probability as log_probability
+    from lig_lens.metrics import logit_difference as logit_difference
+    from lig_lens.metrics import metric as metric
+    from lig_lens.scoring import scores as scores
     from lig_lens.targets import direction as direction
 
 
@@ -47,6 +73,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

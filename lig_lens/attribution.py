@@ -5,58 +5,40 @@ import itertools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lig_lens import __version__, flow_io
+from lig_lens.axes import cell_axes, tensor_axes
 from lig_lens.baselines import (
     check_baseline,
     describe_baseline,
-    refill_self,
-    resid_path,
-    self_share,
-    tail_path,
 )
 from lig_lens.block import BlockCall, prepared
 from lig_lens.boundaries import BlockNodes, find_nodes
-from lig_lens.config import MAX_BATCH_TOKENS, MAX_NODES
-from lig_lens.engines import closed_form, hooks
-from lig_lens.engines.common import Budget
-from lig_lens.errors import ConvergenceWarning, InputError, NonFiniteError
+from lig_lens.columns import Downstream, Job, columns_of, engine_of
+from lig_lens.config import MAPS, MAX_BATCH_TOKENS, MAX_NODES
+from lig_lens.errors import ConvergenceWarning, InputError
 from lig_lens.files import check_writable
-from lig_lens.flow import AXES, CELL_AXES, Flow
+from lig_lens.flow import Flow
 from lig_lens.loading import check_evaluating, check_hooked, describe_processing, model_name
+from lig_lens.metrics import Metric
 from lig_lens.prompts import Prompt, is_batch
-from lig_lens.quadrature import Integral
 from lig_lens.recording import record_calls
 from lig_lens.request import Selection, Settings, chosen_numbers, read_prompts
+from lig_lens.rest import Rest
 from lig_lens.targets import Direction, check_target, describe_target
 
-# Contributions of unfinished panels that may be held at once, in bytes, and how many panels a column may have open.
-_PANEL_BYTES = 2**28
-_OPEN_PANELS = 32
 # Of the mlp map, beside its heads.
 _PARTS = {"skip", "bias"}
 _OUR_FRAMES = ("lig_lens", "torch", "jaxtyping", "beartype")
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One prompt, checked and recorded, ready for the engine."""
-
-    prompt: Prompt
-    layers: tuple[int, ...]
-    destinations: tuple[int, ...]
-    nodes: dict[int, BlockNodes]
-    corrupted: dict[int, BlockNodes]
-    second: Prompt | None
 
 
 @torch.inference_mode(False)  # gradients are needed, whatever mode the caller is in
@@ -64,13 +46,13 @@ def attribute(
     model: Any,
     prompt: Any,
     *,
-    maps: str | Sequence[str] = ("attn", "mlp", "block"),
+    maps: str | Sequence[str] | None = None,
     layers: Selection = None,
     destinations: Selection = None,
-    attn_baseline: str | Tensor = "itb",
+    attn_baseline: str | Tensor | None = None,
     mlp_baseline: str | Tensor = "att_itb_a0",
     block_baseline: str | Tensor = "itb",
-    target: "str | Direction" = "l2",
+    target: "str | Direction | Metric" = "l2",
     corrupted: Any = None,
     tol: float = 1e-3,
     max_nodes: int = MAX_NODES,
@@ -89,14 +71,18 @@ def attribute(
             to that of its own single run.
         maps: any of `attn` (resid_pre -> hook_z, `[layer, head, src, dst]`), `mlp` (hook_z, skip -> resid_post,
             `[layer, head, dst]`) and `block` (resid_pre -> resid_post, `[layer, src, dst]`). Mind the order:
-            TransformerLens patterns are `[head, dst(query), src(key)]`.
+            TransformerLens patterns are `[head, dst(query), src(key)]`. All of them by default, with a metric `attn`.
         layers: block numbers, all by default; negative ones count from the end.
         destinations: positions whose columns are computed, all by default; negative ones count from the end.
         attn_baseline: `zero`, `itb`, `itb_zero_ratio`, `itb_map_ratio`, `corrupted`, or resid_pre as a tensor
-            [pos, d_model], with a leading layer axis if it differs by layer.
+            [pos, d_model], with a leading layer axis if it differs by layer. `itb` by default, `corrupted` with a
+            metric, which takes no `itb`.
         mlp_baseline: `zero`, `att_itb_a0`, `corrupted`, or hook_z as a tensor [pos, head, d_head].
         block_baseline: `zero`, `itb`, `itb_zero_ratio`, `corrupted`, or resid_pre as a tensor.
-        target: `l2`, the distance that a destination's vector has moved, or `direction(w)`.
+        target: `l2`, the distance that a destination's vector has moved; `direction(w)`; or a metric of the logits
+            (`metric(f)`, `logit_difference(...)`, ...), with the rest of the model in the path: then contributions
+            are in the metric's units and at every layer add up, with `skip`, to f(prompt) - f(corrupted). Positive
+            is what raises the metric on the way from corrupted to clean, as in TransformerLens' denoising.
         corrupted: second prompt of the same length, for the `corrupted` baseline.
         tol: largest completeness gap of a cell, relative to the change of the target that it explains.
         max_nodes: nodes that may be spent on one cell; what still misses `tol` is marked and warned of.
@@ -124,6 +110,11 @@ def attribute(
         ConvergenceWarning: once per prompt, with the number of cells that missed `tol`.
     """
     model = check_hooked(model)
+    per_metric = isinstance(target, Metric)
+    if maps is None:
+        maps = ("attn",) if per_metric else MAPS
+    if attn_baseline is None:
+        attn_baseline = "corrupted" if per_metric else "itb"
     settings = Settings(
         maps=tuple(dict.fromkeys([maps] if isinstance(maps, str) else maps)),
         baselines={"attn": attn_baseline, "mlp": mlp_baseline, "block": block_baseline},
@@ -138,6 +129,10 @@ def attribute(
         raise InputError(
             f"corrupted is given, but no baseline of the maps {', '.join(settings.maps)} is 'corrupted': set one, or "
             "leave corrupted out."
+        )
+    if per_metric and destinations is not None:
+        raise InputError(
+            f"destinations={destinations}: contributions to a metric add up over all of them: leave it out."
         )
     if out is not None:
         if is_batch(prompt):
@@ -162,8 +157,33 @@ def _prepare(
     second: Prompt | None,
     layers: tuple[int, ...],
     destinations: tuple[int, ...],
-) -> _Job:
+) -> Job:
     """Record the prompt's blocks, verify their nodes, and check that they have what the maps need."""
+    downstream = None
+    if isinstance(settings.target, Metric):
+        downstream = _downstream(model, settings.target, clean, second)
+    with _float32(model, settings):
+        nodes, corrupted = _recorded(model, settings, clean, second, layers)
+    return Job(clean, layers, destinations, nodes, corrupted, second, downstream)
+
+
+def _float32(model: Any, settings: Settings) -> AbstractContextManager[None]:
+    """For a metric all of a half-precision model runs in float32, so that it is one function throughout."""
+    return prepared(model, model) if isinstance(settings.target, Metric) else nullcontext()
+
+
+def _downstream(model: Any, metric: Metric, clean: Prompt, second: Prompt | None) -> Downstream:
+    with prepared(model, model), torch.no_grad():
+        rest = Rest(model, clean.ids)
+        ready = metric.on(model, rest.logits)
+        corrupted = None if second is None else float(ready(Rest(model, second.ids).logits))
+        return Downstream(rest, ready, float(ready(rest.logits)), corrupted)
+
+
+def _recorded(
+    model: Any, settings: Settings, clean: Prompt, second: Prompt | None, layers: tuple[int, ...]
+) -> tuple[dict[int, BlockNodes], dict[int, BlockNodes]]:
+    """Nodes of the blocks on both prompts."""
     heads = [name for name in settings.maps if name in ("attn", "mlp")]
     formula = settings.engine != "hooks"
     needs_pattern = "attn" in heads and settings.starts_from("attn", "itb_map_ratio")
@@ -185,13 +205,14 @@ def _prepare(
                 f"attn_baseline='itb_map_ratio' needs the attention pattern, which block {layer} does not show "
                 "(attn.hook_pattern): use 'itb_zero_ratio', or load the model with eager attention."
             )
-    return _Job(clean, layers, destinations, nodes, corrupted, second)
+    return nodes, corrupted
 
 
 def _check_shapes(settings: Settings, nodes: BlockNodes, n_pos: int, n_layers: int, has_corrupted: bool) -> None:
     """Check target and baselines against a prompt of `n_pos` tokens."""
     d_model = nodes.resid_pre.shape[-1]
-    check_target(settings.target, n_pos, d_model)
+    if not isinstance(settings.target, Metric):
+        check_target(settings.target, n_pos, d_model)
     for name in settings.maps:
         shape = (n_pos, d_model)
         if name == "mlp" and nodes.z is not None:
@@ -210,7 +231,7 @@ def _nodes(
     return record_calls(model, prompt.ids, layers, visit)
 
 
-def _run(model: Any, settings: Settings, job: _Job, out: "str | os.PathLike[str] | None") -> Flow:
+def _run(model: Any, settings: Settings, job: Job, out: "str | os.PathLike[str] | None") -> Flow:
     labels, shapes = _labels(model, settings, job), _shapes(settings, job)
     if out is None or (Path(out).exists() and not Path(out).is_file()):  # a pipe cannot be written in pieces
         tensors = {
@@ -230,18 +251,21 @@ def _run(model: Any, settings: Settings, job: _Job, out: "str | os.PathLike[str]
     return Flow.load(out)
 
 
-def _fill(model: Any, settings: Settings, job: _Job, put: Callable[[str, int, Tensor], Any]) -> None:
+def _fill(model: Any, settings: Settings, job: Job, put: Callable[[str, int, Tensor], Any]) -> None:
     """Compute every layer and hand its tensors over, under the names that they have in a Flow file."""
     total = len(job.layers) * len(settings.maps) * len(job.destinations)
     cells: dict[str, list[dict[str, Tensor]]] = {name: [] for name in settings.maps}
-    with tqdm(
-        total=total, desc="lig_lens", unit="col", disable=not settings.progress, file=sys.stderr, leave=False
-    ) as bar:
+    with (
+        _float32(model, settings),
+        tqdm(
+            total=total, desc="lig_lens", unit="col", disable=not settings.progress, file=sys.stderr, leave=False
+        ) as bar,
+    ):
         for index, layer in enumerate(job.layers):
             with prepared(model, model.blocks[layer]):
                 for name in settings.maps:
                     bar.set_postfix_str(f"layer {layer} {name}")
-                    columns = _columns(settings, job, index, name, bar)
+                    columns = columns_of(settings, job, index, name, bar)
                     put(name, index, columns.pop("contributions"))
                     for key in _PARTS & columns.keys():
                         put(key, index, columns.pop(key))
@@ -254,7 +278,7 @@ def _fill(model: Any, settings: Settings, job: _Job, put: Callable[[str, int, Te
     )
 
 
-def _shapes(settings: Settings, job: _Job) -> dict[str, tuple[int, ...]]:
+def _shapes(settings: Settings, job: Job) -> dict[str, tuple[int, ...]]:
     """Shapes of a Flow's tensors, under the names that they have in a Flow file."""
     sizes = {
         "layer": len(job.layers),
@@ -262,92 +286,15 @@ def _shapes(settings: Settings, job: _Job) -> dict[str, tuple[int, ...]]:
         "src": len(job.prompt),
         "dst": len(job.destinations),
     }
-    axes = {name: AXES[name] for name in settings.maps}
+    per_metric = job.downstream is not None
+    named, cells = tensor_axes(per_metric), cell_axes(per_metric)
+    axes = {name: named[name] for name in settings.maps}
     if "mlp" in axes:
-        axes |= {name: AXES[name] for name in _PARTS}
-    axes |= {f"{group}.{name}": CELL_AXES[name] for group in flow_io.CELLS for name in settings.maps}
-    return {name: tuple(sizes[axis] for axis in named) for name, named in axes.items()}
-
-
-def _columns(settings: Settings, job: _Job, index: int, name: str, bar: Any) -> dict[str, Tensor]:
-    """All columns of one map at one layer, on the CPU."""
-    compute = _tail_columns if name == "mlp" else _attention_columns
-    pieces = []
-    for part in _portions(job, job.layers[index], name):
-        pieces.append(compute(settings, job, index, name, part))
-        bar.update(len(part))
-    columns = {key: torch.cat([piece[key] for piece in pieces], -1).cpu() for key in pieces[0]}
-    if not bool(torch.isfinite(columns["contributions"]).all()):
-        raise NonFiniteError(
-            f"The {name} map of block {job.layers[index]} is NaN or infinite along the path from "
-            f"{name}_baseline={describe_baseline(settings.baselines[name])!r}: choose another baseline."
-        )
-    return columns
-
-
-def _portions(job: _Job, layer: int, name: str) -> Iterator[Int[Tensor, "dst"]]:
-    """Destinations in portions whose unfinished panels fit into `_PANEL_BYTES`."""
-    nodes = job.nodes[layer]
-    width = len(job.prompt) * (nodes.boundaries.n_heads if name == "attn" else 1)
-    size = max(1, _PANEL_BYTES // (width * 4 * 4 * _OPEN_PANELS))  # four float32 sums for each
-    dst = torch.tensor(job.destinations, device=nodes.resid_pre.device)
-    yield from torch.split(dst, size)
-
-
-def _attention_columns(
-    settings: Settings, job: _Job, index: int, name: str, dst: Int[Tensor, "dst"]
-) -> dict[str, Tensor]:
-    """Columns of the `attn` or `block` map at one layer: contributions [head] src dst, and cells [head] dst."""
-    layer = job.layers[index]
-    nodes, corrupted = job.nodes[layer], job.corrupted.get(layer)
-    baseline, to_heads = settings.baselines[name], name == "attn"
-
-    def along(start: "str | Tensor", tol: float = settings.tol) -> Integral:
-        budget = Budget(tol, settings.max_nodes, settings.max_batch_tokens)
-        path = resid_path(nodes, start, corrupted, index)
-        closed = _engine(settings, nodes, name) == "closed_form"
-        integrate = closed_form.integrate_resid if closed else hooks.integrate_resid
-        return integrate(nodes, path, settings.target, dst, to_heads, budget)
-
-    main = along(baseline)
-    cells = _cells(main)
-    contributions = main.parts.permute(1, 2, 0)  # dst head src -> head src dst
-    if settings.starts_from(name, "itb_zero_ratio"):
-        zero = along("zero", settings.tol / 4)  # its error grows when a share is taken
-        share = self_share(zero.parts.permute(1, 2, 0), dst)
-        contributions = refill_self(contributions, share, dst)
-        # The share of a column takes over the error of the sum that it is a share of.
-        cells["gap"] = torch.maximum(cells["gap"], zero.gap.T * (1 + share.abs()))
-        cells["converged"] &= zero.converged.T & (cells["gap"] <= settings.tol)
-    elif settings.starts_from(name, "itb_map_ratio"):
-        assert nodes.pattern is not None  # checked in _prepare
-        pattern = nodes.pattern.transpose(-1, -2)[..., dst]  # head dst src -> head src dst
-        contributions = refill_self(contributions, self_share(pattern, dst), dst)
-    result = {"contributions": contributions, **cells}
-    return result if to_heads else {key: value[0] for key, value in result.items()}
-
-
-def _tail_columns(settings: Settings, job: _Job, index: int, name: str, dst: Int[Tensor, "dst"]) -> dict[str, Tensor]:
-    """Columns of the `mlp` map at one layer: heads [head dst], skip, bias and cells [dst]."""
-    layer = job.layers[index]
-    nodes = job.nodes[layer]
-    budget = Budget(settings.tol, settings.max_nodes, settings.max_batch_tokens)
-    chunk = budget.items(len(job.prompt))
-    path = tail_path(nodes, settings.baselines[name], job.corrupted.get(layer), index, dst, chunk)
-    integral = hooks.integrate_tail(nodes, path, settings.target, dst, budget)
-    parts = integral.parts[:, 0].T
-    cells = {key: value[0] for key, value in _cells(integral).items()}
-    return {"contributions": parts[:-2], "skip": parts[-2], "bias": parts[-1], **cells}
-
-
-def _engine(settings: Settings, nodes: BlockNodes, name: str) -> str:
-    """Engine of one map at one layer."""
-    return "hooks" if settings.engine == "hooks" or name == "mlp" or nodes.formula is None else "closed_form"
-
-
-def _cells(integral: Integral) -> dict[str, Tensor]:
-    names = ("total", "gap", "error", "converged", "nodes")
-    return {name: getattr(integral, name).T for name in names}
+        axes |= {name: named[name] for name in _PARTS}
+    if per_metric:
+        axes["skip"] = named["skip"]
+    axes |= {f"{group}.{name}": cells[name] for group in flow_io.CELLS for name in settings.maps}
+    return {name: tuple(sizes[axis] for axis in of) for name, of in axes.items()}
 
 
 def _warn(settings: Settings, tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -377,7 +324,7 @@ def _warn(settings: Settings, tensors: dict[str, dict[str, Tensor]]) -> None:
     )
 
 
-def _labels(model: Any, settings: Settings, job: _Job) -> dict[str, Any]:
+def _labels(model: Any, settings: Settings, job: Job) -> dict[str, Any]:
     """What a Flow holds beside its tensors."""
     return {
         "tokens": job.prompt.tokens,
@@ -388,17 +335,20 @@ def _labels(model: Any, settings: Settings, job: _Job) -> dict[str, Any]:
         "settings": _record(model, settings, job),
         "layouts": tuple(job.nodes[layer].boundaries.layout for layer in job.layers),
         "engines": {
-            name: tuple(_engine(settings, job.nodes[layer], name) for layer in job.layers) for name in settings.maps
+            name: tuple(engine_of(settings, job.nodes[layer], name) for layer in job.layers) for name in settings.maps
         },
+        "metric": None if job.downstream is None else job.downstream.metric.name,
     }
 
 
-def _record(model: Any, settings: Settings, job: _Job) -> dict[str, Any]:
+def _record(model: Any, settings: Settings, job: Job) -> dict[str, Any]:
     """Settings as a Flow keeps them."""
+    down = job.downstream
     return {
+        **({} if down is None else {"metric": {"clean": down.clean, "corrupted": down.corrupted}}),
         "maps": list(settings.maps),
         **{f"{name}_baseline": describe_baseline(settings.baselines[name]) for name in settings.maps},
-        "target": describe_target(settings.target),
+        "target": settings.target.name if isinstance(settings.target, Metric) else describe_target(settings.target),
         "tol": settings.tol,
         "max_nodes": settings.max_nodes,
         "engine": settings.engine,

@@ -65,15 +65,17 @@ class BlockBoundaries:
 class BlockNodes:
     """One block of one prompt with its nodes' values: what the engines work on.
 
-    `resid_post` is in the dtype of integration, replayed if the model is not; `W_O` and `b_O` reproduce the attention
-    output from `z`. `norms_to_z` counts the norms in a row on the way there, `tail_scales` holds what those behind it
-    divide by on the prompt (path of its hook -> value), `attention_is_attn_out` says that attention ends there, and
-    `rounding` is the relative rounding error of the block: larger than its dtype's where it casts to float32.
+    `resid_post` is in the dtype of integration, replayed if the model is not; `resid_mid` is what the layout has
+    between attention and the rest; `W_O` and `b_O` reproduce the attention output from `z`.
+    `norms_to_z` counts the norms in a row on the way there, `tail_scales` holds what those behind it divide by on the
+    prompt (path of its hook -> value), `attention_is_attn_out` says that attention ends there, and `rounding` is the
+    relative rounding error of the block: larger than its dtype's where it casts to float32.
     """
 
     call: BlockCall
     boundaries: BlockBoundaries
     resid_post: Float[Tensor, "pos d_model"] = field(repr=False)
+    resid_mid: Float[Tensor, "pos d_model"] | None = field(default=None, repr=False)
     eps: float = 1e-5
     z_path: str | None = None
     attn_out_path: str | None = None
@@ -174,7 +176,7 @@ def _whole_block(model: Any, call: BlockCall, seen: Seen) -> BlockNodes:
     return BlockNodes(
         call,
         boundaries,
-        output,
+        resid_post=output,
         eps=float(getattr(model.cfg, "eps", 1e-5) or 1e-5),
         tail_scales=tail_scales(call, seen, next(iter(norms), None)),
         rounding=_rounding(call, output),
@@ -233,6 +235,7 @@ def _with_heads(model: Any, nodes: BlockNodes, inside: Inside, formula: bool, re
     return replace(
         nodes,
         boundaries=boundaries,
+        resid_mid=resid_mid,
         z_path=inside.z_path,
         attn_out_path=inside.attn_out_path,
         norms_to_z=int(norm_before(order, inside.z_path)) + int(qk_normed(order, inside.z_path)),

@@ -25,6 +25,7 @@ from lig_lens.errors import InputError, check_choice
 MAPS = ("attn", "mlp", "block")
 ATTN_BASELINES = ("zero", "itb", "itb_zero_ratio", "itb_map_ratio", "corrupted")
 BLOCK_BASELINES = ("zero", "itb", "itb_zero_ratio", "corrupted")
+SHARED_BASELINES = ("zero", "corrupted")  # one path for all destinations
 MLP_BASELINES = ("zero", "att_itb_a0", "corrupted")
 ENGINES = ("auto", "closed_form", "hooks")
 DTYPES = ("float64", "float32", "float16", "bfloat16")

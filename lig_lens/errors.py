@@ -1,7 +1,9 @@
 """Typed errors and warnings. Every message gives the offending value and what to do."""
 
 import difflib
+import importlib
 from collections.abc import Sequence
+from typing import Any
 
 
 class LigLensError(Exception):
@@ -57,3 +59,15 @@ def missing_package(package: str, purpose: str, command: str) -> MissingPackageE
     return MissingPackageError(
         f"{purpose} needs the package {package!r}, which is not installed. Install it with: {command}"
     )
+
+
+def optional(package: str, purpose: str) -> Any:
+    """Import a package that is not always installed.
+
+    Raises:
+        MissingPackageError: it is not; says how to install it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise missing_package(package, purpose, f"pip install {package}") from error

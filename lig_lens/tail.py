@@ -3,16 +3,15 @@
 It acts token by token (`layout.py` checks that), so points of any paths can stand side by side.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from lig_lens.block import Hook, module_hooks, with_first_tensor
+from lig_lens.block import Hook, answering, module_hooks, with_first_tensor
 from lig_lens.boundaries import BlockNodes
 from lig_lens.layout import relative
 
@@ -75,7 +74,7 @@ class Tail:
     def _bare(self, attn_out: Tensor, skip: Tensor) -> Tensor:
         """Attention hands over what it is told to."""
         call = self.nodes.call
-        with _answering(call.modules["attn"], with_first_tensor(self._usual, attn_out[None])):
+        with answering(call.modules["attn"], with_first_tensor(self._usual, attn_out[None])):
             result = call.run(skip[None])
         assert result is not None
         return result[0]
@@ -108,17 +107,3 @@ class Scales:
             ratio = (torch.cat(self.start[path]) / end[dst]).cpu().double()
             s0, s1 = s0 * ratio.clamp(max=1.0), s1 * ratio.clamp(min=1.0).reciprocal()
         return s0, s1
-
-
-@contextlib.contextmanager
-def _answering(module: nn.Module, output: Any) -> Iterator[None]:
-    """Let a module return `output` without running."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = lambda *_args, **_kwargs: output
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before

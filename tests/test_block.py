@@ -1,5 +1,6 @@
 """One block alone does what it does inside the model, and leaves nothing behind on it."""
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from tiny_models import KINDS, tiny_bridge
 from torch import nn
 
 import lig_lens
-from lig_lens.block import prepared
+from lig_lens.block import BlockCall, Seen, prepared
 from lig_lens.boundaries import find_nodes
 from lig_lens.recording import record_calls
 
@@ -124,3 +125,17 @@ def test_half_precision_weights_come_back(ids: torch.Tensor) -> None:
     kept = state(model)
     lig_lens.attribute(model, ids, layers=1, maps="attn", progress=False)
     assert state(model) == kept and model.cfg.dtype == torch.bfloat16
+
+
+def test_what_hooks_show_is_not_kept() -> None:
+    # Of all blocks together it may not fit into memory.
+    alive: list[weakref.ref[Seen]] = []
+
+    def visit(call: BlockCall) -> int:
+        gone = sum(seen() is None for seen in alive)
+        assert call.seen is not None
+        alive.append(weakref.ref(call.seen))
+        return gone
+
+    gone = record_calls(tiny_bridge("llama"), torch.tensor([[5, 12, 30]]), [0, 1], visit)
+    assert gone == {0: 0, 1: 1} and all(seen() is None for seen in alive)

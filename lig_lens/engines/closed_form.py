@@ -21,7 +21,7 @@ from lig_lens.targets import Direction, Scalar
 
 # Numbers in one attention-shaped tensor, for each token that may be run through a block at once: large enough to
 # make the cost of calls small, small enough for such tensors to stay in a CPU's cache.
-_NUMBERS_PER_TOKEN = 64
+NUMBERS_PER_TOKEN = 64
 
 
 class _FromResid(PathIntegrand):
@@ -153,7 +153,7 @@ def integrate_resid(
     """
     with torch.no_grad():
         scalar = Scalar(target, len(nodes.resid_pre), nodes.resid_pre, nodes.W_O if to_heads else None)
-        size = _NUMBERS_PER_TOKEN * budget.max_batch_tokens
+        size = NUMBERS_PER_TOKEN * budget.max_batch_tokens
         if to_heads:
             return common.integrate_resid(_ToHeads(nodes, path, scalar, dst, size), path, None, dst, budget)
         integrand = _ToBlock(nodes, path, scalar, dst, size)

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
+from lig_lens.axes import axis_places
 from lig_lens.config import MAPS
 from lig_lens.errors import InputError, check_choice
 from lig_lens.files import write_atomic
-from lig_lens.flow import Flow, axis_places
+from lig_lens.flow import Flow
 
 # ColorBrewer's RdBu and Purples: told apart under the common kinds of colour blindness.
 _DIVERGING = [

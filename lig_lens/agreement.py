@@ -1,0 +1,151 @@
+"""Do scores foretell what interventions find? Rank correlations, overlap of the strongest, precision and recall."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lig_lens.effects import Effects
+from lig_lens.errors import InputError, optional
+from lig_lens.flow import Flow
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well a score agrees with effects, over the `n` entries that were measured.
+
+    Correlations are of signed values; `spearman_size` is of absolute values, for scores that have no sign.
+    `top_k_overlap` is the share of the k strongest effects (by absolute value) that are among the k strongest scores.
+    An effect counts as present if its absolute value is at least `threshold`: `average_precision` is over the ranking
+    by absolute score, `precision` and `recall` are at as many entries as there are such effects (so they are equal).
+    NaN where something is constant, or no effect is present.
+    """
+
+    n: int
+    spearman: float
+    spearman_size: float
+    kendall: float
+    pearson: float
+    k: int
+    top_k_overlap: float
+    threshold: float
+    n_present: int
+    average_precision: float
+    precision: float
+
+
+def aligned(score: "Flow | Effects", effects: Effects) -> Float[Tensor, "..."]:
+    """A score on the axes of some effects.
+
+    Edges add up over sources to heads at positions (dst), those over positions to heads. Of a Flow with a metric,
+    `positions` are what all that leaves a residual adds up to: `attn` over heads and destinations, and `skip`.
+
+    Raises:
+        InputError: layers or tokens that differ, or axes that the score does not have.
+    """
+    for name in ("layers", "tokens"):
+        if getattr(score, name) != getattr(effects, name):
+            raise InputError(
+                f"compare: the score and the effects differ in their {name} ({getattr(score, name)} and "
+                f"{getattr(effects, name)}): compute both for the same prompt and layers."
+            )
+    if isinstance(score, Flow):
+        if effects.on == "positions":
+            if score.metric is None or score.attn is None or score.skip is None:
+                raise InputError("compare: only a Flow with a metric as target adds up over what leaves a position.")
+            return score.attn.sum((1, 3)) + score.skip
+        if score.attn is None or len(score.destinations) != len(score.tokens):
+            raise InputError("compare: the Flow has no attn map for all destinations: ask attribute() for it.")
+        return _summed("edges", score.attn, effects.on)
+    return _summed(score.on, score.values, effects.on)
+
+
+def _summed(have: str, values: Tensor, wanted: str) -> Tensor:
+    if have == wanted:
+        return values
+    if have == "edges" and wanted in ("heads_by_pos", "heads"):
+        return values.sum(2) if wanted == "heads_by_pos" else values.sum((2, 3))
+    if have == "heads_by_pos" and wanted == "heads":
+        return values.sum(2)
+    raise InputError(f"compare: a score on {have} says nothing of effects on {wanted}.")
+
+
+def compare(score: "Flow | Effects", effects: Effects, *, k: int = 10, threshold: float | None = None) -> Agreement:
+    """Agreement of a score with effects.
+
+    Args:
+        score: a Flow (best with the same metric as target), or Effects, such as `scores()` gives or another
+            intervention's.
+        effects: what was measured; entries that are NaN are left out.
+        k: of the overlap.
+        threshold: smallest absolute effect that counts as present; a tenth of the largest by default.
+
+    Raises:
+        InputError: labels that differ, nothing measured, or k below 1.
+        MissingPackageError: scipy is not installed.
+    """
+    optional("scipy", "compare")
+    from scipy import stats
+
+    if k < 1:
+        raise InputError(f"compare: k is {k}: ask for at least 1.")
+    x, y = _points(score, effects)
+    if threshold is None:
+        threshold = 0.1 * float(y.abs().max())
+    present = y.abs() >= threshold
+    order = torch.sort(x.abs(), descending=True, stable=True).indices
+    hits = present[order].double()
+    found = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
+    n_present = int(present.sum())
+    k = min(k, len(x))
+    strongest = set(order[:k].tolist()) & set(torch.sort(y.abs(), descending=True, stable=True).indices[:k].tolist())
+
+    def correlation(function: Any, a: Tensor, b: Tensor) -> float:
+        if len(a) < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all()):
+            return float("nan")
+        return float(function(a.numpy(), b.numpy()).statistic)
+
+    return Agreement(
+        n=len(x),
+        spearman=correlation(stats.spearmanr, x, y),
+        spearman_size=correlation(stats.spearmanr, x.abs(), y.abs()),
+        kendall=correlation(stats.kendalltau, x, y),
+        pearson=correlation(stats.pearsonr, x, y),
+        k=k,
+        top_k_overlap=len(strongest) / k,
+        threshold=threshold,
+        n_present=n_present,
+        average_precision=float((found * hits).sum() / n_present) if n_present else float("nan"),
+        precision=float(hits[:n_present].mean()) if n_present else float("nan"),
+    )
+
+
+def _points(score: "Flow | Effects", effects: Effects) -> tuple[Tensor, Tensor]:
+    """Score and effect of every entry that was measured, in float64."""
+    measured = ~effects.values.isnan()
+    x, y = aligned(score, effects)[measured].double(), effects.values[measured].double()
+    if not len(y):
+        raise InputError("compare: no entry of the effects was measured.")
+    if bool(x.isnan().any()):
+        raise InputError(f"compare: the score lacks {int(x.isnan().sum())} of the {len(x)} entries that were measured.")
+    return x, y
+
+
+def compare_table(
+    scores: Mapping[str, "Flow | Effects"], effects: Effects, *, k: int = 10, threshold: float | None = None
+) -> "pandas.DataFrame":
+    """One row for each score, columns as in `Agreement`; arguments as in `compare`.
+
+    Raises:
+        InputError: see `compare`.
+        MissingPackageError: pandas or scipy is not installed.
+    """
+    rows = {name: asdict(compare(score, effects, k=k, threshold=threshold)) for name, score in scores.items()}
+    frame: pandas.DataFrame = optional("pandas", "compare_table").DataFrame.from_dict(rows, orient="index")
+    return frame

@@ -1,0 +1,116 @@
+"""Results of several prompts of one length averaged, position by position, with their standard errors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from lig_lens.axes import AXES
+from lig_lens.effects import Effects
+from lig_lens.errors import InputError
+from lig_lens.flow import Flow
+
+
+@dataclass(frozen=True)
+class AverageFlow:
+    """Mean Flow of `n` prompts, and standard errors of the mean under the names of its tensors (and `total`).
+
+    In `mean`, gaps are the largest of all prompts', and cells have converged where all have. A position whose token
+    differs between prompts is labelled `*`.
+    """
+
+    n: int
+    mean: Flow
+    stderr: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class AverageEffects:
+    """Mean Effects of `n` prompts with their standard error; entries that some prompt lacks are NaN."""
+
+    n: int
+    mean: Effects
+    stderr: Effects
+
+
+@overload
+def average(results: Sequence[Flow]) -> AverageFlow: ...
+@overload
+def average(results: Sequence[Effects]) -> AverageEffects: ...
+
+
+def average(results: Sequence[Flow] | Sequence[Effects]) -> AverageFlow | AverageEffects:
+    """Average Flows, or Effects, of several prompts.
+
+    Args:
+        results: of one kind, for prompts of the same number of tokens; two at least, for a standard error.
+
+    Raises:
+        InputError: fewer than two, or results that do not belong together.
+    """
+    flows = [result for result in results if isinstance(result, Flow)]
+    effects = [result for result in results if isinstance(result, Effects)]
+    if len(results) < 2 or (flows and effects):
+        raise InputError(
+            f"average needs two results or more of one kind: got {len(flows)} Flows and {len(effects)} Effects."
+        )
+    return _flows(flows) if flows else _effects(effects)
+
+
+def _same(results: Sequence[Any], names: Sequence[str]) -> None:
+    first = results[0]
+    for name in names:
+        for number, result in enumerate(results):
+            if getattr(result, name) != getattr(first, name):
+                raise InputError(
+                    f"average: results 0 and {number} differ in their {name}, {getattr(first, name)} and "
+                    f"{getattr(result, name)}: average like with like."
+                )
+
+
+def _tokens(results: Sequence[Any]) -> tuple[str, ...]:
+    """Labels of positions, `*` where prompts differ."""
+    lengths = sorted({len(result.tokens) for result in results})
+    if len(lengths) > 1:
+        raise InputError(f"average: the prompts have {lengths} tokens: positions can only be averaged in one length.")
+    return tuple(names[0] if len(set(names)) == 1 else "*" for names in zip(*(r.tokens for r in results), strict=True))
+
+
+def _mean(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    stacked = torch.stack([tensor.double() for tensor in tensors])
+    return stacked.mean(0).float(), (stacked.std(0) / len(tensors) ** 0.5).float()
+
+
+def _flows(flows: Sequence[Flow]) -> AverageFlow:
+    _same(flows, ("layers", "destinations", "maps", "model_name", "metric"))
+    first = flows[0]
+    stderr: dict[str, Tensor] = {}
+    fields: dict[str, Any] = {}
+    for name in AXES:
+        if getattr(first, name) is not None:
+            fields[name], stderr[name] = _mean([getattr(flow, name) for flow in flows])
+    totals = {name: _mean([flow.total[name] for flow in flows]) for name in first.maps}
+    stderr |= {f"total.{name}": error for name, (_, error) in totals.items()}
+    mean = replace(
+        first,
+        tokens=_tokens(flows),
+        special=tuple(all(marks) for marks in zip(*(flow.special for flow in flows), strict=True)),
+        settings=first.settings | {"averaged": len(flows)},
+        total={name: value for name, (value, _) in totals.items()},
+        gap={name: torch.stack([flow.gap[name] for flow in flows]).amax(0) for name in first.maps},
+        converged={name: torch.stack([flow.converged[name] for flow in flows]).all(0) for name in first.maps},
+        **fields,
+    )
+    return AverageFlow(len(flows), mean, stderr)
+
+
+def _effects(effects: Sequence[Effects]) -> AverageEffects:
+    _same(effects, ("on", "name", "layers", "metric"))
+    mean, error = _mean([effect.values for effect in effects])
+    first, tokens = effects[0], _tokens(effects)
+    reference = sum(effect.reference for effect in effects) / len(effects)
+    settings = {"averaged": len(effects)}
+    both = [replace(first, values=v, tokens=tokens, reference=reference, settings=settings) for v in (mean, error)]
+    return AverageEffects(len(effects), both[0], replace(both[1], name=f"standard error of {first.name}"))

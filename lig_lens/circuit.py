@@ -1,0 +1,142 @@
+"""What interventions and gradient scores need of one prompt's run, block by block."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lig_lens.block import BlockCall, Hook, module_hooks, torch_hooks
+from lig_lens.boundaries import BlockNodes, find_nodes
+from lig_lens.errors import BoundaryError
+from lig_lens.formula import QKV_PATHS
+from lig_lens.layout import by_position
+from lig_lens.metrics import BatchMetric
+from lig_lens.prompts import Prompt
+from lig_lens.recording import record_calls
+from lig_lens.rest import Rest
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Pattern and values of one block, `z = pattern @ values` head by head."""
+
+    pattern: Float[Tensor, "head dst src"]
+    values: Float[Tensor, "src head d_head"]
+
+
+@dataclass(frozen=True)
+class BlockRun:
+    """One block in a run: its nodes, and its attention if the hooks show it."""
+
+    nodes: BlockNodes
+    attention: Attention | None
+
+
+class CircuitRun:
+    """A run of a model on one prompt, of which any block can be run again with what follows.
+
+    Make it and use it inside `prepared(model, model)`.
+    """
+
+    def __init__(self, model: Any, prompt: Prompt, layers: Sequence[int]) -> None:
+        """Run the model and verify the nodes of the blocks.
+
+        Raises:
+            BoundaryError: a block has no separable heads, or its nodes do not reproduce it.
+        """
+        self.model, self.prompt = model, prompt
+        self.rest = Rest(model, prompt.ids)
+        self.blocks = record_calls(model, prompt.ids, layers, self._visit)
+
+    def _visit(self, call: BlockCall) -> BlockRun:
+        seen = call.seen
+        nodes = find_nodes(self.model, call, heads=True, formula=False)
+        if nodes.z is None:
+            raise BoundaryError(
+                f"Block {call.layer} has no attention with separable heads: no head of it can be patched. Leave the "
+                "layer out; resid_pre can be patched everywhere."
+            )
+        assert seen is not None  # float32 at least, see the class's docstring
+        return BlockRun(replace(nodes, pattern=None), _attention(nodes, seen.values))
+
+    def measure(
+        self,
+        metric: BatchMetric,
+        layer: int,
+        count: int,
+        make: Callable[[Tensor], tuple[Tensor | None, Tensor | None]],
+        max_batch_tokens: int,
+        advance: Callable[[int], Any],
+    ) -> Float[Tensor, "count"]:
+        """The metric of `count` runs that differ from this one at what enters one block and at its heads.
+
+        Args:
+            metric: of the logits.
+            layer: number of the block.
+            count: how many runs.
+            make: numbers of some runs [run] -> residual vectors that enter the block [run pos d_model] and head
+                outputs [run pos head d_head]; None leaves what the block itself makes of the rest.
+            max_batch_tokens: tokens that are run at once.
+            advance: told how many runs are done.
+        """
+        nodes = self.blocks[layer].nodes
+        assert nodes.z_path is not None
+        found = []
+        numbers = torch.arange(count, device=nodes.resid_pre.device)
+        for part in torch.split(numbers, max(1, max_batch_tokens // len(self.prompt))):
+            resid, z = make(part)
+            if resid is None:
+                resid = nodes.resid_pre.expand(len(part), -1, -1)
+            hooks: dict[str, Hook] = {} if z is None else {nodes.z_path: _replacing(z)}
+            with torch.no_grad():
+                found.append(metric(self.rest(nodes.call, resid, hooks)).float())
+            advance(len(part))
+        return torch.cat(found).cpu() if found else torch.zeros(0)
+
+    def gradients(self, metric: BatchMetric) -> dict[int, Float[Tensor, "pos head d_head"]]:
+        """Gradient of the metric at the head outputs of every block, from one backward pass."""
+        leaves: dict[int, Tensor] = {}
+
+        def added(layer: int) -> Hook:
+            # Some bridges hand over views, on which gradients are not kept: a zero that is added has one.
+            def hook(z: Tensor) -> Tensor:
+                leaves[layer] = torch.zeros_like(z, requires_grad=True)
+                return z + leaves[layer]
+
+            return hook
+
+        pairs = []
+        for layer, block in self.blocks.items():
+            assert block.nodes.z_path is not None
+            pairs += torch_hooks(block.nodes.call.modules, {block.nodes.z_path: added(layer)})
+        with torch.enable_grad(), module_hooks(pairs):
+            value = metric(self.rest.run())
+            grads = torch.autograd.grad(value.sum(), [leaves[layer] for layer in self.blocks], materialize_grads=True)
+        result = {}
+        for (layer, block), grad in zip(self.blocks.items(), grads, strict=True):
+            assert block.nodes.z is not None
+            result[layer] = grad.reshape(block.nodes.z.shape)
+        return result
+
+
+def _replacing(z: Tensor) -> Hook:
+    return lambda now: z.to(now).reshape(now.shape)
+
+
+def _attention(nodes: BlockNodes, values: Any) -> Attention | None:
+    """Pattern and values, if the hooks show them and z is their product."""
+    z, pattern = nodes.z, nodes.pattern
+    assert z is not None
+    path = next((paths[2] for paths in QKV_PATHS if paths[2] in values), None)
+    if pattern is None or path is None:
+        return None
+    n_pos, n_heads, d_head = z.shape
+    n_values = values[path].numel() // (n_pos * d_head)
+    if values[path].numel() != n_pos * n_values * d_head or n_values == 0 or n_heads % n_values:
+        return None
+    shown = values[path].reshape(n_pos, n_values, d_head).repeat_interleave(n_heads // n_values, 1).to(z)
+    missed = torch.einsum("hjs,she->jhe", pattern, shown) - z
+    return Attention(pattern, shown) if by_position(missed.flatten(1), z.flatten(1)) <= 1e-4 else None

@@ -1,0 +1,394 @@
+"""Interventions, exact and batched: activation patching, knock-outs of attention edges, ablation of heads.
+
+Every intervention is put into one block: other residual vectors enter it, or its heads put out something else. The
+blocks before it need not run, and the rest of the model is run on many interventions at once. That works alike on a
+`TransformerBridge`, a `HookedTransformer` and a `HookedEncoder`, with grouped keys and in every layout, and gives what
+TransformerLens' own patching gives where that supports the model.
+
+Signs: an effect is positive where what is put back, or left in, raises the metric. So patching clean activations into
+the corrupted run (denoising) counts f(patched) - f(corrupted), and taking something out of the clean run counts
+f(clean) - f(without): as contributions of a Flow with the same metric do.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lig_lens.block import prepared
+from lig_lens.circuit import CircuitRun
+from lig_lens.config import MAX_BATCH_TOKENS
+from lig_lens.effects import Effects
+from lig_lens.errors import InputError, check_choice
+from lig_lens.loading import check_evaluating, check_hooked
+from lig_lens.metrics import BatchMetric, Metric
+from lig_lens.metrics import metric as as_metric
+from lig_lens.prompts import Prompt, check_same_length, read_prompt
+from lig_lens.request import Selection, chosen_numbers
+
+NODES = ("hook_z", "resid_pre", "resid_mid")
+ABLATIONS = ("mean", "resample")
+Index = tuple[int, int, int, int]
+
+
+@torch.no_grad()
+def patch(
+    model: Any,
+    clean: Any,
+    corrupted: Any,
+    metric: Metric | Callable[[Tensor], Any],
+    *,
+    at: str = "hook_z",
+    layers: Selection = None,
+    noising: bool = False,
+    prepend_bos: bool | None = None,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    progress: bool = True,
+) -> Effects:
+    """Activation patching: one node at a time gets its value from the other run.
+
+    Args:
+        model: a hooked model.
+        clean: a text or token ids.
+        corrupted: the same, of the same number of tokens.
+        metric: of the logits; see `metrics`.
+        at: `hook_z` (one head's output at one position, [layer, head, pos]), `resid_pre` or `resid_mid` (the residual
+            stream at one position, [layer, pos]).
+        layers: block numbers, all by default.
+        noising: patch corrupted values into the clean run instead, and count f(clean) - f(patched).
+        prepend_bos: for texts; the tokenizer's own default with None.
+        max_batch_tokens: tokens that are run at once; bounds memory, changes nothing else.
+        progress: show a progress bar.
+
+    Returns:
+        f(patched) - f(corrupted), or the other with `noising`.
+
+    Raises:
+        InputError: prompts of different lengths, an unknown node, a metric that gives no number, or `resid_mid` in a
+            layout without one.
+        BoundaryError: blocks that cannot be run by themselves.
+    """
+    check_choice("node", at, NODES)
+    model = _checked(model)
+    first, second = (
+        read_prompt(model, prompt, prepend_bos=prepend_bos, what=what)
+        for prompt, what in ((clean, "prompt"), (corrupted, "corrupted prompt"))
+    )
+    check_same_length(first, second)
+    chosen = chosen_numbers("layer", layers, int(model.cfg.n_layers))
+    with prepared(model, model):
+        runs = [CircuitRun(model, prompt, chosen) for prompt in (first, second)]
+        ready = _ready(model, metric, runs[0])
+        into, source = runs if noising else reversed(runs)
+        if at == "resid_mid":
+            _check_middles(into)
+        before = float(ready(into.rest.logits))
+        n_heads = len(_z(into, chosen[0])[0])
+        per_layer = len(first) * (n_heads if at == "hook_z" else 1)
+        with _bar(len(chosen) * per_layer, progress, f"patching {at}") as bar:
+            rows = []
+            for layer in chosen:
+                make = _patches(into, source, layer, at)
+                rows.append(into.measure(ready, layer, per_layer, make, max_batch_tokens, bar.update))
+    values = torch.stack(rows)
+    values = (before - values) if noising else (values - before)
+    on = "positions"
+    if at == "hook_z":
+        on, values = "heads_by_pos", values.reshape(len(chosen), n_heads, len(first))
+    return Effects(
+        values=values,
+        on=on,
+        name=f"activation patching of {at}" + (", noising" if noising else ""),
+        tokens=first.tokens,
+        layers=chosen,
+        metric=ready.name,
+        reference=before,
+        settings={"clean": _ids(first), "corrupted": _ids(second), "at": at, "noising": noising},
+    )
+
+
+def _patches(into: CircuitRun, source: CircuitRun, layer: int, at: str) -> Callable[[Tensor], tuple[Any, Any]]:
+    """What enters block `layer` of a run when one node is replaced."""
+    here, there = into.blocks[layer].nodes, source.blocks[layer].nodes
+    z, other = _z(into, layer), _z(source, layer)
+    n_pos = len(z)
+
+    def heads(numbers: Tensor) -> tuple[Any, Any]:
+        patched, item = z.repeat(len(numbers), 1, 1, 1), torch.arange(len(numbers), device=z.device)
+        head, pos = numbers // n_pos, numbers % n_pos
+        patched[item, pos, head] = other[pos, head]
+        return None, patched
+
+    def resid(numbers: Tensor) -> tuple[Any, Any]:
+        patched, item = here.resid_pre.repeat(len(numbers), 1, 1), torch.arange(len(numbers), device=z.device)
+        if at == "resid_pre":
+            patched[item, numbers] = there.resid_pre[numbers]
+            return patched, None
+        # The rest of the block sees only the sum: what is added to one of its terms is added to it.
+        assert here.resid_mid is not None and there.resid_mid is not None
+        patched[item, numbers] += (there.resid_mid - here.resid_mid)[numbers]
+        return patched, z.expand(len(numbers), -1, -1, -1)
+
+    return heads if at == "hook_z" else resid
+
+
+@torch.no_grad()
+def knock_out(
+    model: Any,
+    prompt: Any,
+    metric: Metric | Callable[[Tensor], Any],
+    *,
+    edges: Iterable[Index] | None = None,
+    layers: Selection = None,
+    renormalise: bool = False,
+    prepend_bos: bool | None = None,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    progress: bool = True,
+) -> Effects:
+    """Take single edges out of the attention pattern, one at a time: exact, nothing is linearised.
+
+    Args:
+        model: a hooked model.
+        prompt: a text or token ids.
+        metric: of the logits.
+        edges: `(layer, head, src, dst)`, such as `top_edges(flow, 200)`; all that attention can see by default.
+        layers: where `edges` are not given, block numbers.
+        renormalise: scale what is left of the pattern's row to add up to 1.
+        prepend_bos: see `patch`.
+        max_batch_tokens: see `patch`.
+        progress: see `patch`.
+
+    Returns:
+        f(prompt) - f(without the edge), [layer, head, src, dst]; NaN for edges that were not asked for. A row's only
+        edge cannot be renormalised away, and counts as 0 then.
+
+    Raises:
+        InputError: edges that do not exist (out of range, or a later source in a causal model), a metric that gives no
+            number, or a block whose pattern and values cannot be read.
+    """
+    model = _checked(model)
+    read = read_prompt(model, prompt, prepend_bos=prepend_bos)
+    n_layers = int(model.cfg.n_layers)
+    wanted = None if edges is None else sorted({_whole(edge) for edge in edges})
+    if wanted is not None:
+        if not wanted:
+            raise InputError("edges is empty: name at least one as (layer, head, src, dst), or leave it out for all.")
+        layers = sorted({edge[0] for edge in wanted})
+    chosen = chosen_numbers("layer", layers, n_layers)
+    with prepared(model, model):
+        run = CircuitRun(model, read, chosen)
+        ready = _ready(model, metric, run)
+        asked = {layer: _asked(run, layer, wanted) for layer in chosen}
+        before = float(ready(run.rest.logits))
+        shape = (len(chosen), _z(run, chosen[0]).shape[1], len(read), len(read))
+        values = torch.full(shape, torch.nan)
+        with _bar(sum(len(places) for places in asked.values()), progress, "edge knock-outs") as bar:
+            for row, layer in enumerate(chosen):
+                places = asked[layer]
+                make = _without_edges(run, layer, places, renormalise)
+                found = run.measure(ready, layer, len(places), make, max_batch_tokens, bar.update)
+                values[row][tuple(places.T.cpu())] = before - found
+    return Effects(
+        values=values,
+        on="edges",
+        name="edge knock-out" + (", renormalised" if renormalise else ""),
+        tokens=read.tokens,
+        layers=chosen,
+        metric=ready.name,
+        reference=before,
+        settings={"prompt": _ids(read), "renormalise": renormalise},
+    )
+
+
+def _without_edges(
+    run: CircuitRun, layer: int, places: Tensor, renormalise: bool
+) -> Callable[[Tensor], tuple[Any, Any]]:
+    z, attention = _z(run, layer), run.blocks[layer].attention
+    assert attention is not None  # checked in _asked
+
+    def make(numbers: Tensor) -> tuple[Any, Any]:
+        head, src, dst = places[numbers].T
+        changed, item = z.repeat(len(numbers), 1, 1, 1), torch.arange(len(numbers), device=z.device)
+        # From what is left, not as differences: a row may look at one token nearly alone.
+        row = attention.pattern[head, dst].scatter(1, src[:, None], 0.0)
+        left = torch.einsum("es,seh->eh", row, attention.values[:, head])
+        if renormalise:
+            rest = row.sum(-1, keepdim=True)
+            left = torch.where(rest > 0, left / rest.clamp(min=1e-30), z[dst, head])
+        changed[item, dst, head] = left
+        return None, changed
+
+    return make
+
+
+def _asked(run: CircuitRun, layer: int, wanted: list[Index] | None) -> Tensor:
+    """Edges `(head, src, dst)` of a block to knock out."""
+    attention = run.blocks[layer].attention
+    if attention is None:
+        raise InputError(
+            f"The pattern and values of block {layer} cannot be read, or head outputs are not their product: its edges "
+            "cannot be knocked out. Heads and residual stream can still be patched (patch, ablate)."
+        )
+    visible = attention.pattern.transpose(1, 2) > 0  # head src dst
+    if wanted is None:
+        return visible.nonzero()
+    places = []
+    for _, head, src, dst in (edge for edge in wanted if edge[0] == layer):
+        n_heads, n_pos = visible.shape[:2]
+        if not (0 <= head < n_heads and 0 <= src < n_pos and 0 <= dst < n_pos):
+            raise InputError(
+                f"Edge {(layer, head, src, dst)} does not exist: block {layer} has heads 0 to {n_heads - 1}, and the "
+                f"prompt positions 0 to {n_pos - 1}."
+            )
+        if not bool(visible[head, src, dst]):
+            raise InputError(
+                f"Edge {(layer, head, src, dst)} does not exist: head {layer}.{head} cannot see source {src} from "
+                f"destination {dst}" + (" (attention is causal)." if src > dst else " (its pattern is 0 there).")
+            )
+        places.append((head, src, dst))
+    return torch.tensor(places, device=visible.device)
+
+
+@torch.no_grad()
+def ablate(
+    model: Any,
+    prompt: Any,
+    metric: Metric | Callable[[Tensor], Any],
+    others: Any,
+    *,
+    by: str = "mean",
+    layers: Selection = None,
+    prepend_bos: bool | None = None,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    progress: bool = True,
+) -> Effects:
+    """Replace all outputs of one head at a time by what it puts out on other prompts.
+
+    Args:
+        model: a hooked model.
+        prompt: a text or token ids.
+        metric: of the logits.
+        others: prompts (texts or ids) of the same length: a list, or one prompt.
+        by: `mean` puts in the mean over `others`, position by position; `resample` each of them in turn, and averages
+            the metric.
+        layers: block numbers, all by default.
+        prepend_bos: see `patch`.
+        max_batch_tokens: see `patch`.
+        progress: see `patch`.
+
+    Returns:
+        f(prompt) - f(ablated), [layer, head].
+
+    Raises:
+        InputError: as `patch`.
+    """
+    check_choice("ablation", by, ABLATIONS)
+    model = _checked(model)
+    read = read_prompt(model, prompt, prepend_bos=prepend_bos)
+    listed = others if isinstance(others, Sequence) and not isinstance(others, str) and _several(others) else [others]
+    other = [read_prompt(model, one, prepend_bos=prepend_bos, what="other prompt") for one in listed]
+    for one in other:
+        check_same_length(read, one)
+    chosen = chosen_numbers("layer", layers, int(model.cfg.n_layers))
+    with prepared(model, model):
+        run = CircuitRun(model, read, chosen)
+        ready = _ready(model, metric, run)
+        before = float(ready(run.rest.logits))
+        sources = [CircuitRun(model, one, chosen) for one in other]
+        rows = []
+        n_heads = _z(run, chosen[0]).shape[1]
+        repeats = 1 if by == "mean" else len(sources)
+        with _bar(len(chosen) * n_heads * repeats, progress, f"{by} ablation") as bar:
+            for layer in chosen:
+                z = torch.stack([_z(source, layer) for source in sources])
+                if by == "mean":
+                    z = z.mean(0, keepdim=True)
+                make = _ablations(run, layer, z)
+                found = run.measure(ready, layer, n_heads * repeats, make, max_batch_tokens, bar.update)
+                rows.append(found.reshape(n_heads, repeats).mean(1))
+    return Effects(
+        values=before - torch.stack(rows),
+        on="heads",
+        name=f"{by} ablation",
+        tokens=read.tokens,
+        layers=chosen,
+        metric=ready.name,
+        reference=before,
+        settings={"prompt": _ids(read), "others": [_ids(one) for one in other], "by": by},
+    )
+
+
+def _ablations(
+    run: CircuitRun, layer: int, others: Float[Tensor, "other pos head d_head"]
+) -> Callable[[Tensor], tuple[Any, Any]]:
+    z = _z(run, layer)
+
+    def make(numbers: Tensor) -> tuple[Any, Any]:
+        changed, item = z.repeat(len(numbers), 1, 1, 1), torch.arange(len(numbers), device=z.device)
+        head, other = numbers // len(others), numbers % len(others)
+        changed[item, :, head] = others[other, :, head]
+        return None, changed
+
+    return make
+
+
+def top_edges(flow: Any, k: int) -> list[Index]:
+    """The k strongest edges of a Flow's attn map, or of Effects on edges, as `knock_out` takes them.
+
+    Args:
+        flow: a Flow or Effects.
+        k: how many.
+    """
+    if isinstance(flow, Effects):
+        return [(flow.layers[layer], head, src, dst) for (layer, head, src, dst), _ in flow.top(k)]
+    return [(edge.layer, edge.head, edge.src, edge.dst) for edge in flow.top(k, "attn")]
+
+
+def _checked(model: Any) -> Any:
+    model = check_hooked(model)
+    check_evaluating(model)
+    return model
+
+
+def _ready(model: Any, metric: Metric | Callable[[Tensor], Any], clean: CircuitRun) -> BatchMetric:
+    return as_metric(metric).on(model, clean.rest.logits)
+
+
+def _z(run: CircuitRun, layer: int) -> Float[Tensor, "pos head d_head"]:
+    z = run.blocks[layer].nodes.z
+    assert z is not None
+    return z
+
+
+def _check_middles(run: CircuitRun) -> None:
+    for layer, block in run.blocks.items():
+        if block.nodes.resid_mid is None:
+            raise InputError(
+                f"Block {layer} ({block.nodes.boundaries.layout}) has no resid_mid to patch: use at='resid_pre' or "
+                "'hook_z'."
+            )
+
+
+def _whole(edge: Any) -> Index:
+    try:
+        layer, head, src, dst = (int(number) for number in edge)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"Edge {edge!r} is not (layer, head, src, dst), four whole numbers.") from error
+    return layer, head, src, dst
+
+
+def _several(others: Sequence[Any]) -> bool:
+    return bool(others) and not isinstance(others[0], int)
+
+
+def _ids(prompt: Prompt) -> list[int]:
+    ids: list[int] = prompt.ids[0].tolist()
+    return ids
+
+
+def _bar(total: int, progress: bool, what: str) -> Any:
+    return tqdm(total=total, desc=what, unit="run", disable=not progress, file=sys.stderr, leave=False)
