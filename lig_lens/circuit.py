@@ -123,7 +123,7 @@ class CircuitRun:
 
 
 def _replacing(z: Tensor) -> Hook:
-    return lambda now: z.to(now).reshape(now.shape)
+    return lambda now: z.to(now).reshape(now.shape).contiguous()
 
 
 def _attention(nodes: BlockNodes, values: Any) -> Attention | None:

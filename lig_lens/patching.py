@@ -142,7 +142,7 @@ def knock_out(
     prompt: Any,
     metric: Metric | Callable[[Tensor], Any],
     *,
-    edges: Iterable[Index] | None = None,
+    edges: Iterable[Any] | None = None,
     layers: Selection = None,
     renormalise: bool = False,
     prepend_bos: bool | None = None,

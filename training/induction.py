@@ -35,6 +35,16 @@ def sequences(count: int, length: int, generator: torch.Generator) -> tuple[torc
     return ids, labels
 
 
+def head_sizes(model: GPT2LMHeadModel) -> torch.Tensor:
+    """Length of every head's output weights, [layer, head].
+
+    Added to the loss, it leaves one head where several would do the same: a group lasso.
+    """
+    n_heads = model.config.n_head
+    weights = torch.stack([block.attn.c_proj.weight for block in model.transformer.h])  # layer (head d_head) d_model
+    return torch.linalg.vector_norm(weights.unflatten(1, (n_heads, -1)).flatten(2), dim=-1)
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per word, and one before the first."""
     vocabulary = {token: number for number, token in enumerate(TOKENS)}
@@ -45,13 +55,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Steps of training.")] = 3000,
+    steps: Annotated[int, typer.Option(help="Steps of training.")] = 2000,
     batch: Annotated[int, typer.Option(help="Sequences in a step.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 48,
     lr: Annotated[float, typer.Option(help="Largest learning rate.")] = 2e-3,
     heads: Annotated[int, typer.Option(help="Heads of each layer.")] = 4,
     width: Annotated[int, typer.Option(help="Size of the residual stream.")] = 128,
     decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.1,
+    sparsity: Annotated[float, typer.Option(help="Price of a head's output weights, by their length.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the model.")] = HERE,
 ) -> None:
@@ -82,7 +93,7 @@ def main(
         wanted = labels[:, 1:]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
-        loss.backward()
+        (loss + sparsity * head_sizes(model).sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -91,6 +102,7 @@ def main(
             accuracy = float((logits.argmax(-1) == wanted)[known].float().mean())
             seconds = time.perf_counter() - begun
             print(f"step {step:5d}  loss {float(loss.detach()):.3f}  accuracy {accuracy:.3f}  {seconds:.0f} s")
+            print(f"            heads {[[round(x, 2) for x in row] for row in head_sizes(model).tolist()]}")
     model.eval().save_pretrained(out)
     tokenizer().save_pretrained(out)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {out}")
