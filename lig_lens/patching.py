@@ -43,6 +43,7 @@ def patch(
     metric: Metric | Callable[[Tensor], Any],
     *,
     at: str = "hook_z",
+    each_position: bool = True,
     layers: Selection = None,
     noising: bool = False,
     prepend_bos: bool | None = None,
@@ -58,6 +59,7 @@ def patch(
         metric: of the logits; see `metrics`.
         at: `hook_z` (one head's output at one position, [layer, head, pos]), `resid_pre` or `resid_mid` (the residual
             stream at one position, [layer, pos]).
+        each_position: False patches a head at all positions at once, [layer, head].
         layers: block numbers, all by default.
         noising: patch corrupted values into the clean run instead, and count f(clean) - f(patched).
         prepend_bos: for texts; the tokenizer's own default with None.
@@ -73,6 +75,8 @@ def patch(
         BoundaryError: blocks that cannot be run by themselves.
     """
     check_choice("node", at, NODES)
+    if not each_position and at != "hook_z":
+        raise InputError(f"each_position=False goes with at='hook_z': {at} at all positions is all of the other run.")
     model = _checked(model)
     first, second = (
         read_prompt(model, prompt, prepend_bos=prepend_bos, what=what)
@@ -88,16 +92,18 @@ def patch(
             _check_middles(into)
         before = float(ready(into.rest.logits))
         n_heads = len(_z(into, chosen[0])[0])
-        per_layer = len(first) * (n_heads if at == "hook_z" else 1)
+        per_layer = (len(first) if each_position else 1) * (n_heads if at == "hook_z" else 1)
         with _bar(len(chosen) * per_layer, progress, f"patching {at}") as bar:
             rows = []
             for layer in chosen:
-                make = _patches(into, source, layer, at)
+                make = _patches(into, source, layer, at if each_position else "heads")
                 rows.append(into.measure(ready, layer, per_layer, make, max_batch_tokens, bar.update))
     values = torch.stack(rows)
     values = (before - values) if noising else (values - before)
     on = "positions"
-    if at == "hook_z":
+    if not each_position:
+        on = "heads"
+    elif at == "hook_z":
         on, values = "heads_by_pos", values.reshape(len(chosen), n_heads, len(first))
     return Effects(
         values=values,
@@ -119,6 +125,9 @@ def _patches(into: CircuitRun, source: CircuitRun, layer: int, at: str) -> Calla
 
     def heads(numbers: Tensor) -> tuple[Any, Any]:
         patched, item = z.repeat(len(numbers), 1, 1, 1), torch.arange(len(numbers), device=z.device)
+        if at == "heads":
+            patched[item, :, numbers] = other[:, numbers].transpose(0, 1)
+            return None, patched
         head, pos = numbers // n_pos, numbers % n_pos
         patched[item, pos, head] = other[pos, head]
         return None, patched
@@ -133,7 +142,7 @@ def _patches(into: CircuitRun, source: CircuitRun, layer: int, at: str) -> Calla
         patched[item, numbers] += (there.resid_mid - here.resid_mid)[numbers]
         return patched, z.expand(len(numbers), -1, -1, -1)
 
-    return heads if at == "hook_z" else resid
+    return heads if at in ("hook_z", "heads") else resid
 
 
 @torch.no_grad()
@@ -144,6 +153,7 @@ def knock_out(
     *,
     edges: Iterable[Any] | None = None,
     layers: Selection = None,
+    corrupted: Any = None,
     renormalise: bool = False,
     prepend_bos: bool | None = None,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
@@ -151,12 +161,18 @@ def knock_out(
 ) -> Effects:
     """Take single edges out of the attention pattern, one at a time: exact, nothing is linearised.
 
+    The effect is how much worse off the prompt is without the edge. What an edge carries whatever the prompt (to a
+    position that every prompt needs) counts as well; with `corrupted` only what it carries of the difference does,
+    which is what contributions to a metric from that corrupted run are about.
+
     Args:
         model: a hooked model.
         prompt: a text or token ids.
         metric: of the logits.
         edges: `(layer, head, src, dst)`, such as `top_edges(flow, 200)`; all that attention can see by default.
         layers: where `edges` are not given, block numbers.
+        corrupted: a second prompt of the same number of tokens: the edge carries what it carries in that run (pattern
+            entry times value), instead of nothing.
         renormalise: scale what is left of the pattern's row to add up to 1.
         prepend_bos: see `patch`.
         max_batch_tokens: see `patch`.
@@ -172,6 +188,14 @@ def knock_out(
     """
     model = _checked(model)
     read = read_prompt(model, prompt, prepend_bos=prepend_bos)
+    second = None
+    if corrupted is not None:
+        if renormalise:
+            raise InputError(
+                "renormalise=True goes with knock-outs: an edge from the corrupted run leaves its row whole."
+            )
+        second = read_prompt(model, corrupted, prepend_bos=prepend_bos, what="corrupted prompt")
+        check_same_length(read, second)
     n_layers = int(model.cfg.n_layers)
     wanted = None if edges is None else sorted({_whole(edge) for edge in edges})
     if wanted is not None:
@@ -181,6 +205,7 @@ def knock_out(
     chosen = chosen_numbers("layer", layers, n_layers)
     with prepared(model, model):
         run = CircuitRun(model, read, chosen)
+        other = None if second is None else CircuitRun(model, second, chosen)
         ready = _ready(model, metric, run)
         asked = {layer: _asked(run, layer, wanted) for layer in chosen}
         before = float(ready(run.rest.logits))
@@ -189,26 +214,31 @@ def knock_out(
         with _bar(sum(len(places) for places in asked.values()), progress, "edge knock-outs") as bar:
             for row, layer in enumerate(chosen):
                 places = asked[layer]
-                make = _without_edges(run, layer, places, renormalise)
+                make = _without_edges(run, other, layer, places, renormalise)
                 found = run.measure(ready, layer, len(places), make, max_batch_tokens, bar.update)
                 values[row][tuple(places.T.cpu())] = before - found
     return Effects(
         values=values,
         on="edges",
-        name="edge knock-out" + (", renormalised" if renormalise else ""),
+        name=("edge knock-out" if second is None else "edge patching") + (", renormalised" if renormalise else ""),
         tokens=read.tokens,
         layers=chosen,
         metric=ready.name,
         reference=before,
-        settings={"prompt": _ids(read), "renormalise": renormalise},
+        settings={
+            "prompt": _ids(read),
+            "corrupted": None if second is None else _ids(second),
+            "renormalise": renormalise,
+        },
     )
 
 
 def _without_edges(
-    run: CircuitRun, layer: int, places: Tensor, renormalise: bool
+    run: CircuitRun, other: CircuitRun | None, layer: int, places: Tensor, renormalise: bool
 ) -> Callable[[Tensor], tuple[Any, Any]]:
     z, attention = _z(run, layer), run.blocks[layer].attention
     assert attention is not None  # checked in _asked
+    instead = None if other is None else other.blocks[layer].attention
 
     def make(numbers: Tensor) -> tuple[Any, Any]:
         head, src, dst = places[numbers].T
@@ -219,6 +249,8 @@ def _without_edges(
         if renormalise:
             rest = row.sum(-1, keepdim=True)
             left = torch.where(rest > 0, left / rest.clamp(min=1e-30), z[dst, head])
+        if instead is not None:
+            left = left + instead.pattern[head, dst, src][:, None] * instead.values[src, head]
         changed[item, dst, head] = left
         return None, changed
 

@@ -56,6 +56,17 @@ def test_equals_transformer_lens(kind: str, noising: bool):
             assert ours.reference == pytest.approx(before, abs=1e-4)
 
 
+def test_all_positions_of_a_head_at_once():
+    from transformer_lens import patching as theirs
+
+    model = compatible("llama")
+    _, cache = model.run_with_cache(torch.tensor([CLEAN]))
+    ours = patching.patch(model, CLEAN, CORRUPTED, curved, each_position=False, progress=False)
+    expected = theirs.get_act_patch_attn_head_out_all_pos(model, torch.tensor([CORRUPTED]), cache, curved)
+    assert ours.on == "heads"
+    torch.testing.assert_close(ours.values, expected - value(model, CORRUPTED), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_heads_and_residuals_by_hooks(kind: str):
     model = compatible(kind)
@@ -118,6 +129,26 @@ def test_edges_by_hooks_on_the_pattern(kind: str, renormalise: bool):
         assert int((~ours.values.isnan()).sum()) == len(edges)
 
 
+def test_edges_from_the_corrupted_run():
+    model, edges = compatible("llama"), [(0, 1, 2, 4), (1, 3, 3, 3), (1, 0, 1, 4)]
+    ours = patching.knock_out(model, CLEAN, curved, edges=edges, corrupted=CORRUPTED, progress=False)
+    (_, cache), (_, other) = (model.run_with_cache(torch.tensor([ids])) for ids in (CLEAN, CORRUPTED))
+    for layer, head, src, dst in edges:
+
+        def put(z, hook, layer=layer, head=head, src=src, dst=dst):
+            z = z.clone()
+            for sign, run in ((-1, cache), (1, other)):
+                values = run[f"blocks.{layer}.attn.hook_v"].reshape(len(CLEAN), -1, z.shape[-1])
+                pattern = run[f"blocks.{layer}.attn.hook_pattern"]
+                z[0, dst, head] += sign * pattern[0, head, dst, src] * values[src, head // 2]
+            return z
+
+        expected = value(model) - value(model, hooks=[(f"blocks.{layer}.attn.hook_z", put)])
+        assert float(ours.values[layer, head, src, dst]) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    with pytest.raises(lig_lens.InputError, match="renormalise=True goes with knock-outs"):
+        patching.knock_out(model, CLEAN, curved, corrupted=CORRUPTED, renormalise=True, progress=False)
+
+
 def test_all_edges_that_attention_can_see():
     ours = patching.knock_out(compatible("gpt2"), CLEAN, curved, progress=False)
     seen = torch.ones(len(CLEAN), len(CLEAN), dtype=torch.bool).triu()  # [src, dst]
@@ -163,6 +194,7 @@ def test_model_is_left_as_it_was():
     [
         (lambda m: patching.patch(m, CLEAN, CORRUPTED[:4], curved), "4 tokens, the prompt 5.*part at position"),
         (lambda m: patching.patch(m, CLEAN, CORRUPTED, curved, at="hook_q"), "Unknown node 'hook_q'"),
+        (lambda m: patching.patch(m, CLEAN, CORRUPTED, curved, at="resid_pre", each_position=False), "goes with"),
         (lambda m: patching.patch(m, CLEAN, CORRUPTED, lambda x: x[0]), r"gave shape \[5, 40\]"),
         (lambda m: patching.patch(m, CLEAN, CORRUPTED, lambda x: x.sum() * torch.inf), "gave (-?inf|nan)"),
         (
