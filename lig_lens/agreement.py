@@ -95,7 +95,7 @@ def compare(score: "Flow | Effects", effects: Effects, *, k: int = 10, threshold
 
     if k < 1:
         raise InputError(f"compare: k is {k}: ask for at least 1.")
-    x, y = _points(score, effects)
+    x, y = points(score, effects)
     if threshold is None:
         threshold = 0.1 * float(y.abs().max())
     present = y.abs() >= threshold
@@ -126,7 +126,7 @@ def compare(score: "Flow | Effects", effects: Effects, *, k: int = 10, threshold
     )
 
 
-def _points(score: "Flow | Effects", effects: Effects) -> tuple[Tensor, Tensor]:
+def points(score: "Flow | Effects", effects: Effects) -> tuple[Tensor, Tensor]:
     """Score and effect of every entry that was measured, in float64."""
     measured = ~effects.values.isnan()
     x, y = aligned(score, effects)[measured].double(), effects.values[measured].double()

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 import lig_lens
+from lig_lens.cli_circuits import register
 from lig_lens.config import (
     ATTN_BASELINES,
     BLOCK_BASELINES,
@@ -167,7 +168,7 @@ def explain(
         "progress": progress,
     }
     given = parse_settings({key: value for key, value in flags.items() if value is not None}, "--")
-    settings = merge_settings({} if config is None else load_config(config), given)
+    settings = merge_settings(ExplainConfig, {} if config is None else load_config(config), given)
     _check_before_work(text, settings)
     _explain(text, settings)
 
@@ -241,6 +242,9 @@ def boundaries(
     else:
         blocks = describe_boundaries(load_model(model))
     typer.echo(boundaries_table(model, blocks, _terminal_width()))
+
+
+register(app, _check_device)
 
 
 def _terminal_width() -> int | None:

@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import (
@@ -27,6 +27,7 @@ ATTN_BASELINES = ("zero", "itb", "itb_zero_ratio", "itb_map_ratio", "corrupted")
 BLOCK_BASELINES = ("zero", "itb", "itb_zero_ratio", "corrupted")
 SHARED_BASELINES = ("zero", "corrupted")  # one path for all destinations
 MLP_BASELINES = ("zero", "att_itb_a0", "corrupted")
+PATCHED = ("hook_z", "heads", "resid_pre", "resid_mid", "edges")
 ENGINES = ("auto", "closed_form", "hooks")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # Integration nodes that may be spent on one cell, and tokens that are run through a block at once.
@@ -50,55 +51,69 @@ PositiveInt = Annotated[StrictInt, Field(ge=1)]
 Positions = Annotated[tuple[StrictInt, ...], AfterValidator(_no_repeats)]
 
 
-class ExplainConfig(BaseModel):
-    """Settings of one `lig-lens explain` run: every flag, under its name with `_` for `-`.
+class RunConfig(BaseModel):
+    """Settings that all commands share: every flag, under its name with `_` for `-`.
 
     Unknown keys and values of the wrong type are errors, in a YAML file as on the command line. `None` means
-    all layers, all destinations, TransformerLens' device, no file.
+    all layers, TransformerLens' device, no file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     model: StrictStr = "minilm"
     layers: Positions | None = None
+    tol: Annotated[float, Strict(), Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-3
+    max_batch_tokens: PositiveInt = MAX_BATCH_TOKENS
+    device: StrictStr | None = None
+    dtype: StrictStr | None = None
+    progress: StrictBool = True
+    json_path: StrictStr | None = Field(default=None, alias="json")  # `json` is a name of BaseModel's
+    html: StrictStr | None = None
+
+    @field_validator("dtype")
+    @classmethod
+    def _check_dtype(cls, value: str | None) -> str | None:
+        return value if value is None else check_choice("dtype", value, DTYPES)
+
+    def check_together(self) -> None:
+        """Check what no single key shows; called once flags and file are merged.
+
+        Raises:
+            InputError: keys that do not go together, or two outputs with one path.
+        """
+        named = {"--out": getattr(self, "out", None), "--json": self.json_path, "--html": self.html}
+        paths = [path for path in named.values() if path is not None]
+        if len({Path(path).absolute() for path in paths}) < len(paths):
+            raise InputError(f"Two of --out, --json, --html name one path, {paths[0]!r}: give each its own.")
+
+
+class ExplainConfig(RunConfig):
+    """Settings of one `lig-lens explain` run."""
+
     maps: Annotated[tuple[StrictStr, ...], AfterValidator(_no_repeats)] = MAPS
     destinations: Positions | None = None
     attn_baseline: StrictStr = "itb"
     mlp_baseline: StrictStr = "att_itb_a0"
     block_baseline: StrictStr = "itb"
     corrupted: StrictStr | None = None
-    tol: Annotated[float, Strict(), Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-3
     engine: StrictStr = "auto"
     max_nodes: PositiveInt = MAX_NODES
-    max_batch_tokens: PositiveInt = MAX_BATCH_TOKENS
-    device: StrictStr | None = None
-    dtype: StrictStr | None = None
-    progress: StrictBool = True
     out: StrictStr | None = None
-    json_path: StrictStr | None = Field(default=None, alias="json")  # `json` is a name of BaseModel's
-    html: StrictStr | None = None
 
     @field_validator("maps")
     @classmethod
     def _check_maps(cls, maps: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(check_choice("map", name, MAPS) for name in maps)
 
-    @field_validator("attn_baseline", "mlp_baseline", "block_baseline", "engine", "dtype")
+    @field_validator("attn_baseline", "mlp_baseline", "block_baseline", "engine")
     @classmethod
-    def _check_choices(cls, value: str | None, info: Any) -> str | None:
-        if value is None:
-            return value
+    def _check_choices(cls, value: str, info: Any) -> str:
         what = info.field_name.replace("_", " ")
-        valid = {"engine": ENGINES, "dtype": DTYPES} | {f"{m}_baseline": b for m, b in BASELINES.items()}
+        valid = {"engine": ENGINES} | {f"{m}_baseline": b for m, b in BASELINES.items()}
         return check_choice(what, value, valid[info.field_name])
 
-    def check_together(self) -> "ExplainConfig":
-        """Check what no single key shows; called once flags and file are merged.
-
-        Raises:
-            InputError: a `corrupted` baseline without a second prompt, a second prompt that no baseline uses,
-                or two outputs with one path.
-        """
+    def check_together(self) -> None:
+        """See the base class; also a `corrupted` baseline without a second prompt, or the other way round."""
         used = [name for name in self.maps if getattr(self, f"{name}_baseline") == "corrupted"]
         if used and self.corrupted is None:
             raise InputError(
@@ -109,10 +124,7 @@ class ExplainConfig(BaseModel):
                 f"--corrupted {self.corrupted!r} is given, but no baseline of the maps "
                 f"{', '.join(self.maps)} is 'corrupted': add for example --attn-baseline corrupted."
             )
-        paths = [path for path in (self.out, self.json_path, self.html) if path is not None]
-        if len({Path(path).absolute() for path in paths}) < len(paths):
-            raise InputError(f"Two of --out, --json, --html name one path, {paths[0]!r}: give each its own.")
-        return self
+        super().check_together()
 
     def attribute_arguments(self) -> dict[str, Any]:
         """Keyword arguments for `lig_lens.attribute`."""
@@ -124,12 +136,46 @@ class ExplainConfig(BaseModel):
         return arguments | {f"{name}_baseline": getattr(self, f"{name}_baseline") for name in MAPS}
 
 
-def parse_settings(values: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
+class CircuitConfig(RunConfig):
+    """Settings of one `lig-lens patch` or `lig-lens compare` run."""
+
+    model: StrictStr = "induction"
+    clean: StrictStr | None = None
+    corrupted: StrictStr | None = None
+    answer: StrictStr | None = None
+    wrong: StrictStr | None = None
+    at: StrictStr = "hook_z"
+    noising: StrictBool = False
+    edges: PositiveInt = 200
+    top: PositiveInt = 10
+
+    @field_validator("at")
+    @classmethod
+    def _check_at(cls, value: str) -> str:
+        return check_choice("at", value, PATCHED)
+
+    def check_together(self) -> None:
+        """See the base class; also prompts and answers that are missing."""
+        for name in ("clean", "corrupted"):
+            if not (getattr(self, name) or "").strip():
+                raise InputError(f"The {name} prompt is missing: give CLEAN and CORRUPTED, or both keys in the config.")
+        if self.wrong is not None and self.answer is None:
+            raise InputError(f"--wrong {self.wrong!r} is given without --answer: name the right answer as well.")
+        super().check_together()
+
+
+_Config = TypeVar("_Config", bound=RunConfig)
+
+
+def parse_settings(
+    values: Mapping[str, Any], origin: str = "", kind: type[RunConfig] = ExplainConfig
+) -> dict[str, Any]:
     """Check some settings by themselves and return them with their final types.
 
     Args:
-        values: keys of `ExplainConfig` and their values; keys that are absent stay absent.
+        values: keys of `kind` and their values; keys that are absent stay absent.
         origin: put before the key in messages: `"--"` for flags, `"x.yaml: "` for a file.
+        kind: of config.
 
     Raises:
         InputError: an unknown key (with the nearest valid one), a wrong type or value.
@@ -142,21 +188,23 @@ def parse_settings(values: Mapping[str, Any], origin: str = "") -> dict[str, Any
     lig_lens.errors.InputError: x.yaml: unknown key 'layer'. Did you mean 'layers'?
     """
     try:
-        config = ExplainConfig.model_validate(dict(values))
+        config = kind.model_validate(dict(values))
     except ValidationError as error:
-        raise InputError(_one_line(error, origin)) from None
+        raise InputError(_one_line(error, origin, kind)) from None
     return config.model_dump(exclude_unset=True, by_alias=True)
 
 
-def merge_settings(*layers: Mapping[str, Any]) -> ExplainConfig:
+def merge_settings(kind: type[_Config], *layers: Mapping[str, Any]) -> _Config:
     """One config from settings that `parse_settings` returned; later ones win."""
     merged: dict[str, Any] = {}
     for settings in layers:
         merged |= settings
-    return ExplainConfig.model_validate(merged).check_together()
+    config = kind.model_validate(merged)
+    config.check_together()
+    return config
 
 
-def load_config(path: str | Path) -> dict[str, Any]:
+def load_config(path: str | Path, kind: type[RunConfig] = ExplainConfig) -> dict[str, Any]:
     """Read settings from a YAML file.
 
     Raises:
@@ -180,7 +228,7 @@ def load_config(path: str | Path) -> dict[str, Any]:
             f"The config {str(path)!r} holds {type(values).__name__}, "
             "not 'key: value' lines: write for example 'tol: 0.001'."
         )
-    return parse_settings(values, f"{path}: ")
+    return parse_settings(values, f"{path}: ", kind)
 
 
 def parse_numbers(what: str, text: str) -> tuple[int, ...]:
@@ -226,7 +274,7 @@ def parse_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
-def _one_line(error: ValidationError, origin: str) -> str:
+def _one_line(error: ValidationError, origin: str, kind: type[RunConfig]) -> str:
     problems = error.errors()
     first = problems[0]
     key = str(first["loc"][0]) if first["loc"] else ""
@@ -234,7 +282,7 @@ def _one_line(error: ValidationError, origin: str) -> str:
     shown = f"{origin}{key.replace('_', '-')}" if flag else f"{origin}{key}"
     cause = first.get("ctx", {}).get("error")
     if first["type"] == "extra_forbidden":
-        message = f"{origin}unknown key {key!r}.{_nearest(key, _keys())}"
+        message = f"{origin}unknown key {key!r}.{_nearest(key, _keys(kind))}"
     elif isinstance(cause, InputError):
         message = f"{shown}: {cause}"
     else:
@@ -243,8 +291,8 @@ def _one_line(error: ValidationError, origin: str) -> str:
     return message + (f" ({len(problems) - 1} more wrong.)" if len(problems) > 1 else "")
 
 
-def _keys() -> list[str]:
-    return [field.alias or name for name, field in ExplainConfig.model_fields.items()]
+def _keys(kind: type[RunConfig]) -> list[str]:
+    return [field.alias or name for name, field in kind.model_fields.items()]
 
 
 def _nearest(key: str, valid: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lig_lens.effects import Effects
 from lig_lens.flow import Edge, Flow
 from lig_lens.plots import show_token
 
@@ -165,3 +166,42 @@ def _cut(text: str, width: int) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def summarize_effects(effects: Effects, k: int, width: int | None = None) -> str:
+    """Write the k strongest effects in lines.
+
+    Args:
+        effects: what an intervention found.
+        k: how many.
+        width: of the terminal; None for text that is piped.
+    """
+    table = _table("where")
+    table.add_column("effect", justify="right", no_wrap=True)
+    for index, value in effects.top(k):
+        table.add_row(Text(effects.label(index)), Text(f"{value:+#.3g}"))
+    measured = int((~effects.values.isnan()).sum())
+    title = f"{effects.name}, {effects.metric}: {measured:,} measured; without it {effects.reference:+.4g}"
+    return "\n".join([title, "", _render(table, width)])
+
+
+def summarize_agreement(agreement: Any, effects: Effects, width: int | None = None) -> str:
+    """Write a table of `compare_table` in lines.
+
+    Args:
+        agreement: the table.
+        effects: what the scores are compared with.
+        width: of the terminal; None for text that is piped.
+    """
+    columns = ("spearman", "spearman_size", "kendall", "pearson", "top_k_overlap", "average_precision")
+    table = _table("score")
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    for name, row in agreement.iterrows():
+        table.add_row(Text(str(name)), *[Text(f"{row[column]:+.3f}") for column in columns])
+    first = agreement.iloc[0]
+    title = (
+        f"Against {effects.name}, {effects.metric}: {int(first['n']):,} measured, {int(first['n_present'])} of them at "
+        f"least {first['threshold']:.3g}; k = {int(first['k'])}"
+    )
+    return "\n".join([title, "", _render(table, width)])

@@ -22,7 +22,7 @@ from lig_lens.files import write_atomic
 from lig_lens.flow import Flow
 
 # ColorBrewer's RdBu and Purples: told apart under the common kinds of colour blindness.
-_DIVERGING = [
+DIVERGING = [
     "#2166ac",
     "#4393c3",
     "#92c5de",
@@ -44,8 +44,8 @@ _SEQUENTIAL = [
     "#54278f",
     "#3f007d",
 ]
-_FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
-_INK, _QUIET, _LINE = "#24292f", "#6e7781", "#d0d7de"
+FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
+INK, QUIET, LINE = "#24292f", "#6e7781", "#d0d7de"
 _QUANTILE = 0.995
 _WIDE = 1200  # pixels that a row of panels aims at
 _TITLES = {
@@ -73,7 +73,7 @@ def show_token(token: str, longest: int = 40) -> str:
     return shown or "∅"
 
 
-def _text(plain: str) -> str:
+def plain_text(plain: str) -> str:
     """`plain` so that plotly, which renders a small HTML, shows it letter by letter."""
     return html.escape(plain, quote=False)
 
@@ -157,8 +157,8 @@ def _layer_panel(map: str, terms: torch.Tensor, layer: int, place: int) -> _Pane
 
 
 def _tick(token: str, special: bool) -> str:
-    text = _text(show_token(token, longest=14))
-    return f"<i><span style='color:{_QUIET}'>{text}</span></i>" if special else text
+    text = plain_text(show_token(token, longest=14))
+    return f"<i><span style='color:{QUIET}'>{text}</span></i>" if special else text
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ def _style_axes(figure: go.Figure, size: _Geometry, n_panels: int, down: Sequenc
         "zeroline": False,
         "showline": True,
         "mirror": True,
-        "linecolor": _LINE,
+        "linecolor": LINE,
         "linewidth": 1,
         "ticks": "",
         "tickmode": "linear",
@@ -321,12 +321,12 @@ def _label_size(cell: float) -> int:
 
 def _style_page(figure: go.Figure, size: _Geometry, flow: Flow, titles: tuple[str, str], map: str, share: bool) -> None:
     for caption in figure.layout.annotations:
-        caption.update(font={"size": 10, "color": _QUIET}, yshift=0)
+        caption.update(font={"size": 10, "color": QUIET}, yshift=0)
     what = "share of each column" if share else "signed contribution"
     baseline = flow.settings.get(f"{map}_baseline")
     tol = flow.settings.get("tol")
-    facts = [_text(flow.model_name), f"{len(flow.tokens)} tokens"]
-    facts += [f"baseline {_text(str(baseline))}"] if baseline else []
+    facts = [plain_text(flow.model_name), f"{len(flow.tokens)} tokens"]
+    facts += [f"baseline {plain_text(str(baseline))}"] if baseline else []
     facts += [
         f"worst completeness gap {flow.worst_gap(map):.1e}" + (f" (tol {tol:g})" if isinstance(tol, float) else "")
     ]
@@ -342,20 +342,20 @@ def _style_page(figure: go.Figure, size: _Geometry, flow: Flow, titles: tuple[st
             "b": size.bottom,
             "pad": 0,
         },
-        font={"family": _FONT, "size": 12, "color": _INK},
+        font={"family": FONT, "size": 12, "color": INK},
         paper_bgcolor="white",
         plot_bgcolor="#f3f4f6",
         hoverlabel={
             "bgcolor": "white",
-            "bordercolor": _LINE,
-            "font": {"family": _FONT, "size": 12, "color": _INK},
+            "bordercolor": LINE,
+            "font": {"family": FONT, "size": 12, "color": INK},
         },
     )
-    outer = {"showarrow": False, "xref": "paper", "yref": "paper", "font": {"size": 12, "color": _INK}}
+    outer = {"showarrow": False, "xref": "paper", "yref": "paper", "font": {"size": 12, "color": INK}}
     # An annotation, because plotly moves a figure's own title when a colour bar lies below it.
     figure.add_annotation(
-        text=f"<b>{_TITLES[map]}</b>: {what}<br><span style='font-size:12px;color:{_QUIET}'>{' · '.join(facts)}</span>",
-        **{**outer, "font": {"size": 16, "color": _INK}},
+        text=f"<b>{_TITLES[map]}</b>: {what}<br><span style='font-size:12px;color:{QUIET}'>{' · '.join(facts)}</span>",
+        **{**outer, "font": {"size": 16, "color": INK}},
         x=0,
         xanchor="left",
         xshift=-size.left + 12,
@@ -385,13 +385,13 @@ def _coloraxis(top: float, share: bool, per_layer: bool) -> dict[str, Any]:
         else "in the target's unit"
     )
     return {
-        "colorscale": _SEQUENTIAL if share else _DIVERGING,
+        "colorscale": _SEQUENTIAL if share else DIVERGING,
         "cmin": 0.0 if share else -top,
         "cmax": min(top, 1.0) if share else top,
         # Lying above the first panels, it is in sight however wide the grid is.
         "colorbar": {
             "orientation": "h",
-            "title": {"text": f" {title}", "font": {"size": 11, "color": _QUIET}, "side": "right"},
+            "title": {"text": f" {title}", "font": {"size": 11, "color": QUIET}, "side": "right"},
             "tickformat": ".0%" if share else ".2~g",
             "tickfont": {"size": 10},
             "thickness": 9,
@@ -453,5 +453,5 @@ def write_html(figures: go.Figure | Sequence[go.Figure], path: str | os.PathLike
         for number, figure in enumerate(listed)
     ]
     body = "\n".join(f'<div class="figure">{part}</div>' for part in parts)
-    page = _PAGE.format(title=html.escape(title), ink=_INK, font=_FONT, figures=body)
+    page = _PAGE.format(title=html.escape(title), ink=INK, font=FONT, figures=body)
     return write_atomic(path, page.encode("utf-8"))
