@@ -76,8 +76,13 @@ def main(
         "ways: mean of that and of the corrupted output put into the clean run; edges out: pattern entry zeroed in the "
         "clean run; edges patched: message of the corrupted run put into the clean one. _size: of absolute values.",
     )
+    cells = [
+        {"effects": key.split("|")[0], "score": key.split("|")[1], "pair": number, **row}
+        for key, values in found.items()
+        for number, row in enumerate(values)
+    ]
     settings = {"model": model, "pairs": pairs, "top": top, "tol": tol, "seed": seed}
-    write_results(out, {"settings": settings, "environment": environment(torch.device(device)), "agreement": found})
+    write_results(out, {"settings": settings, "environment": environment(torch.device(device)), "cells": cells})
 
 
 def _known_circuit(hooked: Any, pairs: list[Any]) -> None:

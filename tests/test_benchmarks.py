@@ -178,7 +178,26 @@ def test_prompts_have_the_length_asked_for(program: Program) -> None:
     assert len(set(common.english(3).split(". "))) > 20
 
 
-@pytest.mark.parametrize("name", ["accuracy", "cost", "memory", "versus_captum", "versus_released_lig"])
+def test_versus_intervention(program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "intervention.json"
+    program("versus_intervention").main(model="induction", pairs=2, top=5, tol=1e-2, seed=0, device="cpu", out=out)
+    cells = read(out)["cells"]
+    assert {cell["effects"] for cell in cells} == {"heads", "heads, both ways", "edges out", "edges patched"}
+    assert len(cells) == 4 * 5 * 2 and all(cell["n"] > 0 for cell in cells)
+    assert "Known circuit: heads 0." in capsys.readouterr().out
+
+
+def test_consistency(program: Program, tmp_path: Path) -> None:
+    out = tmp_path / "consistency.json"
+    program("consistency").main(model="minilm", sentences=1, tol=1e-2, device="cpu", out=out)
+    means = read(out)["cells"]
+    assert len(means) == 3 * 8 * 2 and all(-1 <= row["pearson"] <= 1 and row["l2"] > 0 for row in means)
+
+
+NAMES = ("accuracy", "consistency", "cost", "memory", "versus_captum", "versus_intervention", "versus_released_lig")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_help_from_another_folder(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--help"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
