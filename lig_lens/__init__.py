@@ -17,6 +17,7 @@ _HOMES = {
     "average": "averaging",
     "compare": "agreement",
     "compare_table": "agreement",
+    "precision_recall": "agreement",
     "consistency_table": "compose",
     "direction": "targets",
     "Effects": "effects",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from lig_lens import patching as patching
     from lig_lens.agreement import compare as compare
     from lig_lens.agreement import compare_table as compare_table
+    from lig_lens.agreement import precision_recall as precision_recall
     from lig_lens.attribution import attribute as attribute
     from lig_lens.averaging import average as average
     from lig_lens.boundaries import BlockBoundaries as BlockBoundaries

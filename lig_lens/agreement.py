@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lig_lens.effects import Effects
@@ -38,6 +38,14 @@ class Agreement:
     n_present: int
     average_precision: float
     precision: float
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """Precision and recall among the 1, 2, 3, ... entries with the largest absolute score; NaN if none is present."""
+
+    precision: Float[Tensor, "entry"]
+    recall: Float[Tensor, "entry"]
 
 
 def aligned(score: "Flow | Effects", effects: Effects) -> Float[Tensor, "..."]:
@@ -98,13 +106,10 @@ def compare(score: "Flow | Effects", effects: Effects, *, k: int = 10, threshold
     x, y = points(score, effects)
     if threshold is None:
         threshold = 0.1 * float(y.abs().max())
-    present = y.abs() >= threshold
-    order = torch.sort(x.abs(), descending=True, stable=True).indices
-    hits = present[order].double()
-    found = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
-    n_present = int(present.sum())
+    curve = _precision_recall(x, y, threshold)
+    n_present = int((y.abs() >= threshold).sum())
     k = min(k, len(x))
-    strongest = set(order[:k].tolist()) & set(torch.sort(y.abs(), descending=True, stable=True).indices[:k].tolist())
+    strongest = set(_by_size(x)[:k].tolist()) & set(_by_size(y)[:k].tolist())
 
     def correlation(function: Any, a: Tensor, b: Tensor) -> float:
         if len(a) < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all()):
@@ -121,9 +126,29 @@ def compare(score: "Flow | Effects", effects: Effects, *, k: int = 10, threshold
         top_k_overlap=len(strongest) / k,
         threshold=threshold,
         n_present=n_present,
-        average_precision=float((found * hits).sum() / n_present) if n_present else float("nan"),
-        precision=float(hits[:n_present].mean()) if n_present else float("nan"),
+        average_precision=float((curve.precision * curve.recall.diff(prepend=torch.zeros(1).double())).sum()),
+        precision=float(curve.precision[n_present - 1]) if n_present else float("nan"),
     )
+
+
+def precision_recall(score: "Flow | Effects", effects: Effects, *, threshold: float | None = None) -> PrecisionRecall:
+    """How many of the effects that are present the strongest scores find; arguments as in `compare`.
+
+    Raises:
+        InputError: see `compare`.
+    """
+    x, y = points(score, effects)
+    return _precision_recall(x, y, 0.1 * float(y.abs().max()) if threshold is None else threshold)
+
+
+def _by_size(values: Float[Tensor, "entry"]) -> Int[Tensor, "entry"]:
+    """Where the largest absolute values stand, largest first."""
+    return torch.sort(values.abs(), descending=True, stable=True).indices
+
+
+def _precision_recall(x: Float[Tensor, "entry"], y: Float[Tensor, "entry"], threshold: float) -> PrecisionRecall:
+    hits = (y.abs() >= threshold)[_by_size(x)].double().cumsum(0)
+    return PrecisionRecall(hits / torch.arange(1, len(hits) + 1), hits / hits[-1])
 
 
 def points(score: "Flow | Effects", effects: Effects) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lig_lens
 from lig_lens import patching
-from lig_lens.agreement import aligned
+from lig_lens.agreement import aligned, precision_recall
 from lig_lens.plots import agreement_scatter, effects_map
 
 CLEAN, CORRUPTED = [5, 12, 30, 7, 22], [5, 12, 11, 9, 22]
@@ -227,6 +227,9 @@ def test_agreement_by_hand():
     assert found.kendall == pytest.approx(0.6)
     assert found.pearson == pytest.approx(np.corrcoef([0.9, -0.8, 0.1, 0.0, 0.3], [2, -1, 0, 0.1, 0.05])[0, 1])
     assert found.top_k_overlap == 1.0 and found.n_present == 3
+    curve = precision_recall(score, effects, threshold=0.1)
+    assert curve.precision.tolist() == pytest.approx([1, 1, 2 / 3, 1 / 2, 3 / 5])
+    assert curve.recall.tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3, 2 / 3, 1])
     # By size the scores put the present effects first, second and fifth.
     assert found.average_precision == pytest.approx((1 + 1 + 3 / 5) / 3) and found.precision == pytest.approx(2 / 3)
 

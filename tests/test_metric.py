@@ -5,6 +5,7 @@ import functools
 import metric_oracle
 import pytest
 import torch
+from tiny_hooked import HOOKED_KINDS, has_hooked_transformer, tiny_hooked
 from tiny_models import KINDS, N_LAYERS, exact_hf, hf_residuals, tiny_bridge
 from torch import Tensor
 
@@ -133,6 +134,16 @@ def test_half_precision_runs_in_float32():
     assert flow.converged["attn"].all()
     assert float(flow.total["attn"][0]) == pytest.approx(float(flow.total["attn"][1]), rel=1e-4)
     assert {name: (p.dtype, p.data_ptr()) for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.skipif(not has_hooked_transformer(), reason="TransformerLens 4 has no HookedTransformer")
+@pytest.mark.parametrize("kind", [kind for kind in HOOKED_KINDS if kind != "bert"])
+def test_both_generations(kind: str):
+    options = {"corrupted": ALL_DIFFERENT, "target": lig_lens.metric(curved), "tol": 1e-4, "progress": False}
+    ours, expected = (lig_lens.attribute(model, CLEAN, **options) for model in (tiny_hooked(kind), tiny_bridge(kind)))
+    scale = float(expected.attn.abs().max())
+    torch.testing.assert_close(ours.attn, expected.attn, rtol=1e-3, atol=1e-3 * scale)
+    torch.testing.assert_close(ours.skip, expected.skip, rtol=1e-3, atol=1e-3 * scale)
 
 
 # Ready-made metrics.
