@@ -50,11 +50,11 @@ class Path:
     steps: tuple[Step, ...]
 
     def __str__(self) -> str:
+        # Steps past the heads move nothing, and there are many of them.
+        by_heads = [step for step in self.steps if step.head is not None]
         places = [f"{self.steps[0].src_token!r} ({self.steps[0].src})"]
-        for step in self.steps:
-            by = "skip" if step.head is None else f"{step.layer}.{step.head}"
-            places.append(f"{by} → {step.dst_token!r} ({step.dst})")
-        return f"{self.weight:+.3g}: " + " ".join(places)
+        places += [f"{step.layer}.{step.head} → {step.dst_token!r} ({step.dst})" for step in by_heads]
+        return f"{self.weight:+.3g}: " + " ".join(places if by_heads else [*places, "skip"])
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,15 @@ def test_paths_equal_brute_force(kind: str, rule: str):
         by_source = [sum(p.weight for p in everything if p.steps[0].src == src) for src in range(n_pos)]
         torch.testing.assert_close(torch.tensor(by_source), flow.rollout(rule=rule)[:, dst], rtol=1e-3, atol=1e-4)
     assert all(p.weight == pytest.approx(p.steps[0].weight * p.steps[1].weight) for p in ours)
-    assert str(ours[0]).startswith(f"{ours[0].weight:+.3g}: ")
+
+
+def test_a_path_in_words():
+    def step(layer: int, head: int | None, src: int, dst: int) -> compose.Step:
+        return compose.Step(layer, head, src, "abc"[src], dst, "abc"[dst], 0.5)
+
+    path = compose.Path(0.25, (step(0, None, 0, 0), step(1, 4, 0, 2), step(2, None, 2, 2)))
+    assert str(path) == "+0.25: 'a' (0) 1.4 → 'c' (2)"
+    assert str(compose.Path(0.5, (step(0, None, 1, 1),))) == "+0.5: 'b' (1) skip"
 
 
 def test_graph_has_the_same_edges():
