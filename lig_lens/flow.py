@@ -170,7 +170,8 @@ class Flow:
         """
         terms = self.columns(map)
         if self.metric is not None:
-            return terms / self.total[map].reshape(-1, 1, 1, 1)
+            total = self.total[map].reshape(-1, 1, 1, 1)
+            return torch.where(total == 0, 0.0, terms / total.masked_fill(total == 0, 1.0))
         column_sum = terms.sum(dim=-2, keepdim=True)
         strongest = terms.abs().sum(dim=-2).flatten(1).amax(dim=1).reshape(-1, *[1] * (terms.ndim - 1))
         rounding = torch.finfo(terms.dtype).eps * terms.shape[-2] * strongest

@@ -259,3 +259,11 @@ def test_exact_model_is_what_the_bridge_runs():
     states = hf_residuals("gemma2", torch.tensor(CLEAN))
     assert exact_hf("gemma2").config.final_logit_softcapping is not None
     assert (metric_oracle.unembed("gemma2")(states[-1][None]) - logits).abs().max() < 1e-5
+
+
+def test_nothing_to_share_where_nothing_changes():
+    flow = lig_lens.attribute(
+        tiny_bridge("gpt2"), CLEAN, corrupted=CLEAN, target=lig_lens.metric(curved), progress=False
+    )
+    assert float(flow.attn.abs().max()) == 0 and float(flow.shares().abs().max()) == 0
+    assert flow.converged["attn"].all()
