@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lig_lens.effects import Effects
@@ -23,8 +23,8 @@ class Agreement:
     Correlations are of signed values; `spearman_size` is of absolute values, for scores that have no sign.
     `top_k_overlap` is the share of the k strongest effects (by absolute value) that are among the k strongest scores.
     An effect counts as present if its absolute value is at least `threshold`: `average_precision` is over the ranking
-    by absolute score, `precision` and `recall` are at as many entries as there are such effects (so they are equal).
-    NaN where something is constant, or no effect is present.
+    by absolute score, `precision` at as many entries as there are such effects (recall is the same there). Entries of 0
+    are neither strong nor found. NaN where a score is constant, or no effect is present.
     """
 
     n: int
@@ -42,10 +42,13 @@ class Agreement:
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """Precision and recall among the 1, 2, 3, ... entries with the largest absolute score; NaN if none is present."""
+    """Precision and recall among the 1, 2, 3, ... entries with the largest absolute score, as far as it is not 0.
 
-    precision: Float[Tensor, "entry"]
-    recall: Float[Tensor, "entry"]
+    NaN if no effect is present.
+    """
+
+    precision: Float[Tensor, "place"]
+    recall: Float[Tensor, "place"]
 
 
 def aligned(score: "Flow | Effects", effects: Effects) -> Float[Tensor, "..."]:
@@ -57,19 +60,33 @@ def aligned(score: "Flow | Effects", effects: Effects) -> Float[Tensor, "..."]:
     Raises:
         InputError: layers or tokens that differ, or axes that the score does not have.
     """
-    for name in ("layers", "tokens"):
-        if getattr(score, name) != getattr(effects, name):
-            raise InputError(
-                f"compare: the score and the effects differ in their {name} ({getattr(score, name)} and "
-                f"{getattr(effects, name)}): compute both for the same prompt and layers."
-            )
+    if score.tokens != effects.tokens or not set(effects.layers) <= set(score.layers):
+        raise InputError(
+            f"compare: the score is for the layers {list(score.layers)} of {list(score.tokens)}, the effects for "
+            f"{list(effects.layers)} of {list(effects.tokens)}: compute both for the same prompt and layers."
+        )
+    values = _values(score, effects)[[score.layers.index(layer) for layer in effects.layers]]
+    if values.shape != effects.values.shape:
+        raise InputError(
+            f"compare: the score has shape {list(values.shape)}, the effects {list(effects.values.shape)} "
+            f"({' '.join(effects.axes)}): compute both for one model."
+        )
+    return values
+
+
+def _values(score: "Flow | Effects", effects: Effects) -> Float[Tensor, "..."]:
+    """A score on the axes of some effects, for its own layers."""
     if isinstance(score, Flow):
         if effects.on == "positions":
+            if effects.settings.get("at") == "resid_mid":
+                raise InputError(
+                    "compare: a Flow says what leaves resid_pre, nothing of resid_mid: patch at='resid_pre'."
+                )
             if score.metric is None or score.attn is None or score.skip is None:
                 raise InputError("compare: only a Flow with a metric as target adds up over what leaves a position.")
             return score.attn.sum((1, 3)) + score.skip
-        if score.attn is None or len(score.destinations) != len(score.tokens):
-            raise InputError("compare: the Flow has no attn map for all destinations: ask attribute() for it.")
+        if score.attn is None or score.destinations != tuple(range(len(score.tokens))):
+            raise InputError("compare: the Flow has no attn map for all destinations in order: ask attribute() for it.")
         return _summed("edges", score.attn, effects.on)
     return _summed(score.on, score.values, effects.on)
 
@@ -104,12 +121,15 @@ def compare(score: "Flow | Effects", effects: Effects, *, k: int = 10, threshold
     if k < 1:
         raise InputError(f"compare: k is {k}: ask for at least 1.")
     x, y = points(score, effects)
-    if threshold is None:
-        threshold = 0.1 * float(y.abs().max())
+    threshold = _threshold(y, threshold)
     curve = _precision_recall(x, y, threshold)
-    n_present = int((y.abs() >= threshold).sum())
-    k = min(k, len(x))
-    strongest = set(_by_size(x)[:k].tolist()) & set(_by_size(y)[:k].tolist())
+    n_present = int(_present(y, threshold).sum())
+    best, strongest = (set(_by_size(side)[:k].tolist()) for side in (x, y))
+    nan = float("nan")
+    at = min(n_present, len(curve.precision))
+
+    constant = not n_present or bool((x.abs() == x[0].abs()).all())
+    steps = curve.recall.diff(prepend=torch.zeros(1).double())
 
     def correlation(function: Any, a: Tensor, b: Tensor) -> float:
         if len(a) < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all()):
@@ -123,11 +143,11 @@ def compare(score: "Flow | Effects", effects: Effects, *, k: int = 10, threshold
         kendall=correlation(stats.kendalltau, x, y),
         pearson=correlation(stats.pearsonr, x, y),
         k=k,
-        top_k_overlap=len(strongest) / k,
+        top_k_overlap=len(best & strongest) / len(strongest) if strongest else nan,
         threshold=threshold,
         n_present=n_present,
-        average_precision=float((curve.precision * curve.recall.diff(prepend=torch.zeros(1).double())).sum()),
-        precision=float(curve.precision[n_present - 1]) if n_present else float("nan"),
+        average_precision=nan if constant else float((curve.precision * steps).sum()),
+        precision=nan if constant or not at else float(curve.precision[at - 1]) * at / n_present,
     )
 
 
@@ -138,17 +158,32 @@ def precision_recall(score: "Flow | Effects", effects: Effects, *, threshold: fl
         InputError: see `compare`.
     """
     x, y = points(score, effects)
-    return _precision_recall(x, y, 0.1 * float(y.abs().max()) if threshold is None else threshold)
+    return _precision_recall(x, y, _threshold(y, threshold))
 
 
-def _by_size(values: Float[Tensor, "entry"]) -> Int[Tensor, "entry"]:
-    """Where the largest absolute values stand, largest first."""
-    return torch.sort(values.abs(), descending=True, stable=True).indices
+def _by_size(values: Float[Tensor, "entry"]) -> Int[Tensor, "place"]:
+    """Where the largest absolute values stand, largest first; what is 0 is left out."""
+    return torch.sort(values.abs(), descending=True, stable=True).indices[: int((values != 0).sum())]
+
+
+def _threshold(effects: Float[Tensor, "entry"], threshold: float | None) -> float:
+    if threshold is None:
+        return 0.1 * float(effects.abs().max())
+    if not 0 <= threshold < float("inf"):
+        raise InputError(f"compare: threshold={threshold}: give the smallest absolute effect that counts, 0 or more.")
+    return threshold
+
+
+def _present(effects: Float[Tensor, "entry"], threshold: float) -> Bool[Tensor, "entry"]:
+    return (effects.abs() >= threshold) & (effects != 0)
 
 
 def _precision_recall(x: Float[Tensor, "entry"], y: Float[Tensor, "entry"], threshold: float) -> PrecisionRecall:
-    hits = (y.abs() >= threshold)[_by_size(x)].double().cumsum(0)
-    return PrecisionRecall(hits / torch.arange(1, len(hits) + 1), hits / hits[-1])
+    present = _present(y, threshold).double()
+    hits = present[_by_size(x)].cumsum(0)
+    precision = hits / torch.arange(1, len(hits) + 1)
+    none = not bool(present.any())
+    return PrecisionRecall(torch.full_like(precision, torch.nan) if none else precision, hits / present.sum())
 
 
 def points(score: "Flow | Effects", effects: Effects) -> tuple[Tensor, Tensor]:

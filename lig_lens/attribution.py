@@ -30,6 +30,7 @@ from lig_lens.files import check_writable
 from lig_lens.flow import Flow
 from lig_lens.loading import check_evaluating, check_hooked, describe_processing, model_name
 from lig_lens.metrics import Metric
+from lig_lens.metrics import metric as as_metric
 from lig_lens.prompts import Prompt, is_batch
 from lig_lens.recording import record_calls
 from lig_lens.request import Selection, Settings, chosen_numbers, read_prompts
@@ -52,7 +53,7 @@ def attribute(
     attn_baseline: str | Tensor | None = None,
     mlp_baseline: str | Tensor = "att_itb_a0",
     block_baseline: str | Tensor = "itb",
-    target: "str | Direction | Metric" = "l2",
+    target: "str | Direction | Metric | Callable[[Tensor], Any]" = "l2",
     corrupted: Any = None,
     tol: float = 1e-3,
     max_nodes: int = MAX_NODES,
@@ -110,6 +111,8 @@ def attribute(
         ConvergenceWarning: once per prompt, with the number of cells that missed `tol`.
     """
     model = check_hooked(model)
+    if callable(target) and not isinstance(target, (Metric, Direction)):
+        target = as_metric(target)
     per_metric = isinstance(target, Metric)
     if maps is None:
         maps = ("attn",) if per_metric else MAPS
@@ -193,7 +196,7 @@ def _recorded(
         if heads and nodes[layer].z is None:
             raise InputError(
                 f"Block {layer} has no attention with separable heads, so it has no {heads[0]!r} map: "
-                "use maps=('block',) or leave the layer out."
+                + ("leave the layer out." if settings.per_metric else "use maps=('block',) or leave the layer out.")
             )
         if settings.engine == "closed_form" and nodes[layer].formula is None and set(settings.maps) - {"mlp"}:
             raise InputError(

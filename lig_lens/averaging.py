@@ -52,7 +52,7 @@ def average(results: Sequence[Flow] | Sequence[Effects]) -> AverageFlow | Averag
     """
     flows = [result for result in results if isinstance(result, Flow)]
     effects = [result for result in results if isinstance(result, Effects)]
-    if len(results) < 2 or (flows and effects):
+    if len(results) < 2 or len(results) not in (len(flows), len(effects)):
         raise InputError(
             f"average needs two results or more of one kind: got {len(flows)} Flows and {len(effects)} Effects."
         )
@@ -78,14 +78,28 @@ def _tokens(results: Sequence[Any]) -> tuple[str, ...]:
     return tuple(names[0] if len(set(names)) == 1 else "*" for names in zip(*(r.tokens for r in results), strict=True))
 
 
+def _settings(flows: Sequence[Flow]) -> dict[str, Any]:
+    """Settings that hold for all, with the mean values of the metric on both prompts."""
+    common = {k: v for k, v in flows[0].settings.items() if all(f.settings.get(k) == v for f in flows)}
+    values = [flow.settings.get("metric") for flow in flows]
+    if all(isinstance(value, dict) for value in values):
+        mean = {}
+        for key in ("clean", "corrupted"):
+            known = [value[key] for value in values if value is not None and value.get(key) is not None]
+            mean[key] = sum(known) / len(known) if len(known) == len(flows) else None
+        common["metric"] = mean
+    return common | {"averaged": len(flows)}
+
+
 def _metric(results: Sequence[Any]) -> str | None:
     """Name of the metric; where every prompt has answers of its own, what they have in common."""
     names = {result.metric for result in results}
-    kinds = {name and name.split("(")[0] for name in names}
+    # logit_difference(' Mary', ' John', pos=3): the function and where it looks.
+    kinds = {name and (name.split("(")[0], name.partition(", pos=")[2]) for name in names}
     if len(kinds) > 1:
         raise InputError(f"average: the results are of several metrics, {sorted(map(str, names))}: take one kind.")
     (kind,) = kinds
-    return names.pop() if len(names) == 1 else f"{kind}(…)"
+    return names.pop() if len(names) == 1 or kind is None else f"{kind[0]}(…" + (f", pos={kind[1]}" if kind[1] else ")")
 
 
 def _mean(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -95,6 +109,13 @@ def _mean(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _flows(flows: Sequence[Flow]) -> AverageFlow:
     _same(flows, ("layers", "destinations", "maps", "model_name"))
+    for key in ("attn_baseline", "mlp_baseline", "block_baseline", "tol", "model"):
+        asked = [flow.settings.get(key) for flow in flows if key in flow.settings]
+        if any(value != asked[0] for value in asked):
+            raise InputError(f"average: the Flows differ in their {key}: {asked}. Average like with like.")
+    targets = {str(flow.settings.get("target")) for flow in flows}
+    if flows[0].metric is None and len(targets) > 1:
+        raise InputError(f"average: the Flows have the targets {sorted(targets)}: average like with like.")
     first = flows[0]
     stderr: dict[str, Tensor] = {}
     fields: dict[str, Any] = {}
@@ -107,7 +128,7 @@ def _flows(flows: Sequence[Flow]) -> AverageFlow:
         first,
         tokens=_tokens(flows),
         special=tuple(all(marks) for marks in zip(*(flow.special for flow in flows), strict=True)),
-        settings=first.settings | {"averaged": len(flows)},
+        settings=_settings(flows),
         metric=_metric(flows),
         total={name: value for name, (value, _) in totals.items()},
         gap={name: torch.stack([flow.gap[name] for flow in flows]).amax(0) for name in first.maps},
@@ -119,6 +140,9 @@ def _flows(flows: Sequence[Flow]) -> AverageFlow:
 
 def _effects(effects: Sequence[Effects]) -> AverageEffects:
     _same(effects, ("on", "name", "layers"))
+    shapes = sorted({tuple(effect.values.shape) for effect in effects})
+    if len(shapes) > 1:
+        raise InputError(f"average: the Effects have the shapes {shapes}: average those of one model.")
     mean, error = _mean([effect.values for effect in effects])
     first, tokens = effects[0], _tokens(effects)
     reference = sum(effect.reference for effect in effects) / len(effects)

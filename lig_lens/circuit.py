@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lig_lens.block import BlockCall, Hook, module_hooks, torch_hooks
 from lig_lens.boundaries import BlockNodes, find_nodes
-from lig_lens.errors import BoundaryError
+from lig_lens.errors import BoundaryError, InputError
 from lig_lens.formula import QKV_PATHS
 from lig_lens.layout import by_position
 from lig_lens.metrics import BatchMetric
@@ -56,8 +56,8 @@ class CircuitRun:
         nodes = find_nodes(self.model, call, heads=True, formula=False)
         if nodes.z is None:
             raise BoundaryError(
-                f"Block {call.layer} has no attention with separable heads: no head of it can be patched. Leave the "
-                "layer out; resid_pre can be patched everywhere."
+                f"Block {call.layer} has no attention with separable heads, so nothing can be patched there: leave the "
+                "layer out."
             )
         assert seen is not None  # float32 at least, see the class's docstring
         return BlockRun(replace(nodes, pattern=None), _attention(nodes, seen.values))
@@ -85,16 +85,25 @@ class CircuitRun:
         nodes = self.blocks[layer].nodes
         assert nodes.z_path is not None
         found = []
-        numbers = torch.arange(count, device=nodes.resid_pre.device)
-        for part in torch.split(numbers, max(1, max_batch_tokens // len(self.prompt))):
+        size = max(1, max_batch_tokens // len(self.prompt))
+        for first in range(0, count, size):
+            part = torch.arange(first, min(first + size, count), device=nodes.resid_pre.device)
             resid, z = make(part)
             if resid is None:
                 resid = nodes.resid_pre.expand(len(part), -1, -1)
             hooks: dict[str, Hook] = {} if z is None else {nodes.z_path: _replacing(z)}
             with torch.no_grad():
-                found.append(metric(self.rest(nodes.call, resid, hooks)).float())
+                found.append(metric(self.rest(nodes.call, resid, hooks)).cpu().double())
             advance(len(part))
-        return torch.cat(found).cpu() if found else torch.zeros(0)
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
+
+    def noise(self, metric: BatchMetric) -> float:
+        """Change of the metric that rounding alone can cause; 0 where it has no gradient to tell."""
+        try:
+            sensitivity = metric.sensitivity(self.rest.logits)
+        except InputError:
+            return 0.0
+        return 8 * sensitivity * max(block.nodes.rounding for block in self.blocks.values())
 
     def gradients(self, metric: BatchMetric) -> dict[int, Float[Tensor, "pos head d_head"]]:
         """Gradient of the metric at the head outputs of every block, from one backward pass."""

@@ -138,8 +138,9 @@ def _intervene(model: Any, settings: CircuitConfig, edges: list[Any] | None) -> 
         "progress": settings.progress,
     }
     metric = _metric(settings)
-    if settings.at == "edges":
-        return patching.knock_out(model, settings.clean, metric, edges=edges, **options)
+    if settings.at.startswith("edges"):
+        other = settings.corrupted if settings.at == "edges_patched" else None
+        return patching.knock_out(model, settings.clean, metric, edges=edges, corrupted=other, **options)
     each, at = settings.at != "heads", "hook_z" if settings.at == "heads" else settings.at
     options |= {"at": at, "each_position": each, "noising": settings.noising}
     return patching.patch(model, settings.clean, settings.corrupted, metric, **options)
@@ -192,11 +193,11 @@ def _compare(settings: CircuitConfig) -> None:
     )
     assert isinstance(flow, Flow)  # one prompt gives one Flow
     found: dict[str, Any] = {"LIG": flow}
-    if settings.at in ("edges", "hook_z", "heads"):
-        on = "edges" if settings.at == "edges" else "heads_by_pos"
+    if not settings.at.startswith("resid"):
+        on = "edges" if settings.at.startswith("edges") else "heads_by_pos"
         found |= scores(model, settings.clean, settings.corrupted, metric, on=on, layers=settings.layers)
     union = None
-    if settings.at == "edges":
+    if settings.at.startswith("edges"):
         union = sorted({edge for score in found.values() for edge in patching.top_edges(score, settings.edges)})
     effects = _intervene(model, settings, union)
     table = compare_table(found, effects, k=settings.top)

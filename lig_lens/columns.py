@@ -130,7 +130,10 @@ def _metric_columns(settings: Settings, job: Job, index: int, downstream: Downst
     budget = Budget(settings.tol, settings.max_nodes, settings.max_batch_tokens)
     path = resid_path(nodes, settings.baselines["attn"], job.corrupted.get(layer), index)
     closed = engine_of(settings, nodes, "attn") == "closed_form"
-    heads, skip, integral = integrate_metric(nodes, path, downstream.rest, downstream.metric, budget, closed)
+    start = downstream.corrupted if settings.starts_from("attn", "corrupted") else None
+    heads, skip, integral = integrate_metric(
+        nodes, path, downstream.rest, downstream.metric, (start, downstream.clean), budget, closed
+    )
     return {"contributions": heads, "skip": skip, **{key: value[0, 0] for key, value in _cells(integral).items()}}
 
 

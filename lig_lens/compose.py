@@ -78,7 +78,7 @@ def edges(flow: Flow, rule: str) -> Edges:
     if flow.attn is None or flow.mlp is None or flow.skip is None or flow.bias is None:
         raise InputError(
             f"compose needs the attn and mlp maps of one Flow, and this one has {', '.join(flow.maps)}: ask "
-            "attribute() for maps=('attn', 'mlp')."
+            "attribute() for maps=('attn', 'mlp') and a target of each destination's vector, such as 'l2'."
         )
     mlp = flow.mlp.double()[:, :, None]
     if rule == "product":
@@ -258,6 +258,11 @@ def consistency(flow: Flow, direct: Flow, rule: str) -> Consistency:
     if direct.block is None:
         raise InputError(f"consistency compares with the block map, and that Flow has {', '.join(direct.maps)}.")
     _check_same_prompt([flow, direct])
+    targets = [str(side.settings.get("target")) for side in (flow, direct)]
+    if targets[0] != targets[1]:
+        raise InputError(
+            f"consistency: the Flows have the targets {targets[0]} and {targets[1]}: compare like with like."
+        )
     labels = {name: str(flow.settings.get(name)) for name in ("attn_baseline", "mlp_baseline")}
     labels |= {"rule": rule, "block_baseline": str(direct.settings.get("block_baseline"))}
     composed, measured = compose(flow, rule).double(), direct.block.double()

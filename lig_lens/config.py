@@ -27,7 +27,7 @@ ATTN_BASELINES = ("zero", "itb", "itb_zero_ratio", "itb_map_ratio", "corrupted")
 BLOCK_BASELINES = ("zero", "itb", "itb_zero_ratio", "corrupted")
 SHARED_BASELINES = ("zero", "corrupted")  # one path for all destinations
 MLP_BASELINES = ("zero", "att_itb_a0", "corrupted")
-PATCHED = ("hook_z", "heads", "resid_pre", "resid_mid", "edges")
+PATCHED = ("hook_z", "heads", "resid_pre", "resid_mid", "edges", "edges_patched")
 ENGINES = ("auto", "closed_form", "hooks")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # Integration nodes that may be spent on one cell, and tokens that are run through a block at once.
@@ -156,6 +156,8 @@ class CircuitConfig(RunConfig):
 
     def check_together(self) -> None:
         """See the base class; also prompts and answers that are missing."""
+        if self.noising and self.at.startswith("edges"):
+            raise InputError(f"--noising goes with activations, not with --at {self.at}: leave it out.")
         for name in ("clean", "corrupted"):
             if not (getattr(self, name) or "").strip():
                 raise InputError(f"The {name} prompt is missing: give CLEAN and CORRUPTED, or both keys in the config.")

@@ -317,7 +317,7 @@ class Flow:
 
         Nodes are `("resid", layer, pos)`, the residual stream that enters a layer, and `("head", layer, head, dst)`.
         Edges carry `kind` (`attn`, `mlp`, `skip`) and `weight`: of `attn` edges the share of the whole step through
-        that head, of `mlp` edges the sum over all sources.
+        that head, of `mlp` edges the sum over all sources; `attn` edges also have `share`, that of the head's output.
 
         Args:
             threshold: steps with a smaller absolute weight are left out.

@@ -48,6 +48,8 @@ def induction_pairs(count: int, n_words: int = 16, seed: int = 0) -> list[Induct
     """
     if not 5 <= n_words < MAX_TOKENS:
         raise InputError(f"n_words={n_words}: give 5 to {MAX_TOKENS - 1}, two pairs and the word to be continued.")
+    if count < 1:
+        raise InputError(f"count={count}: ask for at least one pair.")
     draw = random.Random(seed)
     pairs = []
     for _ in range(count):

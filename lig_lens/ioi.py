@@ -41,6 +41,8 @@ def ioi_pairs(count: int, tokenizer: Any = None, seed: int = 0) -> list[IoiPair]
 
     names, places, objects = known(NAMES), known(PLACES), known(OBJECTS)
     every = list(itertools.product(itertools.permutations(names, 2), (False, True), places, objects))
+    if not every:
+        raise InputError("ioi_pairs: the tokenizer knows too few names, places or objects as single tokens.")
     if not 0 < count <= len(every):
         raise InputError(f"ioi_pairs: {count} pairs asked for, and {len(every)} can be made: give 1 to {len(every)}.")
     pairs = []

@@ -1,6 +1,7 @@
 """Scalars of a model's output: logit differences, log-probabilities, class logits, KL divergence, any function."""
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,31 @@ class BatchMetric:
         """
         return torch.stack([self._one(run[None]) for run in logits])
 
+    def sensitivity(self, logits: Float[Tensor, "1 *rest"]) -> float:
+        """How much the metric would move if every logit moved by the largest of its position: its rounding's yardstick.
+
+        Raises:
+            InputError: the metric has no gradient.
+        """
+        with torch.enable_grad():
+            leaf = logits.detach().clone().requires_grad_()
+            value = self.checked(self(leaf))
+            (gradient,) = torch.autograd.grad(value.sum(), leaf, materialize_grads=True)
+        return float((gradient.abs().sum(-1) * logits.abs().amax(-1)).sum())
+
+    def checked(self, value: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+        """Return `value` if it carries a gradient.
+
+        Raises:
+            InputError: it does not.
+        """
+        if not value.requires_grad:
+            raise InputError(
+                f"The metric {self.name} has no gradient: it has to be differentiable in the logits, without detach(), "
+                "argmax or comparisons. Interventions (lig_lens.patching) can do with such a metric."
+            )
+        return value
+
     def _one(self, logits: Tensor) -> Tensor:
         value = self.function(logits)
         shown = f"The metric {self.name} "
@@ -99,10 +125,12 @@ def logit_difference(correct: str | int, wrong: str | int, pos: int = -1) -> Met
 
     def prepare(model: Any, clean: Tensor) -> Function:
         plus, minus = (_token(model, answer, clean) for answer in (correct, wrong))
+        if plus == minus:
+            raise InputError(f"logit_difference: {correct!r} and {wrong!r} are the same token, {plus}.")
         at = _position(clean, pos)
         return lambda logits: logits[0, at, plus] - logits[0, at, minus]
 
-    return Metric(f"logit_difference({correct!r}, {wrong!r})", prepare)
+    return Metric(f"logit_difference({correct!r}, {wrong!r}{_named(pos, -1)})", prepare)
 
 
 def log_probability(answer: str | int, pos: int = -1) -> Metric:
@@ -112,7 +140,7 @@ def log_probability(answer: str | int, pos: int = -1) -> Metric:
         token, at = _token(model, answer, clean), _position(clean, pos)
         return lambda logits: logits[0, at].log_softmax(-1)[token]
 
-    return Metric(f"log_probability({answer!r})", prepare)
+    return Metric(f"log_probability({answer!r}{_named(pos, -1)})", prepare)
 
 
 def class_logit(index: int, pos: int | None = None) -> Metric:
@@ -136,7 +164,7 @@ def class_logit(index: int, pos: int | None = None) -> Metric:
         place = (0, *at, index)
         return lambda logits: logits[place]
 
-    return Metric(f"class_logit({index})", prepare)
+    return Metric(f"class_logit({index}{_named(pos, None)})", prepare)
 
 
 def kl_divergence(pos: int = -1) -> Metric:
@@ -145,12 +173,28 @@ def kl_divergence(pos: int = -1) -> Metric:
     It falls on the way from corrupted to clean, so what restores the clean answer contributes negatively.
     """
 
-    def prepare(_model: Any, clean: Tensor) -> Function:
+    def prepare(model: Any, clean: Tensor) -> Function:
+        _check_head(model)
         at = _position(clean, pos)
         wanted = clean[0, at].detach().log_softmax(-1)
         return lambda logits: (wanted.exp() * (wanted - logits[0, at].log_softmax(-1))).sum()
 
-    return Metric("kl_divergence", prepare)
+    return Metric("kl_divergence" if pos == -1 else f"kl_divergence(pos={pos})", prepare)
+
+
+def _named(pos: int | None, usual: int | None) -> str:
+    return "" if pos == usual else f", pos={pos}"
+
+
+def _check_head(model: Any) -> None:
+    """Refuse a language-model head that no weights were loaded for: it is random, and another one at every load."""
+    hf = getattr(model, "original_model", None)
+    saved = getattr(getattr(hf, "config", None), "architectures", None) or []
+    if hf is not None and "MaskedLM" in type(hf).__name__ and saved and not any("For" in name for name in saved):
+        raise InputError(
+            f"This model was saved without a language-model head ({', '.join(saved)}), so its logits come from random "
+            "weights: take a model with a head, or metric(f) if you have put one in."
+        )
 
 
 def _position(logits: Tensor, pos: int) -> int:
@@ -168,6 +212,7 @@ def _position(logits: Tensor, pos: int) -> int:
 def _token(model: Any, answer: str | int, logits: Tensor) -> int:
     """Id of an answer token."""
     d_vocab = logits.shape[-1]
+    _check_head(model)
     if isinstance(answer, str):
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None:
@@ -179,7 +224,16 @@ def _token(model: Any, answer: str | int, logits: Tensor) -> int:
                 f"The answer {answer!r} is {len(ids)} tokens, {pieces}: give one that is a single token (mind the "
                 "leading space), or the id of the token that tells the answers apart."
             )
+        word = tokenizer.decode(ids)
+        if word.strip().casefold() != answer.strip().casefold():
+            raise InputError(
+                f"The tokenizer does not know the answer {answer!r}, it reads {word!r}: give another word."
+            )
         answer = int(ids[0])
+    try:
+        answer = operator.index(answer)
+    except TypeError as error:
+        raise InputError(f"The answer {answer!r} is neither a text nor a token id.") from error
     if not 0 <= answer < d_vocab:
         raise InputError(f"Answer token {answer} is outside the vocabulary 0 … {d_vocab - 1}.")
     return answer

@@ -5,13 +5,16 @@ blocks before it need not run, and the rest of the model is run on many interven
 `TransformerBridge`, a `HookedTransformer` and a `HookedEncoder`, with grouped keys and in every layout, and gives what
 TransformerLens' own patching gives where that supports the model.
 
+Differences that rounding alone can cause are given as 0.
+
 Signs: an effect is positive where what is put back, or left in, raises the metric. So patching clean activations into
 the corrupted run (denoising) counts f(patched) - f(corrupted), and taking something out of the clean run counts
 f(clean) - f(without): as contributions of a Flow with the same metric do.
 """
 
+import operator
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -27,7 +30,7 @@ from lig_lens.errors import InputError, check_choice
 from lig_lens.loading import check_evaluating, check_hooked
 from lig_lens.metrics import BatchMetric, Metric
 from lig_lens.metrics import metric as as_metric
-from lig_lens.prompts import Prompt, check_same_length, read_prompt
+from lig_lens.prompts import Prompt, check_same_length, is_batch, read_prompt
 from lig_lens.request import Selection, chosen_numbers
 
 NODES = ("hook_z", "resid_pre", "resid_mid")
@@ -77,7 +80,7 @@ def patch(
     check_choice("node", at, NODES)
     if not each_position and at != "hook_z":
         raise InputError(f"each_position=False goes with at='hook_z': {at} at all positions is all of the other run.")
-    model = _checked(model)
+    model = _checked(model, max_batch_tokens)
     first, second = (
         read_prompt(model, prompt, prepend_bos=prepend_bos, what=what)
         for prompt, what in ((clean, "prompt"), (corrupted, "corrupted prompt"))
@@ -90,7 +93,7 @@ def patch(
         into, source = runs if noising else reversed(runs)
         if at == "resid_mid":
             _check_middles(into)
-        before = float(ready(into.rest.logits))
+        before, noise = float(ready(into.rest.logits)), into.noise(ready)
         n_heads = len(_z(into, chosen[0])[0])
         per_layer = (len(first) if each_position else 1) * (n_heads if at == "hook_z" else 1)
         with _bar(len(chosen) * per_layer, progress, f"patching {at}") as bar:
@@ -99,7 +102,7 @@ def patch(
                 make = _patches(into, source, layer, at if each_position else "heads")
                 rows.append(into.measure(ready, layer, per_layer, make, max_batch_tokens, bar.update))
     values = torch.stack(rows)
-    values = (before - values) if noising else (values - before)
+    values = _effects(before - values if noising else values - before, noise)
     on = "positions"
     if not each_position:
         on = "heads"
@@ -170,7 +173,7 @@ def knock_out(
         prompt: a text or token ids.
         metric: of the logits.
         edges: `(layer, head, src, dst)`, such as `top_edges(flow, 200)`; all that attention can see by default.
-        layers: where `edges` are not given, block numbers.
+        layers: block numbers, all by default, or those of `edges`.
         corrupted: a second prompt of the same number of tokens: the edge carries what it carries in that run (pattern
             entry times value), instead of nothing.
         renormalise: scale what is left of the pattern's row to add up to 1.
@@ -186,7 +189,7 @@ def knock_out(
         InputError: edges that do not exist (out of range, or a later source in a causal model), a metric that gives no
             number, or a block whose pattern and values cannot be read.
     """
-    model = _checked(model)
+    model = _checked(model, max_batch_tokens)
     read = read_prompt(model, prompt, prepend_bos=prepend_bos)
     second = None
     if corrupted is not None:
@@ -197,18 +200,21 @@ def knock_out(
         second = read_prompt(model, corrupted, prepend_bos=prepend_bos, what="corrupted prompt")
         check_same_length(read, second)
     n_layers = int(model.cfg.n_layers)
-    wanted = None if edges is None else sorted({_whole(edge) for edge in edges})
+    wanted = None if edges is None else sorted({_whole(edge, n_layers) for edge in edges})
     if wanted is not None:
         if not wanted:
             raise InputError("edges is empty: name at least one as (layer, head, src, dst), or leave it out for all.")
-        layers = sorted({edge[0] for edge in wanted})
+        named = sorted({edge[0] for edge in wanted})
+        layers = named if layers is None else layers
     chosen = chosen_numbers("layer", layers, n_layers)
+    if wanted is not None and not set(named) <= set(chosen):
+        raise InputError(f"edges are in the layers {named}, and layers={list(chosen)}: name all of them, or none.")
     with prepared(model, model):
         run = CircuitRun(model, read, chosen)
         other = None if second is None else CircuitRun(model, second, chosen)
         ready = _ready(model, metric, run)
-        asked = {layer: _asked(run, layer, wanted) for layer in chosen}
-        before = float(ready(run.rest.logits))
+        asked = {layer: _asked(run, other, layer, wanted) for layer in chosen}
+        before, noise = float(ready(run.rest.logits)), run.noise(ready)
         shape = (len(chosen), _z(run, chosen[0]).shape[1], len(read), len(read))
         values = torch.full(shape, torch.nan)
         with _bar(sum(len(places) for places in asked.values()), progress, "edge knock-outs") as bar:
@@ -216,7 +222,7 @@ def knock_out(
                 places = asked[layer]
                 make = _without_edges(run, other, layer, places, renormalise)
                 found = run.measure(ready, layer, len(places), make, max_batch_tokens, bar.update)
-                values[row][tuple(places.T.cpu())] = before - found
+                values[row][tuple(places.T.cpu())] = _effects(before - found, noise).float()
     return Effects(
         values=values,
         on="edges",
@@ -257,10 +263,10 @@ def _without_edges(
     return make
 
 
-def _asked(run: CircuitRun, layer: int, wanted: list[Index] | None) -> Tensor:
-    """Edges `(head, src, dst)` of a block to knock out."""
+def _asked(run: CircuitRun, other: CircuitRun | None, layer: int, wanted: list[Index] | None) -> Tensor:
+    """Edges `(head, src, dst)` of a block to knock out, [edge, 3]."""
     attention = run.blocks[layer].attention
-    if attention is None:
+    if attention is None or (other is not None and other.blocks[layer].attention is None):
         raise InputError(
             f"The pattern and values of block {layer} cannot be read, or head outputs are not their product: its edges "
             "cannot be knocked out. Heads and residual stream can still be patched (patch, ablate)."
@@ -282,7 +288,7 @@ def _asked(run: CircuitRun, layer: int, wanted: list[Index] | None) -> Tensor:
                 f"destination {dst}" + (" (attention is causal)." if src > dst else " (its pattern is 0 there).")
             )
         places.append((head, src, dst))
-    return torch.tensor(places, device=visible.device)
+    return torch.tensor(places, dtype=torch.long, device=visible.device).reshape(-1, 3)
 
 
 @torch.no_grad()
@@ -319,9 +325,9 @@ def ablate(
         InputError: as `patch`.
     """
     check_choice("ablation", by, ABLATIONS)
-    model = _checked(model)
+    model = _checked(model, max_batch_tokens)
     read = read_prompt(model, prompt, prepend_bos=prepend_bos)
-    listed = others if isinstance(others, Sequence) and not isinstance(others, str) and _several(others) else [others]
+    listed = others if is_batch(others) else [others]
     other = [read_prompt(model, one, prepend_bos=prepend_bos, what="other prompt") for one in listed]
     for one in other:
         check_same_length(read, one)
@@ -329,7 +335,7 @@ def ablate(
     with prepared(model, model):
         run = CircuitRun(model, read, chosen)
         ready = _ready(model, metric, run)
-        before = float(ready(run.rest.logits))
+        before, noise = float(ready(run.rest.logits)), run.noise(ready)
         sources = [CircuitRun(model, one, chosen) for one in other]
         rows = []
         n_heads = _z(run, chosen[0]).shape[1]
@@ -343,7 +349,7 @@ def ablate(
                 found = run.measure(ready, layer, n_heads * repeats, make, max_batch_tokens, bar.update)
                 rows.append(found.reshape(n_heads, repeats).mean(1))
     return Effects(
-        values=before - torch.stack(rows),
+        values=_effects(before - torch.stack(rows), noise),
         on="heads",
         name=f"{by} ablation",
         tokens=read.tokens,
@@ -373,17 +379,29 @@ def top_edges(flow: Any, k: int) -> list[Index]:
 
     Args:
         flow: a Flow or Effects.
-        k: how many.
+        k: how many; fewer come back where others are 0.
+
+    Raises:
+        InputError: Effects on something else, or a Flow without attn map.
     """
     if isinstance(flow, Effects):
-        return [(flow.layers[layer], head, src, dst) for (layer, head, src, dst), _ in flow.top(k)]
-    return [(edge.layer, edge.head, edge.src, edge.dst) for edge in flow.top(k, "attn")]
+        if flow.on != "edges":
+            raise InputError(f"top_edges: these Effects are on {flow.on}, not on edges.")
+        return [(flow.layers[layer], head, src, dst) for (layer, head, src, dst), value in flow.top(k) if value != 0]
+    return [(edge.layer, edge.head, edge.src, edge.dst) for edge in flow.top(k, "attn") if edge.contribution != 0]
 
 
-def _checked(model: Any) -> Any:
+def _checked(model: Any, max_batch_tokens: int) -> Any:
     model = check_hooked(model)
     check_evaluating(model)
+    if max_batch_tokens < 1:
+        raise InputError(f"max_batch_tokens={max_batch_tokens} is too few: give at least 1.")
     return model
+
+
+def _effects(differences: Tensor, noise: float) -> Tensor:
+    """Differences of the metric; what rounding alone can do is 0, so that nothing is ranked by it."""
+    return torch.where(differences.abs() <= noise, 0.0, differences)
 
 
 def _ready(model: Any, metric: Metric | Callable[[Tensor], Any], clean: CircuitRun) -> BatchMetric:
@@ -405,16 +423,13 @@ def _check_middles(run: CircuitRun) -> None:
             )
 
 
-def _whole(edge: Any) -> Index:
+def _whole(edge: Any, n_layers: int) -> Index:
     try:
-        layer, head, src, dst = (int(number) for number in edge)
+        layer, head, src, dst = (operator.index(number) for number in edge)
     except (TypeError, ValueError) as error:
         raise InputError(f"Edge {edge!r} is not (layer, head, src, dst), four whole numbers.") from error
+    (layer,) = chosen_numbers("layer", layer, n_layers)
     return layer, head, src, dst
-
-
-def _several(others: Sequence[Any]) -> bool:
-    return bool(others) and not isinstance(others[0], int)
 
 
 def _ids(prompt: Prompt) -> list[int]:

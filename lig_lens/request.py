@@ -50,6 +50,11 @@ class Settings:
             raise InputError(f"max_batch_tokens={self.max_batch_tokens} is too few: give at least 1.")
 
     @property
+    def per_metric(self) -> bool:
+        """Whether the target is a metric of the logits."""
+        return isinstance(self.target, Metric)
+
+    @property
     def destination_target(self) -> "str | Direction":
         """The target, where it is one of each destination's vector."""
         assert not isinstance(self.target, Metric)

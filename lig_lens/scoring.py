@@ -30,6 +30,7 @@ from lig_lens.request import Selection, chosen_numbers
 SCORES = ("attention", "attention_value_norm", "gradient_pattern", "attribution_patching")
 
 
+@torch.inference_mode(False)  # gradients are needed, whatever mode the caller is in
 def scores(
     model: Any,
     clean: Any,
@@ -66,7 +67,7 @@ def scores(
     second = read_prompt(model, corrupted, prepend_bos=prepend_bos, what="corrupted prompt")
     check_same_length(first, second)
     chosen = chosen_numbers("layer", layers, int(model.cfg.n_layers))
-    with prepared(model, model), torch.inference_mode(False), torch.no_grad():
+    with prepared(model, model), torch.no_grad():
         runs = [CircuitRun(model, prompt, chosen) for prompt in (first, second)]
         ready = as_metric(metric).on(model, runs[0].rest.logits)
         gradients = [run.gradients(ready) for run in runs]

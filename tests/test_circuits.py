@@ -161,7 +161,7 @@ def test_effects():
         ),
         (
             lambda: lig_lens.compare(made(torch.zeros(2, 3), "heads", layers=(0, 2)), made(torch.zeros(2, 3), "heads")),
-            "differ in their layers",
+            r"the score is for the layers \[0, 2\]",
         ),
         (
             lambda: lig_lens.compare(made(torch.zeros(2, 3), "heads"), made(torch.full((2, 3), torch.nan), "heads")),
@@ -228,15 +228,78 @@ def test_agreement_by_hand():
     assert found.pearson == pytest.approx(np.corrcoef([0.9, -0.8, 0.1, 0.0, 0.3], [2, -1, 0, 0.1, 0.05])[0, 1])
     assert found.top_k_overlap == 1.0 and found.n_present == 3
     curve = precision_recall(score, effects, threshold=0.1)
-    assert curve.precision.tolist() == pytest.approx([1, 1, 2 / 3, 1 / 2, 3 / 5])
-    assert curve.recall.tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3, 2 / 3, 1])
-    # By size the scores put the present effects first, second and fifth.
-    assert found.average_precision == pytest.approx((1 + 1 + 3 / 5) / 3) and found.precision == pytest.approx(2 / 3)
+    # By size the scores put two of the present effects first and second; a score of 0 finds nothing.
+    assert curve.precision.tolist() == pytest.approx([1, 1, 2 / 3, 1 / 2])
+    assert curve.recall.tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3, 2 / 3])
+    assert found.average_precision == pytest.approx((1 + 1) / 3) and found.precision == pytest.approx(2 / 3)
 
 
 def test_what_is_constant_has_no_correlation():
     found = lig_lens.compare(made(torch.ones(2, 3), "heads"), made(torch.rand(2, 3), "heads"))
     assert np.isnan(found.spearman) and np.isnan(found.pearson)
+
+
+def test_what_is_zero_is_neither_strong_nor_found():
+    nothing, one, other = torch.zeros(2, 68), torch.zeros(2, 68), torch.zeros(2, 68)
+    one[0, 5], other[1, 7] = 1.0, 1.0
+    found = lig_lens.compare(made(one, "heads"), made(other, "heads"))
+    assert found.top_k_overlap == 0 and found.average_precision == 0 and found.n_present == 1
+    found = lig_lens.compare(made(one, "heads"), made(nothing, "heads"))
+    assert found.n_present == 0 and np.isnan([found.average_precision, found.precision, found.top_k_overlap]).all()
+    found = lig_lens.compare(made(nothing + 3, "heads"), made(one, "heads"))
+    assert np.isnan(found.average_precision) and np.isnan(found.spearman)
+    with pytest.raises(lig_lens.InputError, match="threshold=nan"):
+        lig_lens.compare(made(one, "heads"), made(other, "heads"), threshold=float("nan"))
+
+
+def test_layers_are_matched_by_number():
+    score = made(torch.tensor([[1.0, 2.0], [5.0, 3.0], [0.0, 1.0]]), "heads", layers=(2, 0, 1))
+    effects = made(torch.tensor([[5.0, 3.0], [1.0, 2.0]]), "heads", layers=(0, 2))
+    assert lig_lens.compare(score, effects).pearson == pytest.approx(1)
+
+
+def test_destinations_in_another_order_are_refused():
+    model = bridge("gpt2")
+    flow = lig_lens.attribute(model, CLEAN, maps="attn", destinations=[4, 3, 2, 1, 0], progress=False)
+    with pytest.raises(lig_lens.InputError, match="all destinations in order"):
+        lig_lens.compare(flow, made(torch.zeros(2, 3, 5), "heads_by_pos", tokens=flow.tokens))
+
+
+def test_a_flow_of_fewer_edges_than_asked_for():
+    model, other = bridge("gpt2"), [5, 12, 30, 7, 11]
+    flow = lig_lens.attribute(model, CLEAN, corrupted=other, target=curved, progress=False)
+    edges = patching.top_edges(flow, 10_000)
+    assert 0 < len(edges) < flow.attn.numel() and all(src <= dst for _, _, src, dst in edges)
+    only = [edge for edge in edges if edge[0] == 1]
+    found = patching.knock_out(model, CLEAN, curved, edges=only, progress=False)
+    assert found.layers == (1,) and lig_lens.compare(flow, found).n == len(only)
+    everywhere = patching.knock_out(model, CLEAN, curved, edges=only, layers=[0, 1], progress=False)
+    assert everywhere.layers == (0, 1) and bool(everywhere.values[0].isnan().all())
+    with pytest.raises(lig_lens.InputError, match="these Effects are on heads"):
+        patching.top_edges(made(torch.zeros(2, 3), "heads"), 3)
+
+
+def test_flows_that_do_not_belong_together_have_no_average():
+    model = bridge("gpt2")
+    options = {"maps": "attn", "progress": False}
+    flows = [lig_lens.attribute(model, CLEAN, attn_baseline=name, **options) for name in ("itb", "zero")]
+    with pytest.raises(lig_lens.InputError, match="differ in their attn_baseline"):
+        lig_lens.average(flows)
+    metrics = [lig_lens.logit_difference(8, 14), lig_lens.logit_difference(8, 14, pos=2)]
+    flows = [lig_lens.attribute(model, CLEAN, corrupted=CORRUPTED, target=m, progress=False) for m in metrics]
+    with pytest.raises(lig_lens.InputError, match="several metrics"):
+        lig_lens.average(flows)
+
+
+def test_average_of_the_metric_itself():
+    model = bridge("gpt2")
+    flows = [
+        lig_lens.attribute(model, clean, corrupted=CORRUPTED, target=curved, progress=False)
+        for clean in (CLEAN, [5, 9, 30, 7, 22])
+    ]
+    settings = lig_lens.average(flows).mean.settings
+    values = [flow.settings["metric"]["clean"] for flow in flows]
+    assert settings["metric"]["clean"] == pytest.approx(sum(values) / 2) and "token_ids" not in settings
 
 
 def test_a_flow_on_every_axis():

@@ -41,7 +41,7 @@ def test_patch(capsys, tmp_path):
     assert "activation patching" in (tmp_path / "p.html").read_text()
 
 
-@pytest.mark.parametrize("at, on", [("heads", "heads"), ("resid_pre", "positions"), ("edges", "edges")])
+@pytest.mark.parametrize("at, on", [("heads", "heads"), ("resid_pre", "positions"), ("edges_patched", "edges")])
 def test_patch_elsewhere(capsys, tmp_path, at: str, on: str):
     out = tmp_path / "p.json"
     assert run(["patch", *PROMPTS, *ANSWERS, "--at", at, "--layers", "1", "--json", str(out)]) == 0
@@ -80,6 +80,7 @@ def test_configs(name: str):
         (["patch", *PROMPTS, "--answer", "leaf map", "--no-progress"], "'leaf map' is 2 tokens"),
         (["patch", *PROMPTS, *ANSWERS, "--json", "/no/such/folder/x.json"], "--json"),
         (["compare", *PROMPTS, *ANSWERS, "--edges", "0"], "--edges"),
+        (["patch", *PROMPTS, *ANSWERS, "--at", "edges", "--noising"], "--noising goes with activations"),
         (["compare", "--config", str(CONFIGS / "default.yaml")], "unknown key"),
     ],
 )

@@ -196,6 +196,9 @@ def test_class_logit_of_logits_without_positions():
         ({"target": lig_lens.metric(lambda logits: logits[0, -1, 3] * torch.nan)}, "gave nan"),
         ({"target": lig_lens.metric(lambda logits: 1.0)}, "gave 1.0"),
         ({"target": lig_lens.logit_difference("w3 w4", "w9")}, r"'w3 w4' is 2 tokens, \['w3', 'w4'\]"),
+        ({"target": lig_lens.logit_difference("zebra", "w9")}, "does not know the answer 'zebra'"),
+        ({"target": lig_lens.logit_difference(9, 9)}, "same token"),
+        ({"target": lig_lens.metric(lambda logits: logits[0, -1, 3].detach())}, "has no gradient"),
         ({"target": lig_lens.logit_difference(3, 40)}, "token 40 is outside the vocabulary"),
         ({"target": lig_lens.log_probability(3, pos=6)}, "pos=6 is outside"),
         ({"target": lig_lens.class_logit(3)}, r"shape \[1, 6, 40\].*give pos="),
@@ -214,6 +217,40 @@ def test_bad_input(options, message):
 def test_metric_wants_a_function():
     with pytest.raises(lig_lens.InputError, match="a function of the logits, got str"):
         lig_lens.metric("logits")
+
+
+def test_small_metrics_are_held_to_the_same_tolerance():
+    # A floor in units of the logits would let them pass unfinished.
+    options = {"corrupted": ALL_DIFFERENT, "layers": 0, "attn_baseline": "zero", "progress": False}
+    found = []
+    for scale in (1.0, 1e-6):
+        target = lig_lens.metric(lambda logits, scale=scale: scale * curved(logits))
+        found.append(lig_lens.attribute(tiny_bridge("llama"), CLEAN, target=target, **options | {"corrupted": None}))
+    large, small = found
+    assert bool(small.converged["attn"].all()) == bool(large.converged["attn"].all())
+    torch.testing.assert_close(1e6 * small.attn, large.attn, rtol=1e-3, atol=1e-4 * float(large.attn.abs().max()))
+
+
+def test_what_enters_besides_the_residual_stream_is_noticed():
+    model = tiny_bridge.__wrapped__("gpt2")
+    seen: list[Tensor] = []
+    handles = [
+        model.embed.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0])),
+        model.blocks[1].attn.v.register_forward_hook(lambda _module, _inputs, v: v + 0.05 * (seen[-1][:, :, None] % 3)),
+    ]
+    try:
+        with pytest.raises(lig_lens.BoundaryError, match="something else than the residual stream"):
+            lig_lens.attribute(model, CLEAN, corrupted=ALL_DIFFERENT, target=curved, layers=0, progress=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_a_head_that_was_never_trained_is_refused():
+    with pytest.raises(lig_lens.InputError, match="saved without a language-model head"):
+        lig_lens.attribute(
+            lig_lens.load_model("minilm"), "a cat", corrupted="a dog", target=lig_lens.log_probability("cat")
+        )
 
 
 # The Flow.

@@ -149,6 +149,36 @@ def test_edges_from_the_corrupted_run():
         patching.knock_out(model, CLEAN, curved, corrupted=CORRUPTED, renormalise=True, progress=False)
 
 
+def test_layers_of_edges_count_from_the_end_too():
+    model = compatible("gpt2")
+    one, other = (patching.knock_out(model, CLEAN, curved, edges=[(n, 0, 1, 3)], progress=False) for n in (1, -1))
+    assert one.layers == other.layers == (1,)
+    torch.testing.assert_close(one.values, other.values, equal_nan=True)
+
+
+def test_an_edge_whose_other_run_cannot_be_read():
+    model = tiny_bridge.__wrapped__("gpt2")
+    bent = lambda _m, _i, z: 1.01 * z if seen[-1][0, 2] == CORRUPTED[2] else z  # noqa: E731
+    seen: list[Tensor] = []
+    handles = [
+        model.embed.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0])),
+        model.blocks[1].attn.o.hook_in.register_forward_hook(bent),
+    ]
+    try:
+        with pytest.raises(lig_lens.InputError, match="cannot be knocked out"):
+            patching.knock_out(model, CLEAN, curved, edges=[(1, 0, 1, 3)], corrupted=CORRUPTED, progress=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_a_metric_without_a_gradient_can_be_patched():
+    ours = patching.patch(
+        compatible("gpt2"), CLEAN, CORRUPTED, lambda x: (x[0, -1].argmax() == 3).float(), progress=False
+    )
+    assert set(ours.values.unique().tolist()) <= {-1.0, 0.0, 1.0}
+
+
 def test_all_edges_that_attention_can_see():
     ours = patching.knock_out(compatible("gpt2"), CLEAN, curved, progress=False)
     seen = torch.ones(len(CLEAN), len(CLEAN), dtype=torch.bool).triu()  # [src, dst]
@@ -203,6 +233,9 @@ def test_model_is_left_as_it_was():
         ),
         (lambda m: patching.knock_out(m, CLEAN, curved, edges=[(0, 9, 0, 1)]), "heads 0 to 2"),
         (lambda m: patching.knock_out(m, CLEAN, curved, edges=[(0, 1)]), "four whole numbers"),
+        (lambda m: patching.knock_out(m, CLEAN, curved, edges=[(0.9, 0.7, 0.5, 1.9)]), "four whole numbers"),
+        (lambda m: patching.knock_out(m, CLEAN, curved, edges=[(1, 0, 0, 1)], layers=0), "name all of them"),
+        (lambda m: patching.patch(m, CLEAN, CORRUPTED, curved, max_batch_tokens=0), "max_batch_tokens=0"),
         (lambda m: patching.knock_out(m, CLEAN, curved, edges=[]), "edges is empty"),
         (lambda m: patching.knock_out(m, CLEAN, curved, edges=[(7, 0, 0, 0)]), "layer 7 is out of range"),
         (lambda m: patching.ablate(m, CLEAN, curved, [CLEAN], by="zero"), "Unknown ablation 'zero'"),

@@ -29,7 +29,14 @@ class _ToMetric:
     n_dst, n_groups = 1, 1
 
     def __init__(
-        self, nodes: BlockNodes, path: ResidPath, rest: Rest, metric: BatchMetric, budget: Budget, closed: bool
+        self,
+        nodes: BlockNodes,
+        path: ResidPath,
+        rest: Rest,
+        metric: BatchMetric,
+        known: tuple[float | None, float],
+        budget: Budget,
+        closed: bool,
     ) -> None:
         assert path.start is not None and nodes.z_path is not None and nodes.z is not None
         self.nodes, self.path, self.rest, self.metric = nodes, path, rest, metric
@@ -46,20 +53,22 @@ class _ToMetric:
             assert nodes.formula is not None
             dst = torch.arange(n_pos, device=self.device)
             self.attention = SharedPath(nodes.formula, dst, nodes.formula.tokens(path.start))
-        self.start = torch.zeros(1, dtype=self.dtype, device=self.device)
-        self.start, end = self._values(torch.tensor([0.0, 1.0]).to(path.end))[:, None]
-        self._check(end)
+        logits = self.rest(nodes.call, torch.stack([path.start, path.end]))
+        ends = metric(logits).to(self.dtype)
+        self.start = ends[:1]
+        self.sensitivity = max(metric.sensitivity(one[None]) for one in logits)
+        self._check(ends.tolist(), known)
 
-    def _check(self, end: Float[Tensor, "1"]) -> None:
-        """Verify that what the path ends in is the model's own run."""
-        logits = self.rest.logits
-        missed = float((end - self.metric(logits)).abs() / logits.abs().max())
-        if not missed <= 1e-4:
-            raise BoundaryError(
-                f"Running the model from block {self.nodes.layer} on gives a metric that differs from the whole "
-                f"model's by {missed:.1e} of its largest logit: something else than the residual stream passes between "
-                "its blocks, or the model is random. No metric can be attributed there."
-            )
+    def _check(self, ends: list[float], known: tuple[float | None, float]) -> None:
+        """Verify that the path starts and ends in the model's own runs."""
+        for here, whole in zip(ends, known, strict=True):
+            missed = 0.0 if whole is None else abs(here - whole) / max(self.sensitivity, 1e-30)
+            if not missed <= 1e-4:
+                raise BoundaryError(
+                    f"Running the model from block {self.nodes.layer} on gives a metric of {here:.6g} where the whole "
+                    f"model gives {whole:.6g}: something else than the residual stream passes between its blocks, or "
+                    "the model is random. No metric can be attributed there."
+                )
 
     def _resid(self, a: Float[Tensor, "item"]) -> Float[Tensor, "item pos d_model"]:
         assert self.path.start is not None
@@ -105,7 +114,7 @@ class _ToMetric:
         assert self.nodes.z_path is not None
         with torch.enable_grad():
             resid = self._resid(a).requires_grad_()
-            value = self.metric(self.rest(self.nodes.call, resid, {self.nodes.z_path: cut}))
+            value = self.metric.checked(self.metric(self.rest(self.nodes.call, resid, {self.nodes.z_path: cut})))
             z, leaf = read[0]
             # A metric may depend on positions that what comes later does not reach.
             by_z, by_skip = torch.autograd.grad(value.sum(), (leaf, resid), materialize_grads=True, retain_graph=True)
@@ -144,7 +153,13 @@ class _ToMetric:
 
 
 def integrate_metric(
-    nodes: BlockNodes, path: ResidPath, rest: Rest, metric: BatchMetric, budget: Budget, closed: bool
+    nodes: BlockNodes,
+    path: ResidPath,
+    rest: Rest,
+    metric: BatchMetric,
+    known: tuple[float | None, float],
+    budget: Budget,
+    closed: bool,
 ) -> tuple[Float[Tensor, "head src dst"], Float[Tensor, "src"], Integral]:
     """Contributions to a metric through one block's heads and past them.
 
@@ -153,6 +168,7 @@ def integrate_metric(
         path: shared by all destinations.
         rest: the model from the block on.
         metric: of its logits.
+        known: its value in the run that the path starts from, if that is one of the model's, and in the clean run.
         budget: how hard to try.
         closed: whether to use the block's formula.
 
@@ -161,10 +177,10 @@ def integrate_metric(
         the integral of one cell that both are parts of.
     """
     with torch.no_grad():
-        integrand = _ToMetric(nodes, path, rest, metric, budget, closed)
+        integrand = _ToMetric(nodes, path, rest, metric, known, budget, closed)
         s0, s1 = layers_of_paths(path, torch.zeros(1, dtype=torch.long), nodes.eps, nodes.norms_to_z)
-        # Logits that differ by rounding alone.
-        noise = 8 * nodes.rounding * rest.logits.abs().max().expand(1, 1)
+        # What logits that differ by rounding alone can do to the metric.
+        noise = torch.full((1, 1), 8 * nodes.rounding * integrand.sensitivity)
         integral = integrate(integrand, s0, s1, noise, tol=budget.tol, max_nodes=budget.max_nodes)
     parts = integral.parts[0, 0]
     n_pos = integrand.shape[1]

@@ -34,15 +34,17 @@ def effects_map(effects: Effects) -> go.Figure:
     across, side, below = tokens, "layer", "position"
     what = effects.name
     if effects.on == "edges":
-        flat = np.nan_to_num(values.reshape(*values.shape[:2], -1))
-        values = np.take_along_axis(flat, np.abs(flat).argmax(-1)[..., None], -1)[..., 0]
+        flat = values.reshape(*values.shape[:2], -1)
+        known = np.nan_to_num(np.abs(flat), nan=-1.0)
+        values = np.take_along_axis(flat, known.argmax(-1)[..., None], -1)[..., 0]
         what += ", strongest edge of each head"
     if effects.on in ("heads", "edges"):
         across, below = [str(head) for head in range(values.shape[1])], "head"
     if effects.on == "heads_by_pos":
         rows = [f"{layer}.{head}" for layer in effects.layers for head in range(values.shape[1])]
         values, side = values.reshape(len(rows), -1), "head"
-    top = float(np.nanmax(np.abs(values))) or 1.0
+    drawn = np.abs(values[np.isfinite(values)])
+    top = float(drawn.max()) if drawn.any() else 1.0
     figure = go.Figure(
         go.Heatmap(
             z=values,
