@@ -14,9 +14,21 @@ from lig_lens.errors import BoundaryError, InputError
 from lig_lens.formula import QKV_PATHS
 from lig_lens.layout import by_position
 from lig_lens.metrics import BatchMetric
-from lig_lens.prompts import Prompt
+from lig_lens.prompts import Prompt, is_batch
 from lig_lens.recording import record_calls
+from lig_lens.request import read_prompts
 from lig_lens.rest import Rest
+
+
+def read_pair(model: Any, clean: Any, other: Any, prepend_bos: bool | None) -> tuple[Prompt, Prompt | None]:
+    """A prompt, and another of as many tokens if there is one.
+
+    Raises:
+        InputError: several prompts, prompts of different lengths, or what cannot be read.
+    """
+    if is_batch(clean) or is_batch(other):
+        raise InputError("A list of prompts: give one pair at a time, and average() the results.")
+    return read_prompts(model, clean, other, None, prepend_bos)[0]
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lig_lens.block import prepared
-from lig_lens.circuit import CircuitRun
+from lig_lens.circuit import CircuitRun, read_pair
 from lig_lens.config import MAX_BATCH_TOKENS
 from lig_lens.effects import Effects
 from lig_lens.errors import InputError, check_choice
 from lig_lens.loading import check_evaluating, check_hooked
 from lig_lens.metrics import BatchMetric, Metric
 from lig_lens.metrics import metric as as_metric
-from lig_lens.prompts import Prompt, check_same_length, is_batch, read_prompt
+from lig_lens.prompts import Prompt, is_batch
 from lig_lens.request import Selection, chosen_numbers
 
 NODES = ("hook_z", "resid_pre", "resid_mid")
@@ -38,6 +38,7 @@ ABLATIONS = ("mean", "resample")
 Index = tuple[int, int, int, int]
 
 
+@torch.inference_mode(False)  # the metric's gradient tells its rounding, whatever mode the caller is in
 @torch.no_grad()
 def patch(
     model: Any,
@@ -81,11 +82,10 @@ def patch(
     if not each_position and at != "hook_z":
         raise InputError(f"each_position=False goes with at='hook_z': {at} at all positions is all of the other run.")
     model = _checked(model, max_batch_tokens)
-    first, second = (
-        read_prompt(model, prompt, prepend_bos=prepend_bos, what=what)
-        for prompt, what in ((clean, "prompt"), (corrupted, "corrupted prompt"))
-    )
-    check_same_length(first, second)
+    if corrupted is None:
+        raise InputError("corrupted is None: patching needs a second prompt of as many tokens.")
+    first, second = read_pair(model, clean, corrupted, prepend_bos)
+    assert second is not None
     chosen = chosen_numbers("layer", layers, int(model.cfg.n_layers))
     with prepared(model, model):
         runs = [CircuitRun(model, prompt, chosen) for prompt in (first, second)]
@@ -148,6 +148,7 @@ def _patches(into: CircuitRun, source: CircuitRun, layer: int, at: str) -> Calla
     return heads if at in ("hook_z", "heads") else resid
 
 
+@torch.inference_mode(False)  # the metric's gradient tells its rounding, whatever mode the caller is in
 @torch.no_grad()
 def knock_out(
     model: Any,
@@ -190,15 +191,9 @@ def knock_out(
             number, or a block whose pattern and values cannot be read.
     """
     model = _checked(model, max_batch_tokens)
-    read = read_prompt(model, prompt, prepend_bos=prepend_bos)
-    second = None
-    if corrupted is not None:
-        if renormalise:
-            raise InputError(
-                "renormalise=True goes with knock-outs: an edge from the corrupted run leaves its row whole."
-            )
-        second = read_prompt(model, corrupted, prepend_bos=prepend_bos, what="corrupted prompt")
-        check_same_length(read, second)
+    if corrupted is not None and renormalise:
+        raise InputError("renormalise=True goes with knock-outs: an edge from another run leaves its row whole.")
+    read, second = read_pair(model, prompt, corrupted, prepend_bos)
     n_layers = int(model.cfg.n_layers)
     wanted = None if edges is None else sorted({_whole(edge, n_layers) for edge in edges})
     if wanted is not None:
@@ -291,6 +286,7 @@ def _asked(run: CircuitRun, other: CircuitRun | None, layer: int, wanted: list[I
     return torch.tensor(places, dtype=torch.long, device=visible.device).reshape(-1, 3)
 
 
+@torch.inference_mode(False)  # the metric's gradient tells its rounding, whatever mode the caller is in
 @torch.no_grad()
 def ablate(
     model: Any,
@@ -326,11 +322,11 @@ def ablate(
     """
     check_choice("ablation", by, ABLATIONS)
     model = _checked(model, max_batch_tokens)
-    read = read_prompt(model, prompt, prepend_bos=prepend_bos)
     listed = others if is_batch(others) else [others]
-    other = [read_prompt(model, one, prepend_bos=prepend_bos, what="other prompt") for one in listed]
-    for one in other:
-        check_same_length(read, one)
+    pairs = [read_pair(model, prompt, one, prepend_bos) for one in listed]
+    read, other = pairs[0][0], [second for _, second in pairs if second is not None]
+    if not other:
+        raise InputError("others is empty: give prompts whose head outputs are put in.")
     chosen = chosen_numbers("layer", layers, int(model.cfg.n_layers))
     with prepared(model, model):
         run = CircuitRun(model, read, chosen)

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from lig_lens.block import prepared
-from lig_lens.circuit import CircuitRun
+from lig_lens.circuit import CircuitRun, read_pair
 from lig_lens.effects import Effects
 from lig_lens.errors import InputError, check_choice
 from lig_lens.loading import check_evaluating, check_hooked
 from lig_lens.metrics import Metric
 from lig_lens.metrics import metric as as_metric
-from lig_lens.prompts import check_same_length, read_prompt
 from lig_lens.request import Selection, chosen_numbers
 
 SCORES = ("attention", "attention_value_norm", "gradient_pattern", "attribution_patching")
@@ -63,9 +62,10 @@ def scores(
         check_choice("score", name, SCORES)
     model = check_hooked(model)
     check_evaluating(model)
-    first = read_prompt(model, clean, prepend_bos=prepend_bos)
-    second = read_prompt(model, corrupted, prepend_bos=prepend_bos, what="corrupted prompt")
-    check_same_length(first, second)
+    if corrupted is None:
+        raise InputError("corrupted is None: attribution patching needs a second prompt of as many tokens.")
+    first, second = read_pair(model, clean, corrupted, prepend_bos)
+    assert second is not None
     chosen = chosen_numbers("layer", layers, int(model.cfg.n_layers))
     with prepared(model, model), torch.no_grad():
         runs = [CircuitRun(model, prompt, chosen) for prompt in (first, second)]

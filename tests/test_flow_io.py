@@ -20,7 +20,7 @@ from lig_lens.errors import FlowFileError, InputError, MissingPackageError
 from lig_lens.files import check_writable, write_atomic
 from lig_lens.flow import Flow
 
-LABELS = ("tokens", "special", "layers", "destinations", "model_name", "settings", "layouts", "engines")
+LABELS = ("tokens", "special", "layers", "destinations", "model_name", "settings", "layouts", "engines", "metric")
 
 
 @pytest.mark.parametrize("maps", [("attn", "mlp", "block"), ("attn",), ("mlp",), ("block",)])
@@ -154,7 +154,7 @@ def test_json_follows_its_documented_schema(tmp_path):
     assert document == json.loads(text)
     assert (document["schema"], document["schema_version"]) == ("lig_lens.flow", 1)
     assert set(document) == {
-        *("schema", "schema_version", "model_name", "tokens", "special", "layers", "destinations"),
+        *("schema", "schema_version", "model_name", "tokens", "special", "layers", "destinations", "metric"),
         *("layouts", "engines", "settings", "maps"),
     }
     assert document["tokens"] == list(TOKENS) and document["destinations"] == [1, 4]

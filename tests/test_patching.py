@@ -209,6 +209,15 @@ def test_ablation_by_hooks(by: str):
         )
 
 
+def test_under_inference_mode():
+    model = compatible("gpt2")
+    expected = patching.patch(model, CLEAN, CORRUPTED, curved, progress=False)
+    with torch.inference_mode():
+        ours = patching.patch(model, CLEAN, CORRUPTED, curved, progress=False)
+        scores = lig_lens.scores(model, CLEAN, CORRUPTED, curved)
+    assert torch.equal(ours.values, expected.values) and len(scores) == 4
+
+
 def test_model_is_left_as_it_was():
     model = compatible("gpt2")
     before = value(model)
@@ -239,6 +248,8 @@ def test_model_is_left_as_it_was():
         (lambda m: patching.knock_out(m, CLEAN, curved, edges=[]), "edges is empty"),
         (lambda m: patching.knock_out(m, CLEAN, curved, edges=[(7, 0, 0, 0)]), "layer 7 is out of range"),
         (lambda m: patching.ablate(m, CLEAN, curved, [CLEAN], by="zero"), "Unknown ablation 'zero'"),
+        (lambda m: patching.ablate(m, CLEAN, curved, [CLEAN, CLEAN[:3]]), "3 tokens, the prompt 5"),
+        (lambda m: patching.patch(m, [CLEAN, CLEAN], [CORRUPTED, CORRUPTED], curved), "one pair at a time"),
     ],
 )
 def test_bad_input(run, message: str):
