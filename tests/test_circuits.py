@@ -1,13 +1,13 @@
 """Scores, effects, their averages and their comparison."""
 
-import functools
 import json
 
 import numpy as np
 import pytest
 import torch
 from tiny_hooked import has_hooked_transformer, tiny_hooked
-from tiny_models import N_LAYERS, tiny_bridge
+from tiny_models import N_LAYERS
+from tiny_models import compatible_bridge as bridge
 from torch import Tensor
 
 import lig_lens
@@ -20,13 +20,6 @@ CLEAN, CORRUPTED = [5, 12, 30, 7, 22], [5, 12, 11, 9, 22]
 
 def curved(logits: Tensor) -> Tensor:
     return logits[0, -1].log_softmax(-1)[3] + 0.1 * logits[0, 2, 7] * logits[0, -2, 9]
-
-
-@functools.cache
-def bridge(kind: str):
-    model = tiny_bridge.__wrapped__(kind)
-    model.enable_compatibility_mode(disable_warnings=True, no_processing=True)
-    return model
 
 
 def models(kind: str):

@@ -1,11 +1,10 @@
 """Interventions against TransformerLens' own, and against hooks on the pattern."""
 
-import functools
-
 import pytest
 import torch
 from tiny_hooked import HOOKED_KINDS, has_hooked_transformer, tiny_hooked
-from tiny_models import KINDS, N_LAYERS, tiny_bridge
+from tiny_models import KINDS, N_LAYERS, fresh_bridge
+from tiny_models import compatible_bridge as compatible
 from torch import Tensor
 
 import lig_lens
@@ -16,14 +15,6 @@ CLEAN, CORRUPTED = [5, 12, 30, 7, 22], [5, 12, 11, 9, 22]
 
 def curved(logits: Tensor) -> Tensor:
     return logits[0, -1].log_softmax(-1)[3] + 0.1 * logits[0, 2, 7] * logits[0, -2, 9]
-
-
-@functools.cache
-def compatible(kind: str):
-    """A bridge with TransformerLens' familiar hook names."""
-    model = tiny_bridge.__wrapped__(kind)
-    model.enable_compatibility_mode(disable_warnings=True, no_processing=True)
-    return model
 
 
 def value(model, ids=CLEAN, hooks=()) -> float:
@@ -157,7 +148,7 @@ def test_layers_of_edges_count_from_the_end_too():
 
 
 def test_an_edge_whose_other_run_cannot_be_read():
-    model = tiny_bridge.__wrapped__("gpt2")
+    model = fresh_bridge("gpt2")
     bent = lambda _m, _i, z: 1.01 * z if seen[-1][0, 2] == CORRUPTED[2] else z  # noqa: E731
     seen: list[Tensor] = []
     handles = [
@@ -263,7 +254,7 @@ def test_a_layout_without_resid_mid():
 
 
 def test_a_pattern_that_is_not_what_makes_z():
-    model = tiny_bridge.__wrapped__("gpt2")
+    model = fresh_bridge("gpt2")
     handle = model.blocks[1].attn.o.hook_in.register_forward_hook(lambda _m, _i, z: 1.5 * z)
     try:
         with pytest.raises(lig_lens.InputError, match=r"cannot be knocked out. Heads and residual stream can still"):

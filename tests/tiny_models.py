@@ -137,6 +137,14 @@ def fresh_bridge(kind: str) -> TransformerBridge:
     return tiny_bridge.__wrapped__(kind)
 
 
+@functools.cache
+def compatible_bridge(kind: str) -> TransformerBridge:
+    """Load a bridge with TransformerLens' familiar hook names; cached, so do not change it otherwise."""
+    model = fresh_bridge(kind)
+    model.enable_compatibility_mode(disable_warnings=True, no_processing=True)
+    return model
+
+
 class _Float64Everywhere(TorchFunctionMode):
     """Turns every cast to float32 into one to float64.
 
