@@ -27,7 +27,8 @@ ATTN_BASELINES = ("zero", "itb", "itb_zero_ratio", "itb_map_ratio", "corrupted")
 BLOCK_BASELINES = ("zero", "itb", "itb_zero_ratio", "corrupted")
 SHARED_BASELINES = ("zero", "corrupted")  # one path for all destinations
 MLP_BASELINES = ("zero", "att_itb_a0", "corrupted")
-PATCHED = ("hook_z", "heads", "resid_pre", "resid_mid", "edges", "edges_patched")
+PATCHED_NODES = ("hook_z", "resid_pre", "resid_mid")
+PATCHED = (*PATCHED_NODES, "heads", "edges", "edges_patched")
 ENGINES = ("auto", "closed_form", "hooks")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # Integration nodes that may be spent on one cell, and tokens that are run through a block at once.

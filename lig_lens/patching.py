@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from lig_lens.block import prepared
 from lig_lens.circuit import CircuitRun, read_pair
-from lig_lens.config import MAX_BATCH_TOKENS
+from lig_lens.config import MAX_BATCH_TOKENS, PATCHED_NODES
 from lig_lens.effects import Effects
 from lig_lens.errors import InputError, check_choice
 from lig_lens.loading import check_evaluating, check_hooked
@@ -33,7 +33,6 @@ from lig_lens.metrics import metric as as_metric
 from lig_lens.prompts import Prompt, is_batch
 from lig_lens.request import Selection, chosen_numbers
 
-NODES = ("hook_z", "resid_pre", "resid_mid")
 ABLATIONS = ("mean", "resample")
 Index = tuple[int, int, int, int]
 
@@ -78,7 +77,7 @@ def patch(
             layout without one.
         BoundaryError: blocks that cannot be run by themselves.
     """
-    check_choice("node", at, NODES)
+    check_choice("node", at, PATCHED_NODES)
     if not each_position and at != "hook_z":
         raise InputError(f"each_position=False goes with at='hook_z': {at} at all positions is all of the other run.")
     model = _checked(model, max_batch_tokens)
@@ -121,31 +120,40 @@ def patch(
 
 
 def _patches(into: CircuitRun, source: CircuitRun, layer: int, at: str) -> Callable[[Tensor], tuple[Any, Any]]:
-    """What enters block `layer` of a run when one node is replaced."""
+    """What enters block `layer` of a run when one node is replaced; `heads` is hook_z at all positions."""
     here, there = into.blocks[layer].nodes, source.blocks[layer].nodes
     z, other = _z(into, layer), _z(source, layer)
     n_pos = len(z)
 
-    def heads(numbers: Tensor) -> tuple[Any, Any]:
-        patched, item = z.repeat(len(numbers), 1, 1, 1), torch.arange(len(numbers), device=z.device)
-        if at == "heads":
-            patched[item, :, numbers] = other[:, numbers].transpose(0, 1)
-            return None, patched
+    def hook_z(numbers: Tensor) -> tuple[Any, Any]:
+        patched, item = _copies(z, numbers)
         head, pos = numbers // n_pos, numbers % n_pos
         patched[item, pos, head] = other[pos, head]
         return None, patched
 
-    def resid(numbers: Tensor) -> tuple[Any, Any]:
-        patched, item = here.resid_pre.repeat(len(numbers), 1, 1), torch.arange(len(numbers), device=z.device)
-        if at == "resid_pre":
-            patched[item, numbers] = there.resid_pre[numbers]
-            return patched, None
+    def heads(numbers: Tensor) -> tuple[Any, Any]:
+        patched, item = _copies(z, numbers)
+        patched[item, :, numbers] = other[:, numbers].transpose(0, 1)
+        return None, patched
+
+    def resid_pre(numbers: Tensor) -> tuple[Any, Any]:
+        patched, item = _copies(here.resid_pre, numbers)
+        patched[item, numbers] = there.resid_pre[numbers]
+        return patched, None
+
+    def resid_mid(numbers: Tensor) -> tuple[Any, Any]:
         # The rest of the block sees only the sum: what is added to one of its terms is added to it.
         assert here.resid_mid is not None and there.resid_mid is not None
+        patched, item = _copies(here.resid_pre, numbers)
         patched[item, numbers] += (there.resid_mid - here.resid_mid)[numbers]
         return patched, z.expand(len(numbers), -1, -1, -1)
 
-    return heads if at in ("hook_z", "heads") else resid
+    return {"hook_z": hook_z, "heads": heads, "resid_pre": resid_pre, "resid_mid": resid_mid}[at]
+
+
+def _copies(value: Float[Tensor, "pos *rest"], numbers: Tensor) -> tuple[Float[Tensor, "run pos *rest"], Tensor]:
+    """A node's value once for each run, and which run each copy is for."""
+    return value.repeat(len(numbers), *[1] * value.ndim), torch.arange(len(numbers), device=value.device)
 
 
 @torch.inference_mode(False)  # the metric's gradient tells its rounding, whatever mode the caller is in
@@ -243,7 +251,7 @@ def _without_edges(
 
     def make(numbers: Tensor) -> tuple[Any, Any]:
         head, src, dst = places[numbers].T
-        changed, item = z.repeat(len(numbers), 1, 1, 1), torch.arange(len(numbers), device=z.device)
+        changed, item = _copies(z, numbers)
         # From what is left, not as differences: a row may look at one token nearly alone.
         row = attention.pattern[head, dst].scatter(1, src[:, None], 0.0)
         left = torch.einsum("es,seh->eh", row, attention.values[:, head])
@@ -362,7 +370,7 @@ def _ablations(
     z = _z(run, layer)
 
     def make(numbers: Tensor) -> tuple[Any, Any]:
-        changed, item = z.repeat(len(numbers), 1, 1, 1), torch.arange(len(numbers), device=z.device)
+        changed, item = _copies(z, numbers)
         head, other = numbers // len(others), numbers % len(others)
         changed[item, :, head] = others[other, :, head]
         return None, changed
