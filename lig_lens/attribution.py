@@ -29,6 +29,7 @@ from lig_lens.errors import ConvergenceWarning, InputError
 from lig_lens.files import check_writable
 from lig_lens.flow import Flow
 from lig_lens.loading import check_evaluating, check_hooked, describe_processing, model_name
+from lig_lens.messages import attention_of
 from lig_lens.metrics import Metric
 from lig_lens.metrics import metric as as_metric
 from lig_lens.prompts import Prompt, is_batch
@@ -59,6 +60,7 @@ def attribute(
     max_nodes: int = MAX_NODES,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
     engine: str = "auto",
+    split: str = "source",
     prepend_bos: bool | None = None,
     attention_mask: Any = None,
     out: "str | os.PathLike[str] | None" = None,
@@ -91,6 +93,10 @@ def attribute(
         engine: `auto` takes `closed_form` for the `attn` and `block` maps where a block's attention follows its
             formula and `hooks` elsewhere, block by block; `closed_form` insists on it, `hooks` uses autograd
             throughout. The `mlp` map costs one backward pass per node whichever is named.
+        split: with a metric, what heads' outputs are split by. `source`: what moves source i, its key and its value,
+            and for i = j the query, with everything else at its place on the path. `message`: how far the message
+            p_ji v_i moves, whatever moves it, which is what interventions on edges replace. Both have the same sums
+            over sources, so heads and totals are the same.
         prepend_bos: for texts, handed to the model's tokenizer; its own default with None.
         attention_mask: for token ids, 0 marks padding, which is dropped before the model runs.
         out: file to which each layer is written as soon as it is computed, for a Flow that need not fit into memory;
@@ -127,6 +133,7 @@ def attribute(
         max_batch_tokens=max_batch_tokens,
         engine=engine,
         progress=progress,
+        split=split,
     )
     if corrupted is not None and not any(settings.starts_from(name, "corrupted") for name in settings.maps):
         raise InputError(
@@ -190,8 +197,9 @@ def _recorded(
     heads = [name for name in settings.maps if name in ("attn", "mlp")]
     formula = settings.engine != "hooks"
     needs_pattern = "attn" in heads and settings.starts_from("attn", "itb_map_ratio")
-    nodes = _nodes(model, clean, layers, bool(heads), formula, needs_pattern)
-    corrupted = _nodes(model, second, layers, bool(heads), False, False) if second is not None else {}
+    messages = settings.split == "message"
+    nodes = _nodes(model, clean, layers, bool(heads), formula, needs_pattern, messages)
+    corrupted = _nodes(model, second, layers, bool(heads), False, False, False) if second is not None else {}
     for layer in layers:
         if heads and nodes[layer].z is None:
             raise InputError(
@@ -202,6 +210,11 @@ def _recorded(
             raise InputError(
                 f"engine='closed_form' cannot work on block {layer}: {nodes[layer].boundaries.why_hooks}. Use "
                 "engine='auto', which takes 'hooks' for such blocks."
+            )
+        if messages and engine_of(settings, nodes[layer], "attn") == "hooks" and nodes[layer].v_path is None:
+            raise InputError(
+                f"split='message': the pattern and values of block {layer} cannot be read, or head outputs are not "
+                "their product. Use split='source', or load the model with eager attention."
             )
         if needs_pattern and nodes[layer].pattern is None:
             raise InputError(
@@ -224,10 +237,13 @@ def _check_shapes(settings: Settings, nodes: BlockNodes, n_pos: int, n_layers: i
 
 
 def _nodes(
-    model: Any, prompt: Prompt, layers: tuple[int, ...], heads: bool, formula: bool, pattern: bool
+    model: Any, prompt: Prompt, layers: tuple[int, ...], heads: bool, formula: bool, pattern: bool, messages: bool
 ) -> dict[int, BlockNodes]:
     def visit(call: BlockCall) -> BlockNodes:
         nodes = find_nodes(model, call, heads, formula)
+        if messages and nodes.z is not None and call.seen is not None:
+            attention = attention_of(nodes, call.seen.values)
+            nodes = replace(nodes, v_path=attention and attention.v_path)
         # Patterns of all layers of a long prompt may be larger than all else.
         return nodes if pattern else replace(nodes, pattern=None)
 
@@ -348,7 +364,11 @@ def _record(model: Any, settings: Settings, job: Job) -> dict[str, Any]:
     """Settings as a Flow keeps them."""
     down = job.downstream
     return {
-        **({} if down is None else {"metric": {"clean": down.clean, "corrupted": down.corrupted}}),
+        **(
+            {}
+            if down is None
+            else {"metric": {"clean": down.clean, "corrupted": down.corrupted}, "split": settings.split}
+        ),
         "maps": list(settings.maps),
         **{f"{name}_baseline": describe_baseline(settings.baselines[name]) for name in settings.maps},
         "target": settings.target.name if isinstance(settings.target, Metric) else describe_target(settings.target),

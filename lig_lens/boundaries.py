@@ -69,7 +69,8 @@ class BlockNodes:
     between attention and the rest; `W_O` and `b_O` reproduce the attention output from `z`.
     `norms_to_z` counts the norms in a row on the way there, `tail_scales` holds what those behind it divide by on the
     prompt (path of its hook -> value), `attention_is_attn_out` says that attention ends there, and `rounding` is the
-    relative rounding error of the block: larger than its dtype's where it casts to float32.
+    relative rounding error of the block: larger than its dtype's where it casts to float32. `v_path` is where messages
+    are read, if somebody looked for them (`messages.attention_of`).
     """
 
     call: BlockCall
@@ -79,6 +80,7 @@ class BlockNodes:
     eps: float = 1e-5
     z_path: str | None = None
     attn_out_path: str | None = None
+    v_path: str | None = None
     norms_to_z: int = 1
     tail_scales: Mapping[str, Float[Tensor, "pos"]] = field(default_factory=dict, repr=False)
     attention_is_attn_out: bool = False

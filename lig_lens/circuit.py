@@ -11,8 +11,7 @@ from torch import Tensor
 from lig_lens.block import BlockCall, Hook, module_hooks, torch_hooks
 from lig_lens.boundaries import BlockNodes, find_nodes
 from lig_lens.errors import BoundaryError, InputError
-from lig_lens.formula import QKV_PATHS
-from lig_lens.layout import by_position
+from lig_lens.messages import Attention, attention_of
 from lig_lens.metrics import BatchMetric
 from lig_lens.prompts import Prompt, is_batch
 from lig_lens.recording import record_calls
@@ -29,14 +28,6 @@ def read_pair(model: Any, clean: Any, other: Any, prepend_bos: bool | None) -> t
     if is_batch(clean) or is_batch(other):
         raise InputError("A list of prompts: give one pair at a time, and average() the results.")
     return read_prompts(model, clean, other, None, prepend_bos)[0]
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Pattern and values of one block, `z = pattern @ values` head by head."""
-
-    pattern: Float[Tensor, "head dst src"]
-    values: Float[Tensor, "src head d_head"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +63,7 @@ class CircuitRun:
                 "layer out."
             )
         assert seen is not None  # float32 at least, see the class's docstring
-        return BlockRun(replace(nodes, pattern=None), _attention(nodes, seen.values))
+        return BlockRun(replace(nodes, pattern=None), attention_of(nodes, seen.values))
 
     def measure(
         self,
@@ -145,19 +136,3 @@ class CircuitRun:
 
 def _replacing(z: Tensor) -> Hook:
     return lambda now: z.to(now).reshape(now.shape).contiguous()
-
-
-def _attention(nodes: BlockNodes, values: Any) -> Attention | None:
-    """Pattern and values, if the hooks show them and z is their product."""
-    z, pattern = nodes.z, nodes.pattern
-    assert z is not None
-    path = next((paths[2] for paths in QKV_PATHS if paths[2] in values), None)
-    if pattern is None or path is None:
-        return None
-    n_pos, n_heads, d_head = z.shape
-    n_values = values[path].numel() // (n_pos * d_head)
-    if values[path].numel() != n_pos * n_values * d_head or n_values == 0 or n_heads % n_values:
-        return None
-    shown = values[path].reshape(n_pos, n_values, d_head).repeat_interleave(n_heads // n_values, 1).to(z)
-    missed = torch.einsum("hjs,she->jhe", pattern, shown) - z
-    return Attention(pattern, shown) if by_position(missed.flatten(1), z.flatten(1)) <= 1e-4 else None

@@ -132,7 +132,7 @@ def _metric_columns(settings: Settings, job: Job, index: int, downstream: Downst
     closed = engine_of(settings, nodes, "attn") == "closed_form"
     start = downstream.corrupted if settings.starts_from("attn", "corrupted") else None
     heads, skip, integral = integrate_metric(
-        nodes, path, downstream.rest, downstream.metric, (start, downstream.clean), budget, closed
+        nodes, path, downstream.rest, downstream.metric, (start, downstream.clean), budget, closed, settings.split
     )
     return {"contributions": heads, "skip": skip, **{key: value[0, 0] for key, value in _cells(integral).items()}}
 

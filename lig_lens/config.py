@@ -29,6 +29,7 @@ SHARED_BASELINES = ("zero", "corrupted")  # one path for all destinations
 MLP_BASELINES = ("zero", "att_itb_a0", "corrupted")
 PATCHED_NODES = ("hook_z", "resid_pre", "resid_mid")
 PATCHED = (*PATCHED_NODES, "heads", "edges", "edges_patched")
+SPLITS = ("source", "message")
 ENGINES = ("auto", "closed_form", "hooks")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # Integration nodes that may be spent on one cell, and tokens that are run through a block at once.

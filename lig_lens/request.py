@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lig_lens.config import BASELINES, ENGINES, MAPS, SHARED_BASELINES
+from lig_lens.config import BASELINES, ENGINES, MAPS, SHARED_BASELINES, SPLITS
 from lig_lens.errors import InputError, check_choice
 from lig_lens.metrics import Metric
 from lig_lens.prompts import Prompt, check_same_length, is_batch, read_prompt
@@ -30,6 +30,7 @@ class Settings:
     max_batch_tokens: int
     engine: str
     progress: bool
+    split: str
 
     def __post_init__(self) -> None:
         if not self.maps:
@@ -40,8 +41,14 @@ class Settings:
             if not isinstance(baseline, Tensor):
                 check_choice(f"{name}_baseline", baseline, BASELINES[name])
         check_choice("engine", self.engine, ENGINES)
+        check_choice("split", self.split, SPLITS)
         if isinstance(self.target, Metric):
             self._check_metric(self.target)
+        elif self.split != "source":
+            raise InputError(
+                f"split={self.split!r} goes with a metric as target: contributions to a head's output are those of "
+                "sources (split='source')."
+            )
         if not isinstance(self.tol, float) or not 0 < self.tol < 1:
             raise InputError(f"tol={self.tol!r} is not between 0 and 1: it is a relative gap, such as 1e-3.")
         if self.max_nodes < NODES_PER_PANEL:

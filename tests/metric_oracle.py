@@ -1,7 +1,7 @@
 """Naive oracle of contributions to a metric: forward-mode derivatives of attention, float64, no code of the package.
 
 What the package gets from one gradient at the heads' outputs, this gets source by source: the derivative of every head
-output along that source's own step.
+output along that source's own step, or of every message along the steps of all.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def unembed(kind: str) -> Callable[[Tensor], Tensor]:
 
 
 def contributions(
-    kind: str, layer: int, x: Tensor, x0: Tensor, function: Callable[[Tensor], Tensor]
+    kind: str, layer: int, x: Tensor, x0: Tensor, function: Callable[[Tensor], Tensor], split: str = "source"
 ) -> tuple[Tensor, Tensor, float]:
     """Contributions along the straight path of resid_pre from x0 to x.
 
@@ -40,6 +40,7 @@ def contributions(
         x: resid_pre [pos, d_model] at its end.
         x0: the same at its start.
         function: of logits [1, pos, d_vocab].
+        split: what heads' outputs are split by, `source` or `message`.
 
     Returns:
         heads [head, src, dst], skip [src], and the change of the metric.
@@ -52,6 +53,9 @@ def contributions(
         for block in blocks[1:]:
             resid = block.run(resid)
         return torch.stack([function(one[None]) for one in head(resid)])
+
+    def messages(resid: Tensor) -> Tensor:
+        return torch.einsum("...hjs,...she->...hjse", blocks[0].pattern_of(resid), blocks[0].values_of(resid))
 
     step = x - x0
     with torch.no_grad():
@@ -66,7 +70,10 @@ def contributions(
         by_z, by_skip = torch.autograd.grad(downstream(*leaves).sum(), leaves)
         skip = torch.einsum("n,npd,pd->p", weights, by_skip, step)
         heads = torch.zeros(by_z.shape[2], len(x), len(x), dtype=x.dtype)
-        for src in range(len(x)):
+        if split == "message":
+            moved = torch.func.jvp(messages, (points,), (step.expand_as(points),))[1]
+            heads = torch.einsum("n,nhjse,njhe->hsj", weights, moved, by_z)
+        for src in range(len(x)) if split == "source" else ():
             tangent = torch.func.jvp(blocks[0].z_of, (points,), (own[src].expand_as(points),))[1]
             heads[:, src] = torch.einsum("n,njhe,njhe->hj", weights, tangent, by_z)
         gap = abs(float(heads.sum() + skip.sum()) - total)

@@ -10,6 +10,7 @@ from tiny_models import KINDS, N_LAYERS, exact_hf, hf_residuals, tiny_bridge
 from torch import Tensor
 
 import lig_lens
+from lig_lens.config import SPLITS
 
 CLEAN, CORRUPTED = [5, 12, 30, 7, 22, 39], [5, 12, 11, 7, 22, 39]
 ALL_DIFFERENT = [8, 31, 12, 25, 6, 17]
@@ -40,22 +41,24 @@ def hf_value(kind: str, ids: list[int], function=curved) -> float:
         return float(function(metric_oracle.unembed(kind)(states[-1][None])))
 
 
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layer", range(N_LAYERS))
 @pytest.mark.parametrize("kind", KINDS)
-def test_oracle(kind: str, layer: int):
+def test_oracle(kind: str, layer: int, split: str):
     x, x0 = (hf_residuals(kind, torch.tensor(ids))[layer] for ids in (CLEAN, ALL_DIFFERENT))
-    heads, skip, total = metric_oracle.contributions(kind, layer, x, x0, curved)
+    heads, skip, total = metric_oracle.contributions(kind, layer, x, x0, curved, split)
     scale = max(heads.abs().max(), skip.abs().max())
     for engine in ("auto", "hooks"):
-        flow = run(kind, engine)
+        flow = run(kind, engine, split=split)
         assert (flow.attn[layer] - heads).abs().max() <= 1e-4 * scale
         assert (flow.skip[layer] - skip).abs().max() <= 1e-4 * scale
         assert float(flow.total["attn"][layer]) == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_complete_at_every_layer(kind: str):
-    flow = run(kind)
+def test_complete_at_every_layer(kind: str, split: str):
+    flow = run(kind, split=split)
     change = hf_value(kind, CLEAN) - hf_value(kind, ALL_DIFFERENT)
     for layer in range(N_LAYERS):
         assert float(flow.attn[layer].sum() + flow.skip[layer].sum()) == pytest.approx(change, rel=1e-3)
@@ -65,6 +68,16 @@ def test_complete_at_every_layer(kind: str):
         "corrupted": pytest.approx(hf_value(kind, ALL_DIFFERENT), rel=1e-4),
     }
     assert flow.metric == "curved" and flow.maps == ("attn",)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_splits_have_the_same_heads(kind: str):
+    by_source, by_message = (run(kind, split=split) for split in SPLITS)
+    scale = float(by_source.attn.abs().max())
+    assert (by_source.attn - by_message.attn).abs().max() > 0.01 * scale
+    torch.testing.assert_close(by_message.attn.sum(2), by_source.attn.sum(2), rtol=1e-3, atol=1e-4 * scale)
+    torch.testing.assert_close(by_message.skip, by_source.skip, rtol=1e-3, atol=1e-4 * scale)
+    assert by_message.settings["split"] == "message"
 
 
 def test_engines_are_named():
@@ -195,6 +208,8 @@ def test_class_logit_of_logits_without_positions():
         ({"target": lig_lens.metric(lambda logits: logits[0, -1])}, r"shape \[40\]"),
         ({"target": lig_lens.metric(lambda logits: logits[0, -1, 3] * torch.nan)}, "gave nan"),
         ({"target": lig_lens.metric(lambda logits: 1.0)}, "gave 1.0"),
+        ({"split": "edge"}, "split 'edge'"),
+        ({"target": "l2", "split": "message", "corrupted": None}, "split='message' goes with a metric"),
         ({"target": lig_lens.logit_difference("w3 w4", "w9")}, r"'w3 w4' is 2 tokens, \['w3', 'w4'\]"),
         ({"target": lig_lens.logit_difference("zebra", "w9")}, "does not know the answer 'zebra'"),
         ({"target": lig_lens.logit_difference(9, 9)}, "same token"),

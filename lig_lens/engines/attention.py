@@ -310,13 +310,33 @@ class SharedPath(AttentionPath):
         gradient: Float[Tensor, "head panel node d_head"],
     ) -> Float[Tensor, "head panel node src"]:
         """See the base class."""
-        s, a = panels.state, panels.a[..., None]
-        v = [values[:, : panels.n_src].mT for values in self.v]
-        ends = [torch.empty(0) if self.from_zero else self._each(gradient, v[0]), self._each(gradient, v[1])]
-        line = self._between(ends, a)
+        s = panels.state
+        line, step = self._at_values(panels, gradient)
         at_z = (gradient * (displacement + self._own(self.v_start, panels))).sum(-1, keepdim=True)
         above = torch.addcmul(-at_z, line, s["r"]).mul_(s["pattern"])
         by_query = torch.linalg.vecdot(above, s["along_q"])
         result = above.mul_(s["along_k"])
-        result.addcmul_(torch.addcmul(self._step(ends), line, s["slope"]), s["weights"])
+        result.addcmul_(step, s["weights"])
         return result.scatter_add_(-1, panels.dst[..., None, None].expand(*result.shape[:-1], 1), by_query[..., None])
+
+    def messages(
+        self, panels: Panels, gradient: Float[Tensor, "head panel node d_head"]
+    ) -> Float[Tensor, "head panel node src"]:
+        """`<g_j, d(p_ji v_i)/da>`: how each message moves along the path, all tokens together.
+
+        Over the sources it adds up to what `contributions` does. Arguments as there.
+        """
+        s, formula = panels.state, self.formula
+        line, step = self._at_values(panels, gradient)
+        b_v = formula.b_v.repeat_interleave(self.n_heads // self.n_kv_heads, 0)[:, None]
+        values = torch.addcmul((gradient * b_v).sum(-1, keepdim=True), line, s["r"])
+        along = s["along_k"] + s["along_q"]
+        along -= torch.linalg.vecdot(s["pattern"], along)[..., None]
+        return along.mul_(s["pattern"]).mul_(values).addcmul_(step, s["weights"])
+
+    def _at_values(self, panels: Panels, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """With V homogeneous: `g.V_i`, and `g.dv_i / r`: [head panel node src] each."""
+        v = [values[:, : panels.n_src].mT for values in self.v]
+        ends = [torch.empty(0) if self.from_zero else self._each(gradient, v[0]), self._each(gradient, v[1])]
+        line = self._between(ends, panels.a[..., None])
+        return line, torch.addcmul(self._step(ends), line, panels.state["slope"])

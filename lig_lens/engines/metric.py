@@ -5,19 +5,26 @@ Along `x(a)`, the residual vectors from one run to another, with z and skip the 
     dF/da = sum_src <dx_src, dF/dskip_src> + sum_{head, dst, src} <dF/dz_{dst, head}, (dz_{dst, head}/dx_src) dx_src>
 
 so one forward and backward pass of the rest of the model for all destinations at once gives the gradients at z and at
-the skip connection, and what lies between x and z is attention's formula, or autograd where it has none.
+the skip connection, and what lies between x and z is attention's formula, or autograd where it has none. With
+`split="message"` the second sum goes over messages instead, `z_{dst, head} = sum_src p_{dst, src} v_src`: its terms are
+`<dF/dz_{dst, head}, d(p_{dst, src} v_src)/da>`.
 """
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lig_lens.baselines import ResidPath
+from lig_lens.block import Hook
 from lig_lens.boundaries import BlockNodes
 from lig_lens.engines.attention import SharedPath
 from lig_lens.engines.closed_form import NUMBERS_PER_TOKEN
 from lig_lens.engines.common import Budget, layers_of_paths
 from lig_lens.errors import BoundaryError
+from lig_lens.formula import PATTERN_PATH
+from lig_lens.messages import by_head
 from lig_lens.metrics import BatchMetric
 from lig_lens.quadrature import Integral, integrate
 from lig_lens.rest import Rest
@@ -37,9 +44,10 @@ class _ToMetric:
         known: tuple[float | None, float],
         budget: Budget,
         closed: bool,
+        split: str,
     ) -> None:
         assert path.start is not None and nodes.z_path is not None and nodes.z is not None
-        self.nodes, self.path, self.rest, self.metric = nodes, path, rest, metric
+        self.nodes, self.path, self.rest, self.metric, self.split = nodes, path, rest, metric, split
         self.dtype, self.device = path.end.dtype, path.end.device
         self.step = path.end - path.start
         n_pos, n_heads = nodes.z.shape[:2]
@@ -104,23 +112,30 @@ class _ToMetric:
 
     def _parts(self, a: Float[Tensor, "item"]) -> Float[Tensor, "item part"]:
         """Parts `<x_i - x0_i, dF/dx_i>` at single points."""
-        read: list[tuple[Tensor, Tensor]] = []
+        read: dict[str, list[Tensor]] = {}
 
         def cut(z: Tensor) -> Tensor:
             leaf = z.detach().requires_grad_()
-            read.append((z, leaf))
+            read.setdefault("z", [z, leaf])
             return leaf
 
         assert self.nodes.z_path is not None
+        hooks: dict[str, Hook] = {self.nodes.z_path: cut}
+        by_autograd = self._sources
+        if self.attention is None and self.split == "message":
+            assert self.nodes.v_path is not None  # checked in attribution._recorded
+            by_autograd = self._messages
+            for path in (PATTERN_PATH, self.nodes.v_path):
+                hooks[path] = read.setdefault(path, []).append
         with torch.enable_grad():
             resid = self._resid(a).requires_grad_()
-            value = self.metric.checked(self.metric(self.rest(self.nodes.call, resid, {self.nodes.z_path: cut})))
-            z, leaf = read[0]
+            value = self.metric.checked(self.metric(self.rest(self.nodes.call, resid, hooks)))
+            leaf = read["z"][1]
             # A metric may depend on positions that what comes later does not reach.
             by_z, by_skip = torch.autograd.grad(value.sum(), (leaf, resid), materialize_grads=True, retain_graph=True)
         n_heads, n_pos = self.shape[:2]
         gradient = by_z.reshape(len(a), n_pos, n_heads, -1).permute(2, 1, 0, 3)  # head dst item d_head
-        heads = self._closed(a, gradient) if self.attention is not None else self._by_autograd(resid, z, gradient)
+        heads = self._closed(a, gradient) if self.attention is not None else by_autograd(resid, read, gradient)
         return torch.cat([heads.flatten(1), (by_skip * self.step).sum(-1)], -1)
 
     def _closed(
@@ -131,25 +146,45 @@ class _ToMetric:
         every = torch.arange(self.shape[1])
         for panels in self.attention.work(every, a.cpu().expand(len(every), -1), None, self.size):
             dst = panels.dst[0]
-            values = self.attention.contributions(panels, self.attention.move(panels), gradient[:, dst])
+            displacement = self.attention.move(panels)
+            if self.split == "message":
+                values = self.attention.messages(panels, gradient[:, dst])
+            else:
+                values = self.attention.contributions(panels, displacement, gradient[:, dst])
             result[:, :, : panels.n_src, dst] = values.permute(2, 0, 3, 1)
         return result
 
-    def _by_autograd(
-        self, resid: Tensor, z: Tensor, gradient: Float[Tensor, "head dst item d_head"]
+    def _sources(
+        self, resid: Tensor, read: Mapping[str, Sequence[Tensor]], gradient: Float[Tensor, "head dst item d_head"]
     ) -> Float[Tensor, "item head src dst"]:
         n_heads, n_pos = self.shape[:2]
+        z = read["z"][0]
         result = gradient.new_zeros(len(resid), *self.shape)
         with torch.enable_grad():
             outputs = z.reshape(len(resid), n_pos, n_heads, -1).unbind(1)
-            read = [output.unbind(1) for output in outputs]
+            by_head = [output.unbind(1) for output in outputs]
         for head in range(n_heads):
             for dst in range(n_pos):
                 (by_resid,) = torch.autograd.grad(
-                    read[dst][head], resid, gradient[head, dst], retain_graph=True, materialize_grads=True
+                    by_head[dst][head], resid, gradient[head, dst], retain_graph=True, materialize_grads=True
                 )
                 result[:, head, :, dst] = (by_resid * self.step).sum(-1)
         return result
+
+    def _messages(
+        self, resid: Tensor, read: Mapping[str, Sequence[Tensor]], gradient: Float[Tensor, "head dst item d_head"]
+    ) -> Float[Tensor, "item head src dst"]:
+        n_heads, n_pos = self.shape[:2]
+        assert self.nodes.v_path is not None
+        with torch.enable_grad():
+            pattern = read[PATTERN_PATH][0].reshape(len(resid), n_heads, n_pos, n_pos)
+            v = by_head(read[self.nodes.v_path][0], len(resid), n_pos, n_heads, gradient.shape[-1])
+            messages = pattern * torch.einsum("hjne,nihe->nhji", gradient, v)
+            # Every message's derivative along one step: differentiated twice, as what weights of 1 are multiplied with.
+            weights = torch.ones_like(messages, requires_grad=True)
+            (by_resid,) = torch.autograd.grad((weights * messages).sum(), resid, create_graph=True)
+            (result,) = torch.autograd.grad((by_resid * self.step).sum(), weights, materialize_grads=True)
+        return result.mT
 
 
 def integrate_metric(
@@ -160,6 +195,7 @@ def integrate_metric(
     known: tuple[float | None, float],
     budget: Budget,
     closed: bool,
+    split: str,
 ) -> tuple[Float[Tensor, "head src dst"], Float[Tensor, "src"], Integral]:
     """Contributions to a metric through one block's heads and past them.
 
@@ -171,13 +207,14 @@ def integrate_metric(
         known: its value in the run that the path starts from, if that is one of the model's, and in the clean run.
         budget: how hard to try.
         closed: whether to use the block's formula.
+        split: what heads' outputs are split by, `source` or `message`.
 
     Returns:
         what each source contributes through each head to each destination, what it contributes past the heads, and
         the integral of one cell that both are parts of.
     """
     with torch.no_grad():
-        integrand = _ToMetric(nodes, path, rest, metric, known, budget, closed)
+        integrand = _ToMetric(nodes, path, rest, metric, known, budget, closed, split)
         s0, s1 = layers_of_paths(path, torch.zeros(1, dtype=torch.long), nodes.eps, nodes.norms_to_z)
         # What logits that differ by rounding alone can do to the metric.
         noise = torch.full((1, 1), 8 * nodes.rounding * integrand.sensitivity)
