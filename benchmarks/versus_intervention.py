@@ -12,9 +12,13 @@ from tqdm.auto import tqdm
 
 import lig_lens
 from lig_lens import patching
+from lig_lens.effects import Effects
+from lig_lens.flow import Flow
 from lig_lens.induction import induction_pairs
 from lig_lens.ioi import ioi_pairs
+from lig_lens.metrics import Metric
 
+LIG, LIG_BY_MESSAGE = "LIG metric", "LIG metric, by message"
 COLUMNS = ("spearman", "spearman_size", "pearson", "top_k_overlap", "average_precision")
 
 
@@ -34,27 +38,32 @@ def main(
     right, n_edges, gaps = 0, [], []
     for pair in tqdm(drawn):
         metric = lig_lens.logit_difference(pair.answer, pair.wrong)
-        flow = lig_lens.attribute(hooked, pair.clean, corrupted=pair.corrupted, target=metric, tol=tol, progress=False)
-        gaps.append(flow.worst_gap())
+        flows = _splits(hooked, pair, metric, tol)
+        flow = flows[LIG]
+        gaps.append(max(one.worst_gap() for one in flows.values()))
         right += flow.settings["metric"]["clean"] > 0 > flow.settings["metric"]["corrupted"]
-        scores = {"LIG metric": flow, **lig_lens.scores(hooked, pair.clean, pair.corrupted, metric)}
-        by_head = {"LIG metric": flow} | lig_lens.scores(hooked, pair.clean, pair.corrupted, metric, on="heads_by_pos")
+        scores = {**flows, **lig_lens.scores(hooked, pair.clean, pair.corrupted, metric)}
+        by_head = {LIG: flow} | lig_lens.scores(hooked, pair.clean, pair.corrupted, metric, on="heads_by_pos")
         into, out_of = (
             patching.patch(
                 hooked, pair.clean, pair.corrupted, metric, each_position=False, noising=noising, progress=False
             )
             for noising in (False, True)
         )
-        both = dataclasses.replace(into, values=(into.values + out_of.values) / 2)
         union = sorted({edge for score in scores.values() for edge in patching.top_edges(score, top)})
         n_edges.append(len(union))
         zeroed = patching.knock_out(hooked, pair.clean, metric, edges=union, progress=False)
-        instead = patching.knock_out(hooked, pair.clean, metric, edges=union, corrupted=pair.corrupted, progress=False)
+        put_in, taken_out = (
+            patching.knock_out(hooked, run, metric, edges=union, corrupted=other, progress=False)
+            for run, other in ((pair.corrupted, pair.clean), (pair.clean, pair.corrupted))
+        )
         kinds = (
             ("heads", into, by_head),
-            ("heads, both ways", both, by_head),
+            ("heads, both ways", _mean_effects(into, out_of.values), by_head),
             ("edges out", zeroed, scores),
-            ("edges patched", instead, scores),
+            ("edges patched", taken_out, scores),
+            # An edge that is put into the corrupted run lowers f(corrupted) - f(patched).
+            ("edges, both ways", _mean_effects(taken_out, -put_in.values), scores),
         )
         for what, effects, ours in kinds:
             for name, row in lig_lens.compare_table(ours, effects, k=20).iterrows():
@@ -72,9 +81,9 @@ def main(
         f"{min(n_edges)} to {max(n_edges)} edges",
         ["effects", "score", *COLUMNS],
         rows,
-        "Means over pairs and standard errors. heads: clean output put into the corrupted run, all positions; both "
-        "ways: mean of that and of the corrupted output put into the clean run; edges out: pattern entry zeroed in the "
-        "clean run; edges patched: message of the corrupted run put into the clean one. _size: of absolute values.",
+        "Means over pairs and standard errors. heads: clean output put into the corrupted run, all positions; edges "
+        "out: pattern entry zeroed in the clean run; edges patched: message of the corrupted run put into the clean "
+        "one; both ways: mean of that and of the same with the runs exchanged. _size: of absolute values.",
     )
     cells = [
         {"effects": key.split("|")[0], "score": key.split("|")[1], "pair": number, **row}
@@ -83,6 +92,19 @@ def main(
     ]
     settings = {"model": model, "pairs": pairs, "top": top, "tol": tol, "seed": seed}
     write_results(out, {"settings": settings, "environment": environment(torch.device(device)), "cells": cells})
+
+
+def _splits(hooked: Any, pair: Any, metric: Metric, tol: float = 1e-3) -> dict[str, Flow]:
+    return {
+        name: lig_lens.attribute(
+            hooked, pair.clean, corrupted=pair.corrupted, target=metric, split=split, tol=tol, progress=False
+        )
+        for name, split in ((LIG, "source"), (LIG_BY_MESSAGE, "message"))
+    }
+
+
+def _mean_effects(effects: Effects, others: torch.Tensor) -> Effects:
+    return dataclasses.replace(effects, values=(effects.values + others) / 2)
 
 
 def _known_circuit(hooked: Any, pairs: list[Any]) -> None:
@@ -96,11 +118,11 @@ def _known_circuit(hooked: Any, pairs: list[Any]) -> None:
     for pair, metric in zip(pairs, metrics, strict=True):
         true = {(0, previous, *edge) for edge in pair.edges["previous"]}
         true |= {(1, induction, *edge) for edge in pair.edges["induction"]}
-        flow = lig_lens.attribute(hooked, pair.clean, corrupted=pair.corrupted, target=metric, progress=False)
-        scores = {"LIG metric": flow, **lig_lens.scores(hooked, pair.clean, pair.corrupted, metric)}
+        flows = _splits(hooked, pair, metric)
+        scores = {**flows, **lig_lens.scores(hooked, pair.clean, pair.corrupted, metric)}
         for name, score in scores.items():
             hits.setdefault(name, []).append(len(true & set(patching.top_edges(score, len(true)))) / len(true))
-        strongest = flow.attn.sum((2, 3))
+        strongest = flows[LIG].attn.sum((2, 3))
         hits.setdefault("LIG: known head first in layer 0", []).append(float(strongest[0].argmax() == previous))
         hits.setdefault("LIG: known head first in layer 1", []).append(float(strongest[1].argmax() == induction))
     show(
