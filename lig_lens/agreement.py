@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lig_lens.effects import Effects
-from lig_lens.errors import InputError, optional
+from lig_lens.errors import InputError, check_whole, optional
 from lig_lens.flow import Flow
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def compare(score: "Flow | Effects", effects: Effects, *, k: int = 10, threshold
     optional("scipy", "compare")
     from scipy import stats
 
-    if k < 1:
+    if check_whole("compare: k", k) < 1:
         raise InputError(f"compare: k is {k}: ask for at least 1.")
     x, y = points(score, effects)
     threshold = _threshold(y, threshold)

@@ -181,9 +181,12 @@ def _compare(settings: CircuitConfig) -> None:
     from lig_lens.summary import summarize_agreement
 
     model, metric = _load(settings), _metric(settings)
+    # Interventions on edges replace messages.
+    split = "message" if settings.at.startswith("edges") else "source"
     flow = attribute(
         model,
         settings.clean,
+        split=split,
         corrupted=settings.corrupted,
         target=metric,
         layers=settings.layers,
@@ -192,7 +195,7 @@ def _compare(settings: CircuitConfig) -> None:
         progress=settings.progress,
     )
     assert isinstance(flow, Flow)  # one prompt gives one Flow
-    found: dict[str, Any] = {"LIG": flow}
+    found: dict[str, Any] = {"LIG by message" if split == "message" else "LIG": flow}
     if not settings.at.startswith("resid"):
         on = "edges" if settings.at.startswith("edges") else "heads_by_pos"
         found |= scores(model, settings.clean, settings.corrupted, metric, on=on, layers=settings.layers)

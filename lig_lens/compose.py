@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lig_lens.config import MAPS
-from lig_lens.errors import InputError, check_choice, optional
+from lig_lens.errors import InputError, check_choice, check_whole, optional
 from lig_lens.flow import Flow
 
 if TYPE_CHECKING:
@@ -125,7 +125,8 @@ def shares(flow: Flow, rule: str = "conserving") -> Edges:
 def _span(flow: Flow, start: int | None, stop: int | None) -> range:
     """Rows of the layer axis from layer `start` up to, not including, layer `stop`."""
     first, last = flow.layers[0], flow.layers[-1] + 1
-    start, stop = first if start is None else start, last if stop is None else stop
+    start = first if start is None else check_whole("start", start)
+    stop = last if stop is None else check_whole("stop", stop)
     if flow.layers != tuple(range(first, last)) or not first <= start < stop <= last:
         raise InputError(
             f"Paths from layer {start} up to layer {stop} need every block between: this Flow has the layers "
@@ -152,7 +153,7 @@ def rollout(flow: Flow, start: int | None, stop: int | None, rule: str) -> Float
 def paths(flow: Flow, dst: int, k: int, start: int | None, stop: int | None, rule: str) -> list[Path]:
     """See `Flow.paths`. The k best ways to each token of a layer are among the k best to its predecessors."""
     rows = _span(flow, start, stop)
-    n_pos = len(flow.tokens)
+    n_pos, dst, k = len(flow.tokens), check_whole("paths: destination", dst), check_whole("paths: k", k)
     if not -n_pos <= dst < n_pos:
         raise InputError(f"paths: destination {dst} is outside the prompt's {n_pos} tokens.")
     if k < 1:

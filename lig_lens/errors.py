@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,23 @@ def check_choice(what: str, value: object, valid: Sequence[str]) -> str:
     near = near or [name for name in valid if str(value) and str(value) in name]
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise InputError(f"Unknown {what} {value!r}: use one of {listed}.{hint}")
+
+
+def check_whole(what: str, value: Any) -> int:
+    """Return a whole number as int.
+
+    Raises:
+        InputError: it is none.
+
+    >>> check_whole("paths: k", 1.5)
+    Traceback (most recent call last):
+        ...
+    lig_lens.errors.InputError: paths: k is 1.5: give a whole number.
+    """
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise InputError(f"{what} is {value!r}: give a whole number.") from error
 
 
 def missing_package(package: str, purpose: str, command: str) -> MissingPackageError:

@@ -8,7 +8,7 @@ the second that looks for the place into which its own token was written, and co
 import random
 from dataclasses import dataclass
 
-from lig_lens.errors import InputError
+from lig_lens.errors import InputError, check_whole
 
 BOS = "<bos>"
 WORDS = tuple(
@@ -46,6 +46,7 @@ def induction_pairs(count: int, n_words: int = 16, seed: int = 0) -> list[Induct
     Raises:
         InputError: a number of words that does not fit.
     """
+    n_words, count = check_whole("n_words", n_words), check_whole("count", count)
     if not 5 <= n_words < MAX_TOKENS:
         raise InputError(f"n_words={n_words}: give 5 to {MAX_TOKENS - 1}, two pairs and the word to be continued.")
     if count < 1:

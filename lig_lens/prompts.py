@@ -104,7 +104,22 @@ def _from_text(model: Any, text: str, prepend_bos: bool | None, what: str) -> Te
         ) from error
     # HookedEncoder returns (ids, token type ids, mask); one text alone needs the ids only.
     ids: Tensor = tokens[0] if isinstance(tokens, tuple) else tokens
+    _check_known(model.tokenizer, text, ids[0].tolist(), what)
     return ids
+
+
+def _check_known(tokenizer: Any, text: str, ids: list[int], what: str) -> None:
+    """A tokenizer that reads what it does not know as its first token would change the prompt unseen."""
+    unknown, bos = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("unk", "bos"))
+    if unknown is None or unknown != bos:
+        return
+    written = text.count(tokenizer.unk_token) + (ids[:1] == [bos])
+    if ids.count(unknown) > written:
+        words = [word for word in text.split() if tokenizer.encode(word, add_special_tokens=False) == [unknown]]
+        raise InputError(
+            f"The {what} has words that the tokenizer does not know{': ' if words else ''}"
+            f"{', '.join(map(repr, words))}. It would read them as {tokenizer.unk_token!r}: use others."
+        )
 
 
 def _from_ids(model: Any, prompt: Any, attention_mask: Any, what: str) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 import lig_lens
 from lig_lens import patching
 from lig_lens.agreement import aligned, precision_recall
-from lig_lens.plots import agreement_scatter, effects_map
+from lig_lens.plots import agreement_scatter, effects_map, head_grid
 
 CLEAN, CORRUPTED = [5, 12, 30, 7, 22], [5, 12, 11, 9, 22]
 
@@ -337,5 +337,11 @@ def test_figures():
     assert scatter.layout.title.text.startswith("&lt;script&gt; against made")
     assert sorted(set(scatter.data[0].text)) == ["", "0.1 '&lt;b&gt;' (0) → 'c' (2)"]
     assert len(scatter.data[0].x) == 54
+    flow = lig_lens.attribute(
+        bridge("gpt2"), [5, 12, 30], corrupted=[5, 11, 30], target=lig_lens.metric(curved), progress=False
+    )
+    shares = head_grid(flow, share=True)
+    assert "share of each layer" in shares.layout.annotations[-3].text
+    assert "share of the layer" in shares.layout.coloraxis.colorbar.title.text
     with pytest.raises(lig_lens.InputError, match="labels=-1"):
         agreement_scatter(effects, effects, labels=-1)

@@ -55,9 +55,9 @@ def test_compare_from_a_config(capsys, tmp_path):
     out = capsys.readouterr().out
     assert out.startswith("Against edge knock-out, logit_difference('leaf', 'bell')")
     document = json.loads((tmp_path / "c.json").read_text())
-    assert list(document["agreement"]) == ["LIG", *lig_lens.scoring.SCORES]
-    assert f"{document['agreement']['LIG']['pearson']:+.3f}" in out
-    assert "LIG against edge knock-out" in (tmp_path / "c.html").read_text()
+    assert list(document["agreement"]) == ["LIG by message", *lig_lens.scoring.SCORES]
+    assert f"{document['agreement']['LIG by message']['pearson']:+.3f}" in out
+    assert "LIG by message against edge knock-out" in (tmp_path / "c.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["ioi", "induction"])

@@ -1,6 +1,7 @@
 """The packaged model: its circuit is found by ablation, and LIG has to find the same heads and edges."""
 
 import functools
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from tiny_hooked import has_hooked_transformer
 
 import lig_lens
 from lig_lens import patching
+from lig_lens.config import SPLITS
 from lig_lens.induction import WORDS
 
 N_PAIRS = 12
@@ -43,9 +45,9 @@ def circuit() -> tuple[int, int]:
 
 
 @functools.cache
-def flows() -> list[lig_lens.Flow]:
+def flows(split: str = "source") -> list[lig_lens.Flow]:
     return [
-        lig_lens.attribute(model(), p.clean, corrupted=p.corrupted, target=metric_of(p), progress=False)
+        lig_lens.attribute(model(), p.clean, corrupted=p.corrupted, target=metric_of(p), split=split, progress=False)
         for p in pairs()
     ]
 
@@ -101,8 +103,24 @@ def test_lig_ranks_the_known_heads_first():
         assert flow.converged["attn"].all()
 
 
-def test_lig_finds_the_known_edges():
-    assert precision([patching.top_edges(flow, 4) for flow in flows()]) >= 0.95
+@pytest.mark.parametrize("split", SPLITS)
+def test_lig_finds_the_known_edges(split: str):
+    assert precision([patching.top_edges(flow, 4) for flow in flows(split)]) >= 0.95
+
+
+def test_edges_are_foretold_as_their_messages_are_patched():
+    found = []
+    for pair, flow in zip(pairs(), flows("message"), strict=True):
+        effects = patching.knock_out(model(), pair.clean, metric_of(pair), corrupted=pair.corrupted, progress=False)
+        found.append(lig_lens.compare(flow, effects))
+    assert statistics.mean(one.pearson for one in found) > 0.95
+    assert statistics.mean(one.average_precision for one in found) > 0.95
+
+
+def test_a_word_that_it_does_not_know_is_no_first_token():
+    with pytest.raises(lig_lens.InputError, match=r"does not know: 'zebra'.*'<bos>'"):
+        lig_lens.attribute(model(), "apple zebra bear", progress=False)
+    assert lig_lens.attribute(model(), "apple <bos> bear", layers=0, progress=False).tokens[2] == "<bos>"
 
 
 def test_pairs():

@@ -229,7 +229,7 @@ def _draw(
         vertical_spacing=size.gap_y / size.plot_height if size.n_rows > 1 else 0,
         subplot_titles=[panel.caption for panel in panels],
     )
-    value = "share of the column %{customdata[1]:.2%}" if share else "contribution %{customdata[1]:+.4g}"
+    value = f"share of the {_whole(flow)} %{{customdata[1]:.2%}}" if share else "contribution %{customdata[1]:+.4g}"
     tops = {
         layer: _top([p for p in panels if p.layer == layer or not per_layer]) for layer in {p.layer for p in panels}
     }
@@ -250,8 +250,13 @@ def _draw(
         )
     _style_axes(figure, size, len(panels), down, across)
     _style_page(figure, size, flow, titles, map, share)
-    figure.update_layout(coloraxis=_coloraxis(1.0 if per_layer else _top(panels), share, per_layer))
+    figure.update_layout(coloraxis=_coloraxis(_whole(flow), 1.0 if per_layer else _top(panels), share, per_layer))
     return figure
+
+
+def _whole(flow: Flow) -> str:
+    """What shares are shares of."""
+    return "column" if flow.metric is None else "layer"
 
 
 def _position_numbers(flow: Flow, map: str, n_down: int, n_across: int) -> NDArray[np.float32]:
@@ -322,7 +327,7 @@ def _label_size(cell: float) -> int:
 def _style_page(figure: go.Figure, size: _Geometry, flow: Flow, titles: tuple[str, str], map: str, share: bool) -> None:
     for caption in figure.layout.annotations:
         caption.update(font={"size": 10, "color": QUIET}, yshift=0)
-    what = "share of each column" if share else "signed contribution"
+    what = f"share of each {_whole(flow)}" if share else "signed contribution"
     baseline = flow.settings.get(f"{map}_baseline")
     tol = flow.settings.get("tol")
     facts = [plain_text(flow.model_name), f"{len(flow.tokens)} tokens"]
@@ -376,9 +381,9 @@ def _top(panels: Sequence[_Panel]) -> float:
     return float(np.quantile(drawn, _QUANTILE)) if drawn.size else 1.0
 
 
-def _coloraxis(top: float, share: bool, per_layer: bool) -> dict[str, Any]:
+def _coloraxis(whole: str, top: float, share: bool, per_layer: bool) -> dict[str, Any]:
     title = (
-        "share of the column"
+        f"share of the {whole}"
         if share
         else "relative to each layer's strongest"
         if per_layer
