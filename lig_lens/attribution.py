@@ -243,7 +243,7 @@ def _nodes(
         nodes = find_nodes(model, call, heads, formula)
         if messages and nodes.z is not None and call.seen is not None:
             attention = attention_of(nodes, call.seen.values)
-            nodes = replace(nodes, v_path=attention and attention.v_path)
+            nodes = replace(nodes, v_path=None if attention is None else attention.v_path)
         # Patterns of all layers of a long prompt may be larger than all else.
         return nodes if pattern else replace(nodes, pattern=None)
 
