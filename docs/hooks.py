@@ -1,9 +1,13 @@
 """What `mkdocs build` does beside its plugins: pages and files from outside this folder, and a check of the result.
 
+Notebooks become pages: their text, their code, and what they printed and drew when they were last run.
+
 Links between documents are written as GitHub reads them, relative to the file. Some lead out of `docs/`: to the pages
 in `PAGES`, which become part of the site, and to other files of the repository, which are copied into it.
 """
 
+import base64
+import json
 import os
 import re
 from pathlib import Path
@@ -18,6 +22,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "README.md": "index.md",
 }
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 _LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 # What a browser fetches by itself; an <a href> it does not.
@@ -38,6 +43,8 @@ def place_of(target: Path) -> str | None:
     name = target.relative_to(ROOT).as_posix() if target.is_relative_to(ROOT) else ""
     if name in PAGES:
         return PAGES[name]
+    if target in NOTEBOOKS:
+        return f"notebooks/{target.stem}.md"
     return f"files/{name}" if target.is_file() else None
 
 
@@ -80,6 +87,32 @@ def external_loads(text: str) -> list[str]:
     return [match[0] for pattern in _FETCHED for match in pattern.finditer(text)]
 
 
+def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
+    """A notebook as Markdown, and its pictures by name."""
+    parts: list[str] = []
+    pictures: dict[str, bytes] = {}
+    for number, cell in enumerate(json.loads(path.read_text("utf-8"))["cells"]):
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        printed = "".join("".join(out["text"]) for out in cell["outputs"] if out["output_type"] == "stream")
+        if printed.strip():
+            parts.append(f"```text\n{printed.rstrip()}\n```")
+        for data in (out["data"] for out in cell["outputs"] if "data" in out):
+            if "image/png" in data:
+                name = f"{path.stem}_{number}.png"
+                pictures[name] = base64.b64decode("".join(data["image/png"]))
+                parts.append(f"![what the cell draws]({name})")
+            elif "text/html" in data:
+                # A table: the site has a style for tables.
+                table = re.sub(r"<style.*?</style>", "", "".join(data["text/html"]), flags=re.DOTALL)
+                table = re.sub(r"<table[^>]*>", "<table>", table)
+                parts.append("\n".join(line for line in table.split("\n") if line.strip()))
+    return "\n\n".join(parts) + "\n", pictures
+
+
 # Called by mkdocs.
 
 
@@ -90,7 +123,13 @@ def on_files(files: Any, config: Any) -> Any:
     for name, place in PAGES.items():
         if not (DOCS / place).exists():
             files.append(File.generated(config, place, abs_src_path=str(ROOT / name)))
-    sources = [Path(file.abs_src_path) for file in files.documentation_pages()]
+    for path in NOTEBOOKS:
+        text, pictures = notebook_page(path)
+        place = str(place_of(path))
+        files.append(File.generated(config, place, content=with_site_links(text, path, place)))
+        for name, picture in pictures.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=picture))
+    sources = [Path(file.abs_src_path) for file in files.documentation_pages() if file.abs_src_path]
     for target in sorted({path for source in sources for path in linked_files(source.read_text("utf-8"), source)}):
         files.append(File.generated(config, str(place_of(target)), abs_src_path=str(target)))
     return files
@@ -98,6 +137,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Make links work in the site."""
+    if page.file.abs_src_path is None:
+        return markdown
     return with_site_links(markdown, Path(page.file.abs_src_path).resolve(), page.file.src_uri)
 
 

@@ -1,0 +1,112 @@
+"""Run the notebooks and write their .ipynb with outputs: python notebooks/build.py [01_quickstart ...].
+
+The .py files are the source (jupytext's percent format). Figures are kept twice: as plotly's data, which Jupyter draws
+with hovers, and as a picture for viewers that run no script. Pictures need chromium; without it those of the last run
+stay out.
+"""
+
+import base64
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbclient
+import nbformat
+
+FOLDER = Path(__file__).resolve().parent
+SOURCES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+LARGEST = 1_000_000  # bytes of a notebook with its outputs
+_PLOTLY = "application/vnd.plotly.v1+json"
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    """Cells of a source as a notebook without outputs, the same at every call."""
+    notebook = jupytext.read(path)
+    notebook.metadata = {
+        "jupytext": {"formats": "ipynb,py:percent"},
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number:02d}"
+        cell.metadata = {}
+    return nbformat.from_dict(notebook)
+
+
+def execute(notebook: nbformat.NotebookNode, timeout: int = 600) -> nbformat.NotebookNode:
+    """Run all cells in a fresh kernel and an empty folder; an error in a cell is raised."""
+    # plotly's data alone: other renderers add its script to the outputs.
+    os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"
+    flow = importlib.util.find_spec("lig_lens.flow")
+    if "def explore" not in Path(str(flow and flow.origin)).read_text(encoding="utf-8"):
+        for cell in notebook.cells:
+            if ".explore()" in cell.source and cell.cell_type == "code":
+                cell["source"] = ""
+    with tempfile.TemporaryDirectory() as folder:
+        client = nbclient.NotebookClient(
+            notebook,
+            timeout=timeout,
+            kernel_name="python3",
+            resources={"metadata": {"path": folder}},
+            record_timing=False,
+        )
+        client.execute()
+    for cell in notebook.cells:
+        # What goes to stderr (progress, notices of other packages) is not part of the text.
+        cell["outputs"] = [out for out in cell.get("outputs", []) if out.get("name") != "stderr"]
+        if cell.cell_type != "code":
+            del cell["outputs"]
+    return notebook
+
+
+def add_pictures(notebook: nbformat.NotebookNode, browser: str) -> None:
+    """Put a PNG beside every plotly figure."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if _PLOTLY in output.get("data", {}):
+                picture = _draw(output["data"][_PLOTLY], browser)
+                output["data"]["image/png"] = base64.b64encode(picture).decode()
+
+
+def _draw(data: dict[str, Any], browser: str) -> bytes:
+    import plotly.graph_objects as go
+
+    figure = go.Figure(data=data["data"], layout=data["layout"])
+    width, height = (int(figure.layout[side] or default) for side, default in (("width", 700), ("height", 450)))
+    with tempfile.TemporaryDirectory() as folder:
+        page, picture = Path(folder) / "figure.html", Path(folder) / "figure.png"
+        body = figure.to_html(full_html=False, include_mathjax=False, config={"displayModeBar": False})
+        page.write_text(f"<meta charset=utf-8><body style='margin:0'>{body}", encoding="utf-8")
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=4000"]
+        flags += [f"--screenshot={picture}", f"--window-size={width},{height}", page.as_uri()]
+        subprocess.run([browser, *flags], check=True, capture_output=True, timeout=120)
+        return picture.read_bytes()
+
+
+def main(names: list[str]) -> None:
+    """Run some notebooks, or all."""
+    browser = next((path for name in _BROWSERS if (path := shutil.which(name))), None)
+    for source in SOURCES:
+        if names and source.stem not in names:
+            continue
+        begun = time.monotonic()
+        notebook = execute(read(source))
+        took = time.monotonic() - begun
+        if browser is not None:
+            add_pictures(notebook, browser)
+        text = nbformat.writes(notebook) + "\n"
+        source.with_suffix(".ipynb").write_text(text, encoding="utf-8")
+        size = len(text.encode())
+        print(f"{source.stem}: {took:.0f} s, {size / 1e3:.0f} kB" + (" TOO LARGE" if size > LARGEST else ""))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
