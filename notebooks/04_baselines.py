@@ -1,8 +1,8 @@
 # %% [markdown]
 # # What does a baseline ask, and when does an integral add up?
 #
-# A contribution is relative to where the path starts. This notebook shows one head under four baselines, repeats the paper's
-# consistency table on a few sentences, and looks at a path along which fixed steps go wrong.
+# A contribution is relative to where the path starts. This notebook shows one head under four baselines, repeats the
+# paper's consistency table on a few sentences, and looks at a path along which fixed steps go wrong.
 
 # %%
 import numpy as np
@@ -28,7 +28,8 @@ table.round(2)
 # Shares of what head 7 of layer 1 puts out at 'it':
 #
 # - `itb`: what do the *other* tokens change? 'it' itself has 0 by construction.
-# - `itb_map_ratio`, `itb_zero_ratio`: the same, with a share for 'it' taken from the attention pattern, or from `zero`.
+# - `itb_map_ratio`, `itb_zero_ratio`: the same, with a share for 'it' taken from the attention pattern, or from
+#   `zero`.
 # - `zero`: what is there at all, compared with no vectors?
 
 # %%
@@ -38,14 +39,14 @@ head_map(flows["itb"], layer=1, head=7, share=True)
 head_map(flows["zero"], layer=1, head=7, share=True)
 
 # %% [markdown]
-# 'tired' gives about two thirds at 'it', from either start. The rest differs. Under `itb` the diagonal is empty. From `zero` it
-# is filled ('it' gives a third of itself), [CLS] pushes against all destinations, and where the head hardly moves from zero (at
-# [CLS], 'cat' and 'tired') shares of both signs exceed 100 %.
+# 'tired' gives about two thirds at 'it', from either start. The rest differs. Under `itb` the diagonal is empty. From
+# `zero` it is filled ('it' gives a third of itself), [CLS] pushes against all destinations, and where the head hardly
+# moves from zero (at [CLS], 'cat' and 'tired') shares of both signs exceed 100 %.
 #
 # ## Which baselines fit together?
 #
-# The paper's test: compose the `attn` and `mlp` maps of a block and compare the result with the `block` map, which is measured
-# directly. Four sentences here; `benchmarks/consistency.py` takes twenty.
+# The paper's test: compose the `attn` and `mlp` maps of a block and compare the result with the `block` map, which is
+# measured directly. Four sentences here; `benchmarks/consistency.py` takes twenty.
 
 # %%
 sentences = (
@@ -71,24 +72,24 @@ mean = pandas.concat(tables).groupby(names).mean().sort_values("pearson", ascend
 mean.head(8).round(2)
 
 # %% [markdown]
-# As in the paper, `itb` with `att_itb_a0` comes nearest to the block map of `itb`. The two rules correlate with it about
-# alike. But the difference of the product is nearly three times as long as the block map itself (`l2_normalised`): it
-# multiplies two lengths, so its units are wrong. The conserving rule, with shares for the heads' sources, leaves 17 %. No
-# composition comes as near to the block map of `zero`.
+# As in the paper, `itb` with `att_itb_a0` comes nearest to the block map of `itb`. The two rules correlate with it
+# about alike. But the difference of the product is nearly three times as long as the block map itself
+# (`l2_normalised`): it multiplies two lengths, so its units are wrong. The conserving rule, with shares for the
+# heads' sources, leaves 17 %. No composition comes as near to the block map of `zero`.
 
 # %%
 together = ll.attribute(model, sentences[0], progress=False)  # itb, att_itb_a0, itb: the defaults
 consistency_plot([together.consistency(rule=rule) for rule in ("product", "conserving")])
 
 # %% [markdown]
-# One sentence, layer by layer. Points are means over destinations, bars hold the middle half of them. The conserving rule is
-# at least about as good in every layer, and both are above 0.94 on the mean. The bars of layer 3 go down to 0.9: the mean of a
-# table hides such spread.
+# One sentence, layer by layer. Points are means over destinations, bars hold the middle half of them. The conserving
+# rule is at least about as good in every layer, and both are above 0.94 on the mean. The bars of layer 3 go down to
+# 0.9: the mean of a table hides such spread.
 #
 # ## A path along which fixed steps go wrong
 #
-# SmolLM2, block 5, the last token, baseline `zero`. Along the path all residual vectors grow from 0. L(a) is how far the
-# block's output has moved by then. This cell uses TransformerLens alone.
+# SmolLM2, block 5, the last token, baseline `zero`. Along the path all residual vectors grow from 0. L(a) is how far
+# the block's output has moved by then. This cell uses TransformerLens alone.
 
 # %%
 model = ll.load_model("smollm2")
@@ -143,12 +144,14 @@ figure.update_layout(template="plotly_white", width=760, height=420, title="Smol
 figure
 
 # %% [markdown]
-# By completeness all of these should be 83.5. Fixed nodes give numbers of the wrong sign, and the better rule the worse one.
+# By completeness all of these should be 83.5. Fixed nodes give numbers of the wrong sign, and the better rule the
+# worse one.
 #
-# The figure says why. L rises to 257 and is on its way down again before the first midpoint is reached. A norm divides by
-# sqrt(var + eps), so it turns on where a is about sqrt(eps / var): 0.001 for the last token, as printed. The norm before the
-# MLP sees what the first one makes of the residual, and turns on earlier still, where L first rises. Such layers need nodes
-# where they are, spread on a logarithmic scale. `lig_lens` lays them out so ([how](../docs/integration.md)).
+# The figure says why. L rises to 257 and is on its way down again before the first midpoint is reached. A norm
+# divides by sqrt(var + eps), so it turns on where a is about sqrt(eps / var): 0.001 for the last token, as printed.
+# The norm before the MLP sees what the first one makes of the residual, and turns on earlier still, where L first
+# rises. Such layers need nodes where they are, spread on a logarithmic scale. `lig_lens` lays them out so
+# ([how](../docs/integration.md)).
 
 # %%
 gap_map(flow)
@@ -156,5 +159,6 @@ gap_map(flow)
 # %% [markdown]
 # The gap of every destination, on a logarithmic scale up to the tolerance: the worst misses its total by 0.02 %.
 #
-# **Caveat.** A sum that is right does not make its parts right. `flow.converged` therefore also asks for an estimate of the
-# worst single contribution, and is no proof. And no integral makes a baseline the right one: that is yours to choose.
+# **Caveat.** A sum that is right does not make its parts right. `flow.converged` therefore also asks for an estimate
+# of the worst single contribution, and is no proof. And no integral makes a baseline the right one: that is yours to
+# choose.

@@ -24,7 +24,7 @@ FOLDER = Path(__file__).resolve().parent
 SOURCES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 LARGEST = 1_000_000  # bytes of a notebook with its outputs
 _PLOTLY = "application/vnd.plotly.v1+json"
-_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -69,17 +69,18 @@ def execute(notebook: nbformat.NotebookNode, timeout: int = 600) -> nbformat.Not
 
 def add_pictures(notebook: nbformat.NotebookNode, browser: str) -> None:
     """Put a PNG beside every plotly figure."""
+    import plotly.graph_objects as go
+
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if _PLOTLY in output.get("data", {}):
-                picture = _draw(output["data"][_PLOTLY], browser)
+                data = output["data"][_PLOTLY]
+                picture = draw(go.Figure(data=data["data"], layout=data["layout"]), browser)
                 output["data"]["image/png"] = base64.b64encode(picture).decode()
 
 
-def _draw(data: dict[str, Any], browser: str) -> bytes:
-    import plotly.graph_objects as go
-
-    figure = go.Figure(data=data["data"], layout=data["layout"])
+def draw(figure: Any, browser: str) -> bytes:
+    """A plotly figure as PNG, in the size of its layout."""
     width, height = (int(figure.layout[side] or default) for side, default in (("width", 700), ("height", 450)))
     with tempfile.TemporaryDirectory() as folder:
         page, picture = Path(folder) / "figure.html", Path(folder) / "figure.png"
@@ -93,7 +94,7 @@ def _draw(data: dict[str, Any], browser: str) -> bytes:
 
 def main(names: list[str]) -> None:
     """Run some notebooks, or all."""
-    browser = next((path for name in _BROWSERS if (path := shutil.which(name))), None)
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     for source in SOURCES:
         if names and source.stem not in names:
             continue
