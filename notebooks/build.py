@@ -45,11 +45,10 @@ def execute(notebook: nbformat.NotebookNode, timeout: int = 600) -> nbformat.Not
     """Run all cells in a fresh kernel and an empty folder; an error in a cell is raised."""
     # plotly's data alone: other renderers add its script to the outputs.
     os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"
-    flow = importlib.util.find_spec("lig_lens.flow")
-    if "def explore" not in Path(str(flow and flow.origin)).read_text(encoding="utf-8"):
-        for cell in notebook.cells:
-            if ".explore()" in cell.source and cell.cell_type == "code":
-                cell["source"] = ""
+    left_out = [cell for cell in notebook.cells if ".explore()" in cell.source and not _has_explorer()]
+    sources = [cell["source"] for cell in left_out]
+    for cell in left_out:
+        cell["source"] = ""
     with tempfile.TemporaryDirectory() as folder:
         client = nbclient.NotebookClient(
             notebook,
@@ -59,12 +58,19 @@ def execute(notebook: nbformat.NotebookNode, timeout: int = 600) -> nbformat.Not
             record_timing=False,
         )
         client.execute()
+    for cell, source in zip(left_out, sources, strict=True):
+        cell["source"] = source
     for cell in notebook.cells:
         # What goes to stderr (progress, notices of other packages) is not part of the text.
         cell["outputs"] = [out for out in cell.get("outputs", []) if out.get("name") != "stderr"]
         if cell.cell_type != "code":
             del cell["outputs"]
     return notebook
+
+
+def _has_explorer() -> bool:
+    flow = importlib.util.find_spec("lig_lens.flow")
+    return flow is not None and "def explore" in Path(str(flow.origin)).read_text(encoding="utf-8")
 
 
 def add_pictures(notebook: nbformat.NotebookNode, browser: str) -> None:
