@@ -159,7 +159,7 @@ def agreement_scatter(
     facts = [short(effects.metric, 100), f"{len(x):,} {effects.on.replace('_', ' ')} measured"]
     heading = f"{short(title)} against {short(effects.name, 80)}"
     set_frame(figure, heading, facts, width=600.0, height=500.0, left=80.0, right=80.0, above=28.0)
-    return figure.update_layout(plot_bgcolor="white", title_font_weight="bold")
+    return figure.update_layout(plot_bgcolor="white")
 
 
 def _outliers(x: NDArray[np.float64], y: NDArray[np.float64], names: list[str], count: int) -> list[str]:

@@ -135,7 +135,7 @@ def paths_graph(
         height=canvas.y[stop] + _ABOVE + _BELOW,
         left=76.0,
         right=185.0,
-        bottom=44 + (14 if label_width(labels) < canvas.spacing else 0.71 * label_width(labels)),
+        bottom=44.0 + (14.0 if label_width(labels) < canvas.spacing else 0.71 * label_width(labels)),
         above=20.0,
     )
     return figure.update_layout(plot_bgcolor="white", hovermode="closest", hoverdistance=12)
