@@ -122,6 +122,13 @@ def test_importance_as_share_of_the_metrics_change():
     assert "adds up to 100%" in heading(figure) and figure.layout.coloraxis.cmin < 0
 
 
+def test_means_of_several_prompts_say_so():
+    flow = metric_flow()
+    settings = flow.settings | {"averaged": 5, "metric": {"clean": 2.0, "corrupted": None}}
+    shown = heading(importance(dataclasses.replace(flow, settings=settings)))
+    assert "mean of 5 prompts" in shown and "a layer adds up to the metric's change<" in shown
+
+
 def test_importance_for_the_output_by_hand():
     flow = make_flow()
     figure = importance(flow, map="mlp", layers=[3], heads=[2, 0])

@@ -126,7 +126,7 @@ def paths_graph(
         figure,
         f"<b>Strongest paths to {token_label(flow.tokens[dst], flow.special[dst], dst)}</b> through {layers}",
         [
-            *describe(flow)[:2],
+            *describe(flow, target=False),
             f"rule {rule}",
             f"{len(paths)} paths, together {signed_percent(held)} of the weight of all (100%)",
             "width: weight of the paths through an edge",
