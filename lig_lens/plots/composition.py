@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from lig_lens.compose import Consistency
 from lig_lens.errors import InputError, check_choice
 from lig_lens.flow import Flow
-from lig_lens.plots.matrix import Panel, Values, draw, printed, share_scale, signed_scale
+from lig_lens.plots.matrix import PRINTED, Panel, Values, draw, large_cells, printed, share_scale, signed_scale
 from lig_lens.plots.select import describe, pick, token_axis
 from lig_lens.plots.style import FAINT, INK, LINE, QUALITATIVE, plain_text, set_frame, short
 
@@ -53,11 +53,9 @@ def rollout_map(
         if bool((values < _NOTABLE).any())
         else share_scale("share of the residual", values)
     )
-    few = max(values.shape) <= 16
-    side = 44.0 if few else max(4.0, min(44.0, 680 / values.shape[1]))
     layers = f"layer {first}" if first == last else f"layers {first} to {last}"
     facts = [
-        *describe(flow)[:2],
+        *describe(flow, target=False),
         f"rule {rule}",
         "a row adds up to 100%" if tokens is None else f"{len(shown.sources)} of them shown",
     ]
@@ -67,14 +65,14 @@ def rollout_map(
                 values,
                 scale,
                 value=f"{'%{z:+.2%}' if scale.signed else '%{z:.2%}'} of the residual",
-                texts=printed(values, percent=True, signed=False) if few else None,
+                texts=printed(values, percent=True, signed=False) if max(values.shape) <= PRINTED else None,
             )
         ],
         token_axis(flow, shown.destinations, "destination", numbered=True),
         token_axis(flow, shown.sources, "source", numbered=True),
         f"<b>Whose residual is it?</b> Rollout through {layers}",
         facts,
-        cell=(side, side if side < 26 else max(26.0, 0.7 * side)),
+        cell=large_cells(*values.shape),
     )
 
 

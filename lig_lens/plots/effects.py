@@ -12,8 +12,8 @@ from lig_lens.agreement import points
 from lig_lens.effects import Effects
 from lig_lens.errors import InputError
 from lig_lens.flow import Flow
-from lig_lens.plots.matrix import Axis, Panel, Values, draw, printed, signed_scale
-from lig_lens.plots.select import chosen_positions
+from lig_lens.plots.matrix import PRINTED, Axis, Panel, Values, draw, printed, row_cells, signed_scale
+from lig_lens.plots.select import averaged, chosen_positions
 from lig_lens.plots.style import DIVERGING, FAINT, LINE, QUIET, plain_text, set_frame, short, signed_number, token_label
 
 
@@ -62,8 +62,9 @@ def effects_map(
     else:
         labels = [token_label(effects.tokens[at], position=at) for at in chosen["pos"]]
         across = Axis("position", labels, "position")
-    few = len(across.labels) <= 16 and len(rows) <= 40
+    few = len(across.labels) <= PRINTED and len(rows) <= 40
     facts = [short(effects.metric, 100), "change of the metric, in its units"]
+    facts += [averaged(effects.settings)] if averaged(effects.settings) else []
     if math.isfinite(effects.reference):
         facts.append(f"without the intervention it is {signed_number(effects.reference)}")
     missing = int(np.isnan(values).sum())
@@ -81,7 +82,7 @@ def effects_map(
         across,
         f"<b>{short(effects.name, 80)}</b>" + (", strongest edge of each head" if effects.on == "edges" else ""),
         [*facts, *([f"{missing:,} not measured (grey)"] if missing else [])],
-        cell=(44.0 if few else max(6.0, min(26.0, 900 / len(across.labels))), 26.0 if len(rows) <= 40 else 10.0),
+        cell=row_cells(len(across.labels), 26.0 if len(rows) <= 40 else 10.0),
         upwards=True,
     )
 
@@ -159,7 +160,7 @@ def agreement_scatter(
     facts = [short(effects.metric, 100), f"{len(x):,} {effects.on.replace('_', ' ')} measured"]
     heading = f"{short(title)} against {short(effects.name, 80)}"
     set_frame(figure, heading, facts, width=600.0, height=500.0, left=80.0, right=80.0, above=28.0)
-    return figure.update_layout(plot_bgcolor="white", title_font_weight="bold")
+    return figure.update_layout(plot_bgcolor="white")
 
 
 def _outliers(x: NDArray[np.float64], y: NDArray[np.float64], names: list[str], count: int) -> list[str]:

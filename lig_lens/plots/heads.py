@@ -8,7 +8,18 @@ from lig_lens.axes import axis_places
 from lig_lens.config import MAPS
 from lig_lens.errors import InputError, check_choice
 from lig_lens.flow import Flow
-from lig_lens.plots.matrix import Axis, Panel, Scale, Values, draw, printed, share_scale, signed_scale
+from lig_lens.plots.matrix import (
+    PRINTED,
+    Axis,
+    Panel,
+    Scale,
+    Values,
+    draw,
+    large_cells,
+    printed,
+    share_scale,
+    signed_scale,
+)
 from lig_lens.plots.select import Drawn, Positions, drawn, pick, token_axis, unit, whole
 
 _TITLES = {
@@ -16,8 +27,6 @@ _TITLES = {
     "mlp": "Heads → block output",
     "block": "Source tokens → block output",
 }
-_PRINTED = 16  # tokens up to which cells hold their values
-_LARGE = 680.0  # pixels that one head's map aims at
 
 
 def head_grid(
@@ -126,13 +135,10 @@ def head_map(
     values = _values(given, shown, place, head)
     down, across = _axes(flow, given, shown, numbered=True)
     where = _where(layer, head)
-    few = max(values.shape) <= _PRINTED
-    width = 44.0 if few else max(4.0, min(44.0, _LARGE / len(across.labels)))
-    cell = (width, width if width < 26 else max(26.0, 0.7 * width))
-    texts = printed(values, given.share, given.minus) if few else None
+    texts = printed(values, given.share, given.minus) if max(values.shape) <= PRINTED else None
     panel = Panel(values, _scale(flow, given, [values]), hover=where, value=given.hover, texts=texts)
     heading = f"<b>{where.capitalize()}</b>: {_TITLES[map].lower()}, {given.what}"
-    return draw([panel], down, across, heading, given.facts, cell=cell)
+    return draw([panel], down, across, heading, given.facts, cell=large_cells(*values.shape))
 
 
 def _where(layer: int, head: int | None) -> str:

@@ -16,6 +16,8 @@ from lig_lens.plots.style import DIVERGING, FAINT, INK, LINE, MINUS, QUIET, SEQU
 Values = NDArray[np.floating[Any]]
 _QUANTILE = 0.995
 _WIDE = 1200  # pixels that a row of panels aims at
+PRINTED = 16  # cells in a row up to which they hold their values
+ROOMY = 44.0  # pixels that such a cell is wide
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,17 @@ def _beyond(panels: Sequence[Panel]) -> list[str]:
     strong = any(scale.high > 0 and top > 1.1 * scale.high for scale, top in tops)
     negative = any(scale.low == 0 and float(some.min(initial=0)) < -0.02 for scale, some in finite)
     return ["stronger values have the last colour"] * strong + ["negative shares have the colour of 0"] * negative
+
+
+def large_cells(n_down: int, n_across: int) -> tuple[float, float]:
+    """Width and height of the cells of one map that fills a page; up to 16 each way they hold their values."""
+    width = ROOMY if max(n_down, n_across) <= PRINTED else max(4.0, min(ROOMY, 680 / n_across))
+    return width, width if width < 26 else max(26.0, 0.7 * width)
+
+
+def row_cells(n_across: int, height: float = 26.0) -> tuple[float, float]:
+    """Width and height of the cells of a table with rows of one height."""
+    return (ROOMY if n_across <= PRINTED else max(6.0, min(26.0, 900 / n_across))), height
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,18 @@ from torch import Tensor
 from lig_lens.axes import axis_places
 from lig_lens.errors import check_choice
 from lig_lens.flow import Flow
-from lig_lens.plots.matrix import Axis, Panel, Scale, draw, printed, share_scale, signed_scale
+from lig_lens.plots.matrix import (
+    PRINTED,
+    ROOMY,
+    Axis,
+    Panel,
+    Scale,
+    draw,
+    printed,
+    row_cells,
+    share_scale,
+    signed_scale,
+)
 from lig_lens.plots.select import describe, metric_change, token_axis, unit
 from lig_lens.plots.style import INK, MINUS, TIMES, short
 
@@ -97,8 +108,8 @@ def importance(
         Axis("layer", [str(layer) for layer in layers]),
         Axis("head", labels),
         f"<b>{table.title}</b>",
-        [*describe(flow)[:2], *table.facts],
-        cell=(44.0 if roomy else 26.0, 26.0),
+        [*describe(flow, target=False), *table.facts],
+        cell=(ROOMY if roomy else 26.0, 26.0),
         upwards=True,
     )
     return figure.update_layout(plot_bgcolor="white")  # between heads and the rest is nothing, not a missing value
@@ -162,73 +173,63 @@ def gap_map(flow: Flow, map: str | None = None, layers: Sequence[int] | None = N
     layers = flow.layers if layers is None else tuple(layers)
     rows = axis_places("layer", layers, flow.layers)
     gaps, missed = flow.gap[map][rows], ~flow.converged[map][rows]
-    cells = missed.numel()
-    cells, missing = missed.numel(), int(missed.sum())
-    per_head = gaps.ndim == 3
-    if per_head:
-        gaps, worst = gaps.max(1)
-        missed = missed.sum(1)
-        notes = [[f"largest in head {head}<br>" for head in row] for row in worst.tolist()]
-    else:
-        gaps, missed = gaps.reshape(len(rows), -1), missed.reshape(len(rows), -1).long()
-        notes = [[""] * gaps.shape[1] for _ in rows]
-    marked = missed.nonzero().tolist()
     tol = flow.settings.get("tol")
-    scale = _log_scale(gaps, tol if isinstance(tol, float) and tol > 0 else None)
     within = f"tol {tol:g}" if isinstance(tol, float) else "the tolerance"
+    counted = "columns" if flow.metric is None else "layers"
+    count = f"all {missed.numel():,} {counted} within {within}"
+    if missed.any():
+        count = f"{int(missed.sum()):,} of {missed.numel():,} {counted} miss {within} ({TIMES})"
     if flow.metric is None:
-        across, counted, few = token_axis(flow, flow.destinations, "destination"), "columns", gaps.shape[1] <= 16
-        width = 44.0 if few else max(6.0, min(26.0, 900 / gaps.shape[1]))
+        across, cell = token_axis(flow, flow.destinations, "destination"), row_cells(gaps.shape[-1])
     else:
-        across, counted, few, width = Axis("", ["all heads and destinations"]), "layers", True, 200.0
-    panel = Panel(
-        np.maximum(np.log10(np.maximum(gaps.numpy(), 1e-30)), scale.low),
-        scale,
-        value="",
-        texts=[["" if miss else _short_gap(gap) for gap, miss in _cells(gaps, missed, row)] for row in range(len(rows))]
-        if few
-        else None,
-        notes=[
-            [
-                f"gap {gap:.2e}<br>{note}{_convergence(miss, per_head)}"
-                for (gap, miss), note in zip(_cells(gaps, missed, row), notes[row], strict=True)
-            ]
-            for row in range(len(rows))
-        ],
-    )
+        across, cell = Axis("", ["all heads and destinations"]), (200.0, 26.0)
+    per_head = gaps.ndim == 3
+    worst = gaps.argmax(1).tolist() if per_head else None
+    # As tables of layers and destinations: the gap, and how many heads have not converged.
+    gaps = gaps.amax(1) if per_head else gaps.reshape(len(rows), -1)
+    missed = missed.sum(1) if per_head else missed.reshape(len(rows), -1).long()
+    table = [list(zip(*both, strict=True)) for both in zip(gaps.tolist(), missed.tolist(), strict=True)]
+    notes = [
+        [
+            f"gap {gap:.2e}<br>"
+            + (f"largest in head {worst[row][column]}<br>" if worst is not None else "")
+            + _convergence(miss, per_head)
+            for column, (gap, miss) in enumerate(line)
+        ]
+        for row, line in enumerate(table)
+    ]
+    texts = [["" if miss else _short_gap(gap) for gap, miss in line] for line in table]
+    scale = _log_scale(gaps, tol if isinstance(tol, float) and tol > 0 else None)
+    values = np.maximum(np.log10(np.maximum(gaps.numpy(), 1e-30)), scale.low)
+    printed_texts = texts if values.shape[1] <= PRINTED else None
     figure = draw(
-        [panel],
+        [Panel(values, scale, value="", texts=printed_texts, notes=notes)],
         Axis("layer", [str(layer) for layer in layers], "layer"),
         across,
         f"<b>Completeness gaps</b> of the {map} map" + (", the worst head of each cell" if per_head else ""),
-        [
-            *describe(flow),
-            f"|sum of contributions {MINUS} total| / |total|",
-            f"{missing:,} of {cells:,} {counted} miss {within} ({TIMES})"
-            if missing
-            else f"all {cells:,} {counted} within {within}",
-        ],
-        cell=(width, 26.0),
+        [*describe(flow), f"|sum of contributions {MINUS} total| / |total|", count],
+        cell=cell,
         upwards=True,
     )
+    marked = missed.nonzero().tolist()
     if marked:
         figure.add_trace(
             go.Scatter(
                 x=[column for _, column in marked],
                 y=[row for row, _ in marked],
                 mode="markers",
-                marker={"symbol": "x", "size": 9 if few else 7, "color": INK, "line": {"color": "white", "width": 1}},
+                marker={
+                    "symbol": "x",
+                    "size": 9 if cell[0] >= ROOMY else 7,
+                    "color": INK,
+                    "line": {"color": "white", "width": 1},
+                },
                 hoverinfo="skip",
                 showlegend=False,
                 name="not converged",
             )
         )
     return figure
-
-
-def _cells(gaps: Tensor, missed: Tensor, row: int) -> list[tuple[float, int]]:
-    """Gap, and how many of its columns have not converged, of each cell of a row."""
-    return list(zip(gaps[row].tolist(), missed[row].tolist(), strict=True))
 
 
 def _short_gap(gap: float) -> str:

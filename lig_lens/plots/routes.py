@@ -126,7 +126,7 @@ def paths_graph(
         figure,
         f"<b>Strongest paths to {token_label(flow.tokens[dst], flow.special[dst], dst)}</b> through {layers}",
         [
-            *describe(flow)[:2],
+            *describe(flow, target=False),
             f"rule {rule}",
             f"{len(paths)} paths, together {signed_percent(held)} of the weight of all (100%)",
             "width: weight of the paths through an edge",
@@ -135,7 +135,7 @@ def paths_graph(
         height=canvas.y[stop] + _ABOVE + _BELOW,
         left=76.0,
         right=185.0,
-        bottom=44 + (14 if label_width(labels) < canvas.spacing else 0.71 * label_width(labels)),
+        bottom=44.0 + (14.0 if label_width(labels) < canvas.spacing else 0.71 * label_width(labels)),
         above=20.0,
     )
     return figure.update_layout(plot_bgcolor="white", hovermode="closest", hoverdistance=12)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -118,19 +119,27 @@ def drawn(call: str, flow: Flow, map: str, share: bool, minus: Flow | None) -> D
     return Drawn(map, terms, share, minus is not None, what, f"{words} {value}", facts)
 
 
-def describe(flow: Flow) -> list[str]:
-    """Model, number of tokens and target of a Flow, as escaped text."""
-    target = f"target {short(str(flow.settings['target']))}" if "target" in flow.settings else ""
-    what = target if flow.metric is None else f"metric {short(flow.metric)}{metric_change(flow)}"
-    return [fact for fact in (short(flow.model_name), f"{len(flow.tokens)} tokens", what) if fact]
+def describe(flow: Flow, target: bool = True) -> list[str]:
+    """Model, number of tokens and prompts and, if asked for, target of a Flow, as escaped text."""
+    facts = [short(flow.model_name), f"{len(flow.tokens)} tokens", averaged(flow.settings)]
+    if target and flow.metric is not None:
+        facts.append(f"metric {short(flow.metric)}{metric_change(flow)}")
+    elif target and "target" in flow.settings:
+        facts.append(f"target {short(str(flow.settings['target']))}")
+    return [fact for fact in facts if fact]
+
+
+def averaged(settings: dict[str, Any]) -> str:
+    """Over how many prompts `average` has gone, or nothing."""
+    return f"mean of {settings['averaged']} prompts" if "averaged" in settings else ""
 
 
 def metric_change(flow: Flow) -> str:
     """From where to where the metric goes, if the Flow knows."""
     ends = flow.settings.get("metric")
-    if not isinstance(ends, dict) or not {"clean", "corrupted"} <= set(ends):
-        return ""
-    return f" ({signed_number(ends['corrupted'])} → {signed_number(ends['clean'])})"
+    known = [ends.get(name) for name in ("corrupted", "clean")] if isinstance(ends, dict) else []
+    numbers = [signed_number(end) for end in known if isinstance(end, float)]
+    return f" ({' → '.join(numbers)})" if len(numbers) == 2 else ""
 
 
 def unit(flow: Flow) -> str:
@@ -147,7 +156,9 @@ def _check_alike(call: str, flow: Flow, minus: Flow, map: str, share: bool) -> N
             )
     shapes = [list(side.columns(map).shape) for side in (flow, minus)]
     if shapes[0] != shapes[1]:
-        raise InputError(f"{call}: minus= has a {map!r} map of shape {shapes[1]}, not {shapes[0]}: heads differ.")
+        raise InputError(
+            f"{call}: minus= has a {map!r} map of shape {shapes[1]}, not {shapes[0]}: give a Flow with as many heads."
+        )
     kinds = [side.metric is not None for side in (flow, minus)]
     targets = [str(side.settings.get("target")) for side in (flow, minus)]
     if kinds[0] != kinds[1] or (targets[0] != targets[1] and not share):

@@ -114,9 +114,7 @@ def set_frame(
     lines = _wrap(facts, total - 2 * _EDGE)
     size = 16 if len(_bare(heading)) * 8.2 < total - 2 * _EDGE else 13
     top = 38.0 + 16 * len(lines) + above
-    text = "<br>".join(
-        [heading, *(f"<span style='font-size:12px;font-weight:400;color:{QUIET}'>{line}</span>" for line in lines)]
-    )
+    text = "<br>".join([heading, *(f"<span style='font-size:12px;color:{QUIET}'>{line}</span>" for line in lines)])
     figure.update_layout(
         template="plotly_white",
         width=round(total),
