@@ -20,6 +20,7 @@ const CHOICES = {
 
 let state = { ...DEFAULTS };
 let scene = null;
+let drawn = null;
 let large = null;
 let listed = { rows: [], all: 0 };
 let linkTimer = 0;
@@ -126,7 +127,8 @@ function show() {
 
 function showGraph(view, colours, room) {
   const box = byId("graph");
-  box.innerHTML = drawScene(view, state, scene, room, colours);
+  drawn = drawScene(view, state, scene, room, colours);
+  box.innerHTML = drawn.svg;
   if (room.left || room.top) box.scrollTo(room.left, room.top);
 }
 
@@ -284,11 +286,19 @@ function toggleHelp() {
   byId("help-button").setAttribute("aria-expanded", String(!byId("help").hidden));
 }
 
+/** The node under the pointer; a token's name stands for its node in the lowest row. */
+function pointedNode(event) {
+  const token = event.target.closest("[data-token]");
+  if (token) return { row: 0, pos: Number(token.dataset.token) };
+  const frame = byId("graph").firstElementChild.getBoundingClientRect();
+  return nodeAt(scene, drawn.geometry, event.clientX - frame.left, event.clientY - frame.top);
+}
+
 function clickGraph(event) {
-  const [row, pos] = (event.target.closest("[data-node]")?.dataset.node ?? "").split(",").map(Number);
-  if (Number.isInteger(row) && Number.isInteger(pos)) {
-    const same = state.node && state.node.row === row && state.node.pos === pos;
-    return choose(same ? null : { row, pos });
+  const node = pointedNode(event);
+  if (node) {
+    const same = state.node && state.node.row === node.row && state.node.pos === node.pos;
+    return choose(same ? null : node);
   }
   const layer = event.target.closest("[data-layer]")?.dataset.layer;
   if (layer !== undefined) set({ layer: Number(layer) });
@@ -360,10 +370,12 @@ function hoverGraph(event) {
   const data = event.target.dataset ?? {};
   const view = currentView();
   const name = (i) => `‘${view.sample.tokens[i].shown}’ (${i})`;
-  if (data.node) {
-    const [row, pos] = data.node.split(",").map(Number);
+  const node = pointedNode(event);
+  byId("graph").style.cursor = node ? "pointer" : "";
+  if (node) {
+    const { row, pos } = node;
     const value = scene.nodes[row][pos];
-    const lines = [nodeName(view, { row, pos })];
+    const lines = [nodeName(view, node)];
     if (value === value) lines.push(nodeMeaning(view, row, value));
     return tip(event, lines.join("\n"));
   }
@@ -477,6 +489,12 @@ const inspect = {
   get view() { return currentView(); },
   get rows() { return listed.rows; },
   get large() { return large; },
+  /** Where a node stands in the window. */
+  placeOf(row, pos) {
+    const frame = byId("graph").firstElementChild.getBoundingClientRect();
+    const [x, y] = drawn.geometry.at(row, pos);
+    return { x: frame.left + x, y: frame.top + y };
+  },
   set,
 };
 window.ligLens = inspect;

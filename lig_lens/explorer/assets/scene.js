@@ -230,7 +230,7 @@ function drawScene(view, state, scene, room, palette) {
   drawPaths(out, view, scene, g, palette);
   drawNodes(out, view, state, scene, g, palette);
   out.push("</svg>");
-  return out.join("");
+  return { svg: out.join(""), geometry: g };
 }
 
 function curve([[x1, y1], [x2, y2]], upward) {
@@ -271,7 +271,7 @@ function drawRows(out, view, state, scene, g, palette) {
       : `x="${short(x - 18)}" y="${short(y + 4)}" text-anchor="end"`;
     out.push(
       `<text ${place} font-size="${size.toFixed(1)}" fill="${token.special && !chosen ? palette.quiet : palette.ink}" ` +
-        `font-style="${token.special ? "italic" : "normal"}" font-weight="${chosen ? 700 : 400}" data-node="0,${i}" ` +
+        `font-style="${token.special ? "italic" : "normal"}" font-weight="${chosen ? 700 : 400}" data-token="${i}" ` +
         `style="cursor:pointer">${tokenMarkup(token, palette)}</text>`
     );
   }
@@ -304,22 +304,46 @@ function drawPaths(out, view, scene, g, palette) {
 
 const headColour = (head) => HEAD_COLOURS[head % HEAD_COLOURS.length];
 
+/** Circles of one colour are one path: thousands of elements would take longer to build than all else. */
 function drawNodes(out, view, state, scene, g, palette) {
   const size = circleSizes(scene.nodes, state.circle);
+  const drawn = { positive: [], negative: [], dots: [], rings: [] };
   scene.rows.labels.forEach((_, row) => {
     for (const i of scene.positions) {
+      if (state.node && state.node.row === row && state.node.pos === i) continue;
       const value = scene.nodes[row][i];
-      const [x, y] = g.at(row, i);
-      const chosen = state.node && state.node.row === row && state.node.pos === i;
-      const none = value !== value;
-      const known = !none && value !== 0;
-      const radius = chosen ? Math.max(5, g.radius * 0.8) : known ? Math.max(0.8, g.radius * size(value)) : none ? 2.5 : 1.2;
-      const fill = none && !chosen ? palette.surface : chosen ? palette.accent : !known ? palette.line : value < 0 ? palette.negative : palette.positive;
-      const ring = chosen ? ` stroke="${palette.ink}" stroke-width="2"` : none ? ` stroke="${palette.line}"` : ` stroke="${palette.surface}" stroke-width="0.7"`;
-      out.push(
-        `<circle cx="${short(x)}" cy="${short(y)}" r="${short(radius)}" fill="${fill}"${ring} data-node="${row},${i}" ` +
-          `style="cursor:pointer"/>`
-      );
+      const at = g.at(row, i);
+      if (value !== value) drawn.rings.push(disc(at, 2.5));
+      else if (value === 0) drawn.dots.push(disc(at, 1.2));
+      else drawn[value < 0 ? "negative" : "positive"].push(disc(at, Math.max(0.8, g.radius * size(value))));
     }
   });
+  const path = (name, fill, stroke, width) =>
+    drawn[name].length &&
+    out.push(`<path d="${drawn[name].join("")}" fill="${fill}" stroke="${stroke}" stroke-width="${width}" pointer-events="none"/>`);
+  path("dots", palette.line, "none", 0);
+  path("rings", palette.surface, palette.line, 1);
+  path("positive", palette.positive, palette.surface, 0.7);
+  path("negative", palette.negative, palette.surface, 0.7);
+  if (state.node && scene.visible[state.node.pos]) {
+    const chosen = disc(g.at(state.node.row, state.node.pos), Math.max(5, g.radius * 0.8));
+    out.push(`<path d="${chosen}" fill="${palette.accent}" stroke="${palette.ink}" stroke-width="2" pointer-events="none"/>`);
+  }
+}
+
+function disc([x, y], radius) {
+  const r = short(radius);
+  const across = short(2 * radius);
+  return `M${short(x - radius)} ${short(y)}a${r} ${r} 0 1 0 ${across} 0a${r} ${r} 0 1 0 -${across} 0`;
+}
+
+/** The node at a point of the picture, or null where none is near. */
+function nodeAt(scene, g, x, y) {
+  const [first, origin] = [g.at(0, scene.positions[0]), g.upward ? y : x];
+  const row = Math.round(Math.abs(origin - (g.upward ? first[1] : first[0])) / g.row);
+  const number = Math.round((g.upward ? x - first[0] : y - first[1]) / g.token);
+  const pos = scene.positions[number];
+  if (pos === undefined || row >= scene.rows.labels.length) return null;
+  const [nx, ny] = g.at(row, pos);
+  return Math.hypot(nx - x, ny - y) <= Math.max(g.radius, Math.min(7, g.token / 2)) + 1 ? { row, pos } : null;
 }
