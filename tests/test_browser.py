@@ -280,6 +280,19 @@ def test_the_keyboard_reaches_everything(open_page):
     )
 
 
+def test_what_the_keyboard_chooses_is_in_sight(open_page):
+    page = open_page(chained(n_layers=40, maps=("attn", "mlp")))
+    page.page.focus("#graph")
+    inside = """([row, pos]) => { const box = document.querySelector('#graph').getBoundingClientRect();
+        const at = ligLens.placeOf(row, pos); return at.y > box.top && at.y < box.bottom; }"""
+    assert page(inside, [40, 0]) and not page(inside, [1, 0])
+    page.page.keyboard.press("ArrowRight")
+    assert page.state("node") == {"row": 1, "pos": 0} and page(inside, [1, 0])
+    for _ in range(39):
+        page.page.keyboard.press("ArrowUp")
+    assert page.state("node") == {"row": 40, "pos": 0} and page(inside, [40, 0])
+
+
 def test_the_mouse_chooses_tokens_and_layers(open_page):
     page = open_page(chained())
     place = page("ligLens.placeOf(2, 3)")

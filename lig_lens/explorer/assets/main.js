@@ -341,15 +341,29 @@ function pressKey(event) {
 }
 
 function move(view, [up, along]) {
-  if (!state.node && up) return set({ layer: Math.min(view.nLayers - 1, Math.max(0, state.layer + up)) });
+  if (!state.node && up) {
+    set({ layer: Math.min(view.nLayers - 1, Math.max(0, state.layer + up)) });
+    return bringIntoSight(rowsOf(view).high[state.layer], scene.positions[0]);
+  }
   const shown = scene.positions;
-  if (!state.node) return choose({ row: rowsOf(view).high[state.layer], pos: shown[along > 0 ? 0 : shown.length - 1] });
   const count = rowsOf(view).labels.length;
-  const at = Math.max(0, shown.indexOf(state.node.pos));
+  const from = state.node ?? { row: rowsOf(view).high[state.layer], pos: null };
+  const at = from.pos === null ? (along > 0 ? -1 : shown.length) : Math.max(0, shown.indexOf(from.pos));
   choose({
-    row: Math.min(count - 1, Math.max(0, state.node.row + up)),
+    row: Math.min(count - 1, Math.max(0, from.row + up)),
     pos: shown[Math.min(shown.length - 1, Math.max(0, at + along))],
   });
+  bringIntoSight(state.node.row, state.node.pos);
+}
+
+function bringIntoSight(row, pos) {
+  const box = byId("graph");
+  const [x, y] = drawn.geometry.at(row, pos);
+  const near = 70;
+  box.scrollTo(
+    Math.min(Math.max(box.scrollLeft, x + near - box.clientWidth), x - near),
+    Math.min(Math.max(box.scrollTop, y + near - box.clientHeight), y - near)
+  );
 }
 
 // What the pointer is on.
