@@ -101,6 +101,17 @@ class View {
     });
   }
 
+  /** The same without what goes past the heads: [source, column]. */
+  headsMatrix(map, layer, head = null) {
+    const past = head === null && map !== "mlp" && this.byHead(map) ? this.past(map, layer) : null;
+    if (!past) return this.matrix(map, layer, head);
+    return this.remember(`o ${map} ${layer}`, () => {
+      const result = this.matrix(map, layer).slice();
+      past.forEach((value, c) => (result[this.destinations[c] * this.nColumns + c] -= value));
+      return result;
+    });
+  }
+
   headMatrix(map, layer, head) {
     const size = this.nTokens * this.nColumns;
     if (map === "attn" || map === "metric") return this.slice("attn", layer, head, size);

@@ -3,9 +3,10 @@
 const MARGIN = 92; // for the tokens beside the large heatmap
 const SHADES = 255; // on each side of 0
 
-/** Matrix, in the scale of the state, of one head or of all. */
+/** Matrix, in the scale of the state, of one head or of all, without what goes past them. */
 function headWeights(view, state, head) {
-  return weights(view, { ...state, head }, state.layer);
+  return view.remember(`e ${state.map} ${state.layer} ${head} ${state.scale}`, () =>
+    scaled(view, state, state.layer, head, view.headsMatrix(state.map, state.layer, head)));
 }
 
 /** Value at which colours end: the 99.5th percentile of what is not 0, over the heads that are compared. */

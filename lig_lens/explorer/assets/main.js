@@ -424,9 +424,7 @@ function nodeMeaning(view, row, value) {
 function edgeNumbers(view, edge) {
   const c = view.columnOf[edge.dst];
   const head = state.head;
-  const past = head === null && state.map !== "mlp" ? view.past(state.map, edge.layer) : null;
-  const beyond = past && edge.src === edge.dst ? past[c] : 0;
-  const value = edge.kind === "skip" ? beyond : view.matrix(state.map, edge.layer, head)[edge.src * view.nColumns + c] - beyond;
+  const value = edge.kind === "skip" ? view.past(state.map, edge.layer)[c] : view.headsMatrix(state.map, edge.layer, head)[edge.src * view.nColumns + c];
   return numbersOf(view, edge.layer, head, value, c);
 }
 
@@ -451,7 +449,7 @@ function hoverLarge(event) {
     const value = large.cells.value(down, across);
     return tip(event, `${large.cells.name(down)} → ${name(across)}\n${state.scale === "share" ? percent(value) : exact(view, value)}`);
   }
-  const value = view.matrix(state.map, state.layer, state.head)[across * view.nColumns + c];
+  const value = view.headsMatrix(state.map, state.layer, state.head)[across * view.nColumns + c];
   tip(event, [`${name(across)} → ${name(down)}`, ...numbersOf(view, state.layer, state.head, value, c)].join("\n"));
 }
 

@@ -40,16 +40,19 @@ function rowsOf(view) {
 function weights(view, state, layer) {
   const head = state.head !== null && view.byHead(state.map) ? state.head : null;
   return view.remember(`w ${state.map} ${layer} ${head} ${state.scale}`, () => {
-    const matrix = view.matrix(state.map, layer, head);
-    if (state.scale === "absolute") return matrix;
-    const divisors = view.divisors(state.map, layer, head);
-    const result = new Float32Array(matrix.length);
-    for (let i = 0, c = 0; i < matrix.length; i++) {
-      if (divisors[c] !== 0) result[i] = matrix[i] / divisors[c];
-      if (++c === view.nColumns) c = 0;
-    }
-    return result;
+    return scaled(view, state, layer, head, view.matrix(state.map, layer, head));
   });
+}
+
+function scaled(view, state, layer, head, matrix) {
+  if (state.scale === "absolute") return matrix;
+  const divisors = view.divisors(state.map, layer, head);
+  const result = new Float32Array(matrix.length);
+  for (let i = 0, c = 0; i < matrix.length; i++) {
+    if (divisors[c] !== 0) result[i] = matrix[i] / divisors[c];
+    if (++c === view.nColumns) c = 0;
+  }
+  return result;
 }
 
 /** Same for what goes past the heads, by column; null where there is no such thing or one head stands alone. */
@@ -126,20 +129,20 @@ function edgesOf(view, state, layer, rows, visible, cone, found) {
   const pastShare = cone && state.head === null ? pastShares(view, state.map, layer) : null;
   const reference = state.scale === "absolute" && !cone ? layerTop(view, state, layer) : 1;
   const least = state.threshold * reference;
+  // Contributions to a metric are in one unit throughout: those beside the chosen node stay, quietly.
+  const aside = (src, dst) => node && !cone && !(node.row === high && node.pos === dst) && !(node.row === low && node.pos === src);
   const consider = (src, dst, value, kind) => {
     const size = Math.abs(value);
     if (!(size > 0) || size < least || !visible[src] || !visible[dst]) return;
     found.above++;
     if (size / reference > found.strongest.floor) {
-      found.strongest.add(size / reference, { layer, src, dst, value, size: size / reference, kind });
+      found.strongest.add(size / reference, { layer, src, dst, value, size: size / reference, kind, quiet: aside(src, dst) });
     }
   };
   for (let c = 0; c < columns; c++) {
     const dst = view.destinations[c];
-    const around = !node || cone || (node.row === high && node.pos === dst) || node.row === low;
-    if (!around) continue;
     for (let src = 0; src < view.nTokens; src++) {
-      if (node && !cone && !(node.row === high && node.pos === dst) && node.pos !== src) continue;
+      if (state.map !== "metric" && aside(src, dst)) continue;
       let value = matrix[src * columns + c];
       let beyond = past && src === dst ? past[c] : 0;
       if (cone) {
@@ -221,7 +224,7 @@ function drawScene(view, state, scene, room, palette) {
     const ends = [g.at(scene.rows.low[edge.layer], edge.src), g.at(scene.rows.high[edge.layer], edge.dst)];
     const colour = edge.kind === "skip" ? palette.skip : edge.value < 0 ? palette.negative : palette.positive;
     const dash = edge.kind === "skip" ? ' stroke-dasharray="3 3"' : "";
-    const faded = scene.paths.length ? 0.35 : 1;
+    const faded = edge.quiet ? 0.3 : scene.paths.length ? 0.35 : 1;
     out.push(
       `<path d="${curve(ends, g.upward)}" fill="none" stroke="${colour}" stroke-width="${short(0.5 + 5.5 * share)}" ` +
         `stroke-opacity="${((0.22 + 0.68 * share) * faded).toFixed(2)}"${dash} data-edge="${number}"/>`
