@@ -213,7 +213,7 @@ function showStatus(view) {
 }
 
 function strongestInWords(view) {
-  const best = listed.rows.find((row) => row.dst === state.node.pos && row.src !== row.dst) ?? listed.rows[0];
+  const best = listed.rows.find((row) => row.src !== row.dst) ?? listed.rows[0];
   const name = (i) => `‘${view.sample.tokens[i].shown}’ (${i})`;
   const through = typeof best.head === "number" ? ` through head ${best.layer}.${best.head}` : "";
   return `Strongest edge: ${name(best.src)} to ${name(best.dst)}${through}, ${exact(view, best.value)}. `;
