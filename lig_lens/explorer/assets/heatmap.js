@@ -20,7 +20,7 @@ function colourTop(view, state, heads) {
       const values = headWeights(view, state, head);
       for (let i = 0; i < values.length; i += stride) if (values[i]) sizes[count++] = Math.abs(values[i]);
     }
-    return count ? sizes.subarray(0, count).sort()[Math.floor(0.995 * (count - 1))] : 1;
+    return count ? sizes.subarray(0, count).sort()[Math.ceil(0.995 * (count - 1))] : 1;
   });
 }
 
