@@ -29,7 +29,7 @@ def test_one_panel_per_layer_and_head_with_destinations_down():
 def test_equal_tokens_keep_their_places():
     figure = head_grid(make_flow())
     assert _alias(figure, "xaxis", 1) == _alias(figure, "xaxis", 4) == "the"
-    assert figure.layout.xaxis.dtick == 1 and figure.layout.xaxis.type != "category"
+    assert figure.layout.xaxis.tickvals == tuple(range(7)) and figure.layout.xaxis.type != "category"
 
 
 def test_layers_heads_and_destinations_can_be_chosen():
@@ -37,7 +37,8 @@ def test_layers_heads_and_destinations_can_be_chosen():
     figure = head_grid(flow, layers=[3], heads=[2, 0], scale="shared")
     np.testing.assert_array_equal(figure.data[0].z, flow.attn[1, 2].T.numpy())
     assert _alias(figure, "yaxis", 1) == "<i><span style='color:#6e7781'>[SEP]</span></i>"
-    assert figure.data[0].customdata[1][0][0] == 6
+    assert figure.data[0].customdata[1][0][0] == 6 and "(%{customdata[0]:d})" in figure.data[0].hovertemplate
+    assert "source %{x} (%{x:d})" in figure.data[0].hovertemplate  # all sources: the axis counts them
 
 
 def test_signed_values_diverge_around_zero_and_shares_run_up_from_it():
@@ -53,13 +54,15 @@ def test_every_layer_has_its_own_scale_and_the_hover_the_exact_values():
     flow = make_flow()
     flow.attn[1] *= 1000
     figure = head_grid(flow)
-    for first, layer in ((0, 0), (3, 1)):
+    scales = (figure.layout.coloraxis, figure.layout.coloraxis2)
+    for first, layer, scale in ((0, 0, scales[0]), (3, 1, scales[1])):
         panels = figure.data[first : first + 3]
-        assert 1 <= max(np.abs(panel.z).max() for panel in panels) < 3  # the strongest cells may be cut
-        np.testing.assert_array_equal(panels[1].customdata[..., 1], flow.attn[layer, 1].T.numpy())
-        ratio = panels[0].z / flow.attn[layer, 0].T.numpy()
-        np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
-    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-1, 1)
+        np.testing.assert_array_equal(panels[1].z, flow.attn[layer, 1].T.numpy())
+        assert {panel.coloraxis for panel in panels} == {"coloraxis" if layer == 0 else "coloraxis2"}
+        assert 1 / 3 < scale.cmax / float(flow.attn[layer].abs().max()) <= 1  # the strongest cells may be cut
+        assert scale.cmin == -scale.cmax
+    assert scales[1].cmax > 100 * scales[0].cmax and (scales[0].showscale, scales[1].showscale) == (True, False)
+    assert scales[0].colorbar.ticktext[-1] == "1" and scales[0].colorbar.tickvals[-1] == scales[0].cmax
 
 
 def test_the_other_maps_have_a_panel_per_layer():
@@ -72,7 +75,7 @@ def test_the_other_maps_have_a_panel_per_layer():
 
 def test_many_tokens_get_thinner_labels_and_a_bounded_figure():
     figure = head_grid(make_flow(tokens=tuple(f"w{i}" for i in range(64)), n_heads=12))
-    assert figure.layout.xaxis.dtick > 1 and figure.layout.width < 3000
+    assert len(figure.layout.xaxis.tickvals) < 64 and figure.layout.width < 3000
     assert len(figure.layout.xaxis.labelalias) == 64  # the hover still knows all of them
 
 
@@ -80,6 +83,61 @@ def test_all_zero_values_can_be_drawn():
     flow = make_flow(maps=("block",))
     flow.block.zero_()
     assert head_grid(flow, map="block").layout.coloraxis.cmax == 1
+
+
+def test_tokens_are_shown_as_sources_and_destinations():
+    flow = make_flow(destinations=(2, 4, 6))
+    figure = head_grid(flow, tokens=[4, -1, 0], scale="shared")
+    panel = figure.data[4]
+    np.testing.assert_array_equal(panel.z, flow.attn[1, 1][[4, 6, 0]][:, [1, 2]].T.numpy())
+    assert [_alias(figure, "yaxis", place) for place in (0, 1)] == ["the", _alias(figure, "xaxis", 1)]
+    # Which positions a cell means: source, destination.
+    assert "(%{customdata[0]:d})" in panel.hovertemplate and "(%{customdata[1]:d})" in panel.hovertemplate
+    assert panel.customdata.tolist() == [[[4, 4], [6, 4], [0, 4]], [[4, 6], [6, 6], [0, 6]]]
+    mlp = head_grid(flow, map="mlp", tokens=[6, 2])
+    np.testing.assert_array_equal(mlp.data[0].z, flow.columns("mlp")[0][:, [2, 0]].numpy())
+
+
+def test_a_flow_is_subtracted():
+    settings = {"attn_baseline": "zero", "target": "l2", "tol": 1e-3}
+    flow, other = make_flow(), make_flow(seed=1, settings=settings)
+    figure = head_grid(flow, minus=other, scale="shared")
+    np.testing.assert_array_equal(figure.data[5].z, (flow.attn[1, 2] - other.attn[1, 2]).T.numpy())
+    heading = _heading(figure)
+    assert "difference of contributions" in heading and "attn baseline: itb minus zero" in heading
+    assert f"gap {max(flow.worst_gap('attn'), other.worst_gap('attn')):.1e}" in heading
+    assert "difference of contributions %{z" in figure.data[0].hovertemplate
+    shares = head_grid(flow, minus=other, share=True, map="mlp")
+    np.testing.assert_array_equal(shares.data[0].z, (flow.shares("mlp") - other.shares("mlp"))[0].numpy())
+    scale = shares.layout.coloraxis
+    assert scale.cmin == -scale.cmax >= -1 and "difference of shares" in scale.colorbar.title.text
+    assert np.abs(head_grid(flow, minus=flow).data[0].z).max() == 0
+    assert "minus another Flow of the same settings" in _heading(head_grid(flow, minus=make_flow(seed=1)))
+
+
+def _heading(figure):
+    return figure.layout.annotations[-3].text
+
+
+@pytest.mark.parametrize(
+    ("other", "arguments", "message"),
+    [
+        ({"tokens": tuple("abcdefg")}, {}, "minus= has other tokens"),
+        ({"layers": (0, 2)}, {}, "minus= has other layers"),
+        ({"destinations": (0, 1)}, {}, r"minus= has other destinations.*Flow\.select"),
+        ({"n_heads": 2}, {}, r"map of shape \[2, 2, 7, 7\], not \[2, 3, 7, 7\]"),
+        ({"settings": {"target": "direction"}}, {}, "target direction, not l2.*or compare shares"),
+        ({"maps": ("block",)}, {}, "no 'attn' map"),
+    ],
+)
+def test_flows_that_cannot_be_subtracted(other, arguments, message):
+    with pytest.raises(InputError, match=message):
+        head_grid(make_flow(), minus=make_flow(**other), **arguments)
+
+
+def test_shares_of_other_targets_can_be_subtracted():
+    figure = head_grid(make_flow(), minus=make_flow(settings={"target": "direction"}), share=True)
+    assert "target: l2 minus direction" in _heading(figure)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +148,8 @@ def test_all_zero_values_can_be_drawn():
         ({"heads": []}, "no head is named"),
         ({"map": "attention"}, "Unknown map 'attention'"),
         ({"map": "block", "heads": [0]}, "picks panels of the 'attn' map"),
+        ({"tokens": [7]}, "7 is outside the prompt's 7 tokens"),
+        ({"tokens": []}, "shows nothing"),
     ],
 )
 def test_what_the_flow_does_not_have(arguments, message):
@@ -141,3 +201,14 @@ def test_page_that_cannot_be_written(tmp_path):
         write_html(head_grid(make_flow()), tmp_path / "none" / "x.html")
     with pytest.raises(InputError, match="no figure"):
         write_html([], tmp_path / "x.html")
+
+
+def test_positions_without_a_destination():
+    with pytest.raises(InputError, match=r"none of this Flow's destinations \[2, 6\]"):
+        head_grid(make_flow(destinations=(2, 6)), tokens=[0, 1])
+
+
+def test_marks_of_whitespace_are_quiet():
+    figure = head_grid(make_flow(tokens=("Ġcat", "##s", "[X]", "a", "b", "c", "d")))
+    assert _alias(figure, "xaxis", 0) == "<span style='color:#6e7781'>·</span>cat"
+    assert _alias(figure, "xaxis", 1) == "<span style='color:#6e7781'>##</span>s"

@@ -1,5 +1,9 @@
 """Figures of Effects: heatmaps of what interventions find, and a score against it."""
 
+import dataclasses
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
@@ -8,72 +12,112 @@ from lig_lens.agreement import points
 from lig_lens.effects import Effects
 from lig_lens.errors import InputError
 from lig_lens.flow import Flow
-from lig_lens.plots.heads import DIVERGING, FONT, INK, LINE, QUIET, plain_text, show_token
-
-_CELL, _MARGIN = 26, 120  # pixels
-_LAYOUT = {
-    "font": {"family": FONT, "color": INK, "size": 12},
-    "plot_bgcolor": "white",
-    "paper_bgcolor": "white",
-    "title": {"x": 0, "xanchor": "left", "xref": "paper", "font": {"size": 16}},
-}
+from lig_lens.plots.matrix import PRINTED, Axis, Panel, Values, draw, printed, row_cells, signed_scale
+from lig_lens.plots.select import averaged, chosen_positions
+from lig_lens.plots.style import DIVERGING, FAINT, LINE, QUIET, plain_text, set_frame, short, signed_number, token_label
 
 
-def effects_map(effects: Effects) -> go.Figure:
+def effects_map(
+    effects: Effects,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
+) -> go.Figure:
     """Heatmap of effects on a diverging scale centred on 0.
 
     Layers stand upwards, heads or positions across; heads at positions have one row for each head, edges are shown as
-    the strongest of each head.
+    the strongest of each head, which the hover names. What was not measured is left grey.
 
     Args:
         effects: what an intervention found, or a score.
+        layers: block numbers, from the bottom upwards; all by default.
+        heads: head numbers, in the order to draw; all by default.
+        tokens: positions to show, or between which edges are shown; negative ones count from the end. All by default.
+
+    Raises:
+        InputError: a layer, head or position that is missing, or a selection on an axis that the Effects do not have.
     """
-    values = effects.values.numpy()
-    tokens = [f"{plain_text(show_token(token, 12))} {place}" for place, token in enumerate(effects.tokens)]
-    rows = [str(layer) for layer in effects.layers]
-    across, side, below = tokens, "layer", "position"
-    what = effects.name
+    chosen = {"layer": _places(effects, "layers", layers, effects.layers)}
+    if "head" in effects.axes:
+        chosen["head"] = _places(effects, "heads", heads, range(effects.values.shape[1]))
+    elif heads is not None:
+        raise _no_axis(effects, "heads", heads)
+    if effects.on == "heads":
+        if tokens is not None:
+            raise _no_axis(effects, "tokens", tokens)
+    else:
+        positions = chosen_positions("effects_map", tokens, len(effects.tokens))
+        chosen |= dict.fromkeys(("pos", "src", "dst"), positions)
+    values = effects.values.numpy()[np.ix_(*(chosen[axis] for axis in effects.axes))]
+    numbers = [effects.layers[place] for place in chosen["layer"]]
+    notes = None
     if effects.on == "edges":
-        flat = values.reshape(*values.shape[:2], -1)
-        known = np.nan_to_num(np.abs(flat), nan=-1.0)
-        values = np.take_along_axis(flat, known.argmax(-1)[..., None], -1)[..., 0]
-        what += ", strongest edge of each head"
-    if effects.on in ("heads", "edges"):
-        across, below = [str(head) for head in range(values.shape[1])], "head"
+        values, notes = _strongest_edges(effects, values, chosen)
+    rows, side = [str(layer) for layer in numbers], Axis("layer", [], "layer")
     if effects.on == "heads_by_pos":
-        rows = [f"{layer}.{head}" for layer in effects.layers for head in range(values.shape[1])]
-        values, side = values.reshape(len(rows), -1), "head"
-    drawn = np.abs(values[np.isfinite(values)])
-    top = float(drawn.max()) if drawn.any() else 1.0
-    figure = go.Figure(
-        go.Heatmap(
-            z=values,
-            x=list(range(len(across))),
-            y=list(range(len(rows))),
-            text=[[f"{row}, {column}" for column in across] for row in rows],
-            hovertemplate="%{text}: %{z:+.3g}<extra></extra>",
-            colorscale=DIVERGING,
-            zmin=-top,
-            zmax=top,
-            colorbar={"title": {"text": "change of the metric", "side": "right"}, "thickness": 10, "outlinewidth": 0},
+        rows, side = [f"{layer}.{head}" for layer in numbers for head in chosen["head"]], Axis("head", [], "head")
+        values = values.reshape(len(rows), -1)
+    if effects.on in ("heads", "edges"):
+        across = Axis("head", [str(head) for head in chosen["head"]], "head")
+    else:
+        labels = [token_label(effects.tokens[at], position=at) for at in chosen["pos"]]
+        across = Axis("position", labels, "position")
+    few = len(across.labels) <= PRINTED and len(rows) <= 40
+    facts = [short(effects.metric, 100), "change of the metric, in its units"]
+    facts += [averaged(effects.settings)] if averaged(effects.settings) else []
+    if math.isfinite(effects.reference):
+        facts.append(f"without the intervention it is {signed_number(effects.reference)}")
+    missing = int(np.isnan(values).sum())
+    return draw(
+        [
+            Panel(
+                values,
+                signed_scale("change of the metric", values, cut=False),
+                value="effect %{z:+.3g}",
+                texts=printed(values, percent=False, digits=3) if few else None,
+                notes=notes,
+            )
+        ],
+        dataclasses.replace(side, labels=rows),
+        across,
+        f"<b>{short(effects.name, 80)}</b>" + (", strongest edge of each head" if effects.on == "edges" else ""),
+        [*facts, *([f"{missing:,} not measured (grey)"] if missing else [])],
+        cell=row_cells(len(across.labels), 26.0 if len(rows) <= 40 else 10.0),
+        upwards=True,
+    )
+
+
+def _places(effects: Effects, what: str, wanted: Sequence[int] | None, present: Sequence[int]) -> list[int]:
+    """Where the wanted layers or heads stand on their axis."""
+    wanted = present if wanted is None else wanted
+    missing = [number for number in wanted if number not in present]
+    if missing or not wanted:
+        raise InputError(
+            f"effects_map: {what}={list(wanted)}: use some of {list(present)}"
+            + (f", which has no {missing[0]}." if missing else ", or leave it out for all.")
         )
+    return [list(present).index(number) for number in wanted]
+
+
+def _no_axis(effects: Effects, what: str, given: Sequence[int]) -> InputError:
+    return InputError(
+        f"effects_map: {what}={list(given)} selects on an axis that effects on {effects.on.replace('_', ' ')} do not "
+        f"have ({', '.join(effects.axes)}): leave it out."
     )
-    height = _CELL if len(rows) <= 40 else 9
-    step = 1 if len(rows) <= 40 else max(1, len(rows) // 40)
-    figure.update_layout(
-        **_LAYOUT,
-        width=max(420, _CELL * len(across) + 2 * _MARGIN),
-        height=max(260, height * len(rows) + 2 * _MARGIN),
-        margin={"l": 70, "r": 40, "t": 90, "b": 90},
-    )
-    figure.update_layout(title_text=f"{plain_text(what)}<br><sup>{plain_text(effects.metric)}</sup>")
-    figure.update_xaxes(
-        title=below, tickvals=list(range(len(across))), ticktext=across, tickangle=-45, showgrid=False, ticks=""
-    )
-    figure.update_yaxes(
-        title=side, tickvals=list(range(0, len(rows), step)), ticktext=rows[::step], showgrid=False, zeroline=False
-    )
-    return figure
+
+
+def _strongest_edges(effects: Effects, values: Values, chosen: dict[str, list[int]]) -> tuple[Values, list[list[str]]]:
+    """The strongest edge of each head, and its name for the hover."""
+    flat = values.reshape(*values.shape[:2], -1)
+    best = np.nan_to_num(np.abs(flat), nan=-1.0).argmax(-1)
+    found = np.take_along_axis(flat, best[..., None], -1)[..., 0]
+    ends = np.array(chosen["src"])[best // len(chosen["dst"])], np.array(chosen["dst"])[best % len(chosen["dst"])]
+
+    def name(row: int, column: int) -> str:
+        src, dst = (int(end[row, column]) for end in ends)
+        return f"{token_label(effects.tokens[src])} ({src}) → {token_label(effects.tokens[dst])} ({dst})"
+
+    return found, [[name(row, column) for column in range(best.shape[1])] for row in range(best.shape[0])]
 
 
 def agreement_scatter(
@@ -110,13 +154,13 @@ def agreement_scatter(
             cliponaxis=False,
         )
     )
-    figure.update_layout(**_LAYOUT, width=720, height=620, margin={"l": 80, "r": 60, "t": 90, "b": 70})
-    subtitle = f"{plain_text(effects.metric)}, {len(x)} {effects.on.replace('_', ' ')}"
-    figure.update_layout(title_text=f"{plain_text(title)} against {plain_text(effects.name)}<br><sup>{subtitle}</sup>")
-    axis = {"zeroline": True, "zerolinecolor": LINE, "gridcolor": "#f0f2f4"}
-    figure.update_xaxes(title=f"score: {plain_text(title)}", **axis)
-    figure.update_yaxes(title="effect of the intervention", **axis)
-    return figure
+    axis = {"zeroline": True, "zerolinecolor": LINE, "gridcolor": FAINT}
+    figure.update_xaxes(title=f"score: {short(title)}", **axis)
+    figure.update_yaxes(title="effect of the intervention, in the metric's units", **axis)
+    facts = [short(effects.metric, 100), f"{len(x):,} {effects.on.replace('_', ' ')} measured"]
+    heading = f"{short(title)} against {short(effects.name, 80)}"
+    set_frame(figure, heading, facts, width=600.0, height=500.0, left=80.0, right=80.0, above=28.0)
+    return figure.update_layout(plot_bgcolor="white")
 
 
 def _outliers(x: NDArray[np.float64], y: NDArray[np.float64], names: list[str], count: int) -> list[str]:

@@ -1,0 +1,63 @@
+"""Every figure once, for the tests that hold for all of them."""
+
+import torch
+from flows import make_flow
+
+import lig_lens
+from lig_lens import plots
+
+HOSTILE = ("</script><script>alert(1)</script>", "\"quoted\" & 'more'", "<b>x</b>", "%{z}", "&lt;", "", "\n")
+
+
+def metric_flow(tokens=HOSTILE, layers=(0, 1), n_heads=3, metric="<script>alert(2)</script>", seed=0):
+    """A Flow of contributions to a metric: attn and skip of a layer add up to its total."""
+    generator = torch.Generator().manual_seed(seed)
+    n_pos = len(tokens)
+    attn = torch.randn(len(layers), n_heads, n_pos, n_pos, generator=generator)
+    skip = torch.randn(len(layers), n_pos, generator=generator)
+    return lig_lens.Flow(
+        tokens=tokens,
+        special=(False,) * n_pos,
+        layers=layers,
+        model_name="tiny",
+        settings={"target": metric, "tol": 1e-3, "metric": {"clean": 3.0, "corrupted": -1.5}},
+        layouts=("pre_ln",) * len(layers),
+        engines={"attn": ("hooks",) * len(layers)},
+        attn=attn,
+        skip=skip,
+        total={"attn": attn.sum((1, 2, 3)) + skip.sum(1)},
+        gap={"attn": torch.tensor([1e-5] * (len(layers) - 1) + [2e-3])},
+        converged={"attn": torch.tensor([True] * (len(layers) - 1) + [False])},
+        metric=metric,
+    )
+
+
+def make_effects(on, tokens=HOSTILE, layers=(0, 1), n_heads=3, seed=0):
+    sizes = {"layer": len(layers), "head": n_heads} | dict.fromkeys(("pos", "src", "dst"), len(tokens))
+    shape = [sizes[axis] for axis in lig_lens.effects.AXES[on]]
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return lig_lens.Effects(
+        values=values, on=on, name="<script>alert(3)</script>", tokens=tokens, layers=layers, metric="<b>m</b>"
+    )
+
+
+def every_figure(tokens=HOSTILE):
+    """Name and figure of each kind, on tokens that try to be markup."""
+    flow, metric = make_flow(tokens=tokens, layers=(0, 1)), metric_flow(tokens)
+    effects = {on: make_effects(on, tokens) for on in lig_lens.effects.AXES}
+    results = [flow.consistency(rule=rule) for rule in ("product", "conserving")]
+    yield "head_grid", plots.head_grid(flow)
+    yield "head_grid of shares", plots.head_grid(flow, share=True, map="block")
+    yield "head_grid of a difference", plots.head_grid(flow, minus=make_flow(tokens=tokens, layers=(0, 1), seed=1))
+    yield "head_map", plots.head_map(flow, 1, 2)
+    yield "importance of a metric", plots.importance(metric)
+    yield "importance mlp", plots.importance(flow, map="mlp")
+    yield "importance attn", plots.importance(flow)
+    yield "rollout_map", plots.rollout_map(flow)
+    yield "consistency_plot", plots.consistency_plot(results)
+    yield "gap_map", plots.gap_map(flow)
+    yield "gap_map of a metric", plots.gap_map(metric)
+    yield "paths_graph", plots.paths_graph(flow, dst=0)
+    for on, found in effects.items():
+        yield f"effects_map {on}", plots.effects_map(found)
+    yield "agreement_scatter", plots.agreement_scatter(effects["edges"], make_effects("edges", tokens, seed=1))

@@ -1,0 +1,87 @@
+"""effects_map and agreement_scatter: selections, and what the hover says."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from plot_cases import make_effects
+
+from lig_lens.errors import InputError
+from lig_lens.plots import agreement_scatter, effects_map
+
+WORDS = ("a", "b", "c", "d")
+
+
+def test_layers_and_heads_are_chosen():
+    effects = make_effects("heads", WORDS, layers=(3, 4, 5))
+    figure = effects_map(effects, layers=[5, 3], heads=[2, 1])
+    np.testing.assert_array_equal(figure.data[0].z, effects.values[[2, 0]][:, [2, 1]].numpy())
+    assert figure.layout.yaxis.ticktext == ("5", "3") and figure.layout.xaxis.ticktext == ("2", "1")
+    assert figure.layout.yaxis.labelalias == {"0": "5", "1": "3"}
+    scale = figure.layout.coloraxis
+    assert scale.cmin == -scale.cmax == figure.data[0].zmin == -float(np.abs(figure.data[0].z).max())
+    assert "in its units" in figure.layout.annotations[0].text
+
+
+def test_heads_at_chosen_positions():
+    effects = make_effects("heads_by_pos", WORDS)
+    figure = effects_map(effects, layers=[1], heads=[0, 2], tokens=[-1, 0])
+    np.testing.assert_array_equal(figure.data[0].z, effects.values[1][[0, 2]][:, [3, 0]].numpy())
+    assert figure.layout.yaxis.ticktext == ("1.0", "1.2")
+    assert [label[0] for label in figure.layout.xaxis.ticktext] == ["d", "a"]
+
+
+def test_the_strongest_edge_between_chosen_tokens():
+    effects = make_effects("edges", WORDS)
+    figure = effects_map(effects, tokens=[1, 3])
+    inner = effects.values[:, :, [1, 3]][..., [1, 3]].flatten(2)
+    best = inner.abs().argmax(-1)
+    np.testing.assert_array_equal(figure.data[0].z, inner.gather(2, best[..., None])[..., 0].numpy())
+    src, dst = divmod(int(best[1, 2]), 2)
+    assert (
+        figure.data[0].hovertext[1][2] == f"{WORDS[1 + 2 * src]} ({1 + 2 * src}) → {WORDS[1 + 2 * dst]} ({1 + 2 * dst})"
+    )
+
+
+def test_what_was_not_measured_is_said():
+    effects = make_effects("positions", WORDS)
+    effects.values[0, 2] = math.nan
+    figure = effects_map(effects)
+    assert math.isnan(figure.data[0].z[0, 2]) and "1 not measured (grey)" in figure.layout.annotations[0].text
+    assert figure.data[0].text[0][2] == ""
+    effects.values[:] = math.nan
+    assert effects_map(effects).layout.coloraxis.cmax == 1
+
+
+def test_heads_at_positions_of_many_layers_stay_bounded():
+    effects = make_effects("heads_by_pos", tuple("w" * 9 for _ in range(64)), layers=tuple(range(20)), n_heads=8)
+    figure = effects_map(effects)
+    assert figure.layout.height < 2200 and len(figure.layout.yaxis.ticktext) <= 160
+
+
+@pytest.mark.parametrize(
+    ("on", "arguments", "message"),
+    [
+        ("heads", {"layers": [7]}, r"layers=\[7\]: use some of \[0, 1\], which has no 7"),
+        ("heads", {"heads": []}, "heads=.*leave it out for all"),
+        (
+            "heads",
+            {"tokens": [1]},
+            r"tokens=\[1\] selects on an axis that effects on heads do not have \(layer, head\)",
+        ),
+        ("positions", {"heads": [1]}, "effects on positions do not have"),
+        ("edges", {"tokens": [4]}, "4 is outside the prompt's 4 tokens"),
+    ],
+)
+def test_selections_that_do_not_fit(on, arguments, message):
+    with pytest.raises(InputError, match=message):
+        effects_map(make_effects(on, WORDS), **arguments)
+
+
+def test_scatter_says_how_many_and_of_what():
+    effects = make_effects("heads", WORDS)
+    figure = agreement_scatter(make_effects("heads", WORDS, seed=1), effects, labels=2)
+    assert "6 heads measured" in figure.layout.title.text and "&lt;b&gt;m&lt;/b&gt;" in figure.layout.title.text
+    torch.testing.assert_close(torch.tensor(figure.data[0].y), effects.values.flatten().double())
+    assert sum(bool(text) for text in figure.data[0].text) <= 2
