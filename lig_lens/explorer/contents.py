@@ -12,7 +12,7 @@ from torch import Tensor
 from lig_lens.compose import RULES
 from lig_lens.errors import InputError
 from lig_lens.flow import Flow
-from lig_lens.plots.heads import show_token
+from lig_lens.plots.style import show_token
 
 # Numbers of one Flow: up to the first they are written as float32, up to the second a page holds them at all.
 EXACT_NUMBERS = 2**20
