@@ -21,6 +21,7 @@ _HOMES = {
     "consistency_table": "compose",
     "direction": "targets",
     "Effects": "effects",
+    "explore": "explorer",
     "induction_pairs": "induction",
     "scores": "scoring",
     "metric": "metrics",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from lig_lens.errors import LigLensError as LigLensError
     from lig_lens.errors import MissingPackageError as MissingPackageError
     from lig_lens.errors import NonFiniteError as NonFiniteError
+    from lig_lens.explorer import explore as explore
     from lig_lens.flow import Flow as Flow
     from lig_lens.induction import induction_pairs as induction_pairs
     from lig_lens.loading import load_model as load_model

@@ -1,4 +1,4 @@
-"""The command line: `lig-lens explain TEXT` and `lig-lens boundaries MODEL`.
+"""The command line: `lig-lens explain TEXT`, `lig-lens view FLOW`, `lig-lens boundaries MODEL`.
 
 Exit status 0; 2 for input that cannot be used; 1 for anything else. Errors are one line on stderr. Nothing
 heavy is imported before a command runs.
@@ -8,8 +8,10 @@ import os
 import sys
 import traceback
 import warnings
+import webbrowser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -117,7 +119,7 @@ _Dtype = Annotated[str | None, _option("--dtype", default="float32", help=f"{_li
 _Config = Annotated[str | None, _option("--config", help="YAML file with any of these settings; flags win over it.")]
 _Out = Annotated[str | None, _option("--out", help="Write the Flow here, as safetensors.")]
 _Json = Annotated[str | None, _option("--json", help="Write the Flow here, as JSON.")]
-_Html = Annotated[str | None, _option("--html", help="Write a page of per-head heatmaps here.")]
+_Html = Annotated[str | None, _option("--html", help="Write a page to explore the Flow in here.")]
 _Progress = Annotated[bool | None, _option("--progress/--no-progress", default="progress", help="Show a progress bar.")]
 
 
@@ -201,10 +203,9 @@ def _explain(text: str, settings: ExplainConfig) -> None:
         flow.to_json(settings.json_path)
         written.append(settings.json_path)
     if settings.html is not None:
-        from lig_lens.plots import head_grid, write_html
+        from lig_lens.explorer import write_explorer
 
-        figures = [head_grid(flow, map=name) for name in flow.maps]
-        written.append(write_html(figures, settings.html, title=f"lig_lens: {text}"))
+        written.append(write_explorer(flow, settings.html, title=f"lig_lens: {text}"))
     typer.echo(summarize(flow, _terminal_width()))
     if written:
         typer.echo(f"Wrote {', '.join(str(path) for path in written)}")
@@ -242,6 +243,27 @@ def boundaries(
     else:
         blocks = describe_boundaries(load_model(model))
     typer.echo(boundaries_table(model, blocks, _terminal_width()))
+
+
+@app.command()
+def view(
+    flows: Annotated[
+        list[str], typer.Argument(metavar="FLOW...", help="Files that explain --out wrote.", show_default=False)
+    ],
+    html: Annotated[str | None, _option("--html", default="beside the first file", help="Write the page here.")] = None,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
+) -> None:
+    """Make a page to explore saved Flows in: several prompts, or several baselines of one."""
+    page = html if html is not None else str(Path(flows[0]).with_suffix(".html"))
+    check_writable(page, "--html")
+    from lig_lens.explorer import write_explorer
+    from lig_lens.flow import Flow
+
+    loaded = [Flow.load(path) for path in flows]
+    written = write_explorer(loaded, page)
+    typer.echo(f"Wrote {written} ({written.stat().st_size / 1e6:.1f} MB)")
+    if open_browser and not webbrowser.open(written.absolute().as_uri()):
+        typer.echo("No browser found: open it yourself.")
 
 
 register(app, _check_device)

@@ -240,17 +240,18 @@ class Consistency:
 
     Each "layer dst". `l2` is the length of the difference, in the direct map's units; `l2_normalised` the same
     divided by the length of the direct column; `pearson` the correlation over sources. NaN where a column is 0 or
-    constant.
+    constant. `layers` are the model's numbers of the layer axis.
     """
 
     l2: Float[Tensor, "layer dst"]
     l2_normalised: Float[Tensor, "layer dst"]
     pearson: Float[Tensor, "layer dst"]
     labels: dict[str, str]
+    layers: tuple[int, ...]
 
     def means(self) -> dict[str, float]:
         """Mean over layers and destinations, NaN left out."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "labels"]
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("labels", "layers")]
         return {name: float(getattr(self, name).nanmean()) for name in names}
 
 
@@ -275,7 +276,7 @@ def consistency(flow: Flow, direct: Flow, rule: str) -> Consistency:
     length = torch.linalg.vector_norm(measured, dim=1)
     x, y = (_centred(side, seen) for side in (composed, measured))
     pearson = (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt()
-    return Consistency(difference.float(), (difference / length).float(), pearson.float(), labels)
+    return Consistency(difference.float(), (difference / length).float(), pearson.float(), labels, flow.layers)
 
 
 def _centred(values: Float[Tensor, "layer src dst"], seen: Tensor) -> Float[Tensor, "layer src dst"]:

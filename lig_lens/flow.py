@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from lig_lens.compose import Consistency
     from lig_lens.compose import Path as Route
+    from lig_lens.explorer import Explorer
 
 
 class Edge(NamedTuple):
@@ -331,6 +332,19 @@ class Flow:
         from lig_lens import compose
 
         return compose.graph(self, threshold, start, stop, rule)
+
+    def explore(self, height: int = 900) -> "Explorer":
+        """Make a page to explore this Flow in; a notebook shows it, `.save(path)` writes it. See `lig_lens.explore`.
+
+        Args:
+            height: of the frame in a notebook, in pixels.
+
+        Raises:
+            InputError: more numbers than a page holds.
+        """
+        from lig_lens.explorer import explore
+
+        return explore(self, height=height)
 
     def worst_gap(self, map: str | None = None) -> float:
         """Largest relative completeness gap of one map, or of all of them.

@@ -70,7 +70,8 @@ def test_rollout_without_the_maps():
 
 def consistent(values, **labels):
     values = torch.tensor(values)
-    return Consistency(values, 2 * values, 3 * values, {"attn_baseline": "itb", "rule": "product"} | labels)
+    layers = tuple(range(4, 4 + len(values)))
+    return Consistency(values, 2 * values, 3 * values, {"attn_baseline": "itb", "rule": "product"} | labels, layers)
 
 
 def lines(figure):
@@ -83,11 +84,11 @@ def test_one_line_for_each_result_with_means_and_middle_halves():
     figure = consistency_plot([first, second], "l2")
     one, two = lines(figure)
     np.testing.assert_allclose(one.y, [2, 5 / 3])
-    np.testing.assert_allclose(one.customdata[0], [0, 0.75, 2.75])
+    np.testing.assert_allclose(one.customdata[0], [4, 0.75, 2.75])
     assert (one.name, two.name) == ("rule product", "rule conserving")
     assert "attn baseline itb" in text_of(figure) and "rule" not in figure.layout.title.text.split("<br>")[1]
     assert one.line.color != two.line.color and one.marker.symbol != two.marker.symbol
-    assert all(abs(x - layer) < 0.5 for trace in (one, two) for layer, x in enumerate(trace.x))
+    assert all(abs(x - layer) < 0.5 for trace in (one, two) for layer, x in enumerate(trace.x, 4))
     assert one.x[0] < two.x[0]
     bars = figure.data[0]
     assert bars.y[:3] == (0.75, 2.75, None) and bars.hoverinfo == "skip"

@@ -103,12 +103,14 @@ def consistency_plot(results: Consistency | Sequence[Consistency], measure: str 
         # Beside each other, so that bars of several results are told apart.
         aside = (number - (len(listed) - 1) / 2) * min(0.1, 0.6 / len(listed))
         values = getattr(result, measure).double().numpy()
-        figure.add_traces(_line(values, name if taken[name] == 1 else f"{name} ({taken[name]})", number, aside))
-    n_layers = max(result.l2.shape[0] for result in listed)
+        named = name if taken[name] == 1 else f"{name} ({taken[name]})"
+        figure.add_traces(_line(values, result.layers, named, number, aside))
+    first, last = min(min(result.layers) for result in listed), max(max(result.layers) for result in listed)
+    n_layers = last - first + 1
     common = {"zeroline": False, "gridcolor": FAINT, "linecolor": LINE, "showline": True, "ticks": ""}
     figure.update_xaxes(
-        title="layer, counted from the Flow's first",
-        range=[-0.5, n_layers - 0.5],
+        title="layer",
+        range=[first - 0.5, last + 0.5],
         dtick=max(1, n_layers // 15),
         **common,
     )
@@ -146,12 +148,12 @@ def _words(key: str) -> str:
     return key.replace("_", " ")
 
 
-def _line(values: Values, name: str, number: int, aside: float) -> list[go.Scatter]:
+def _line(values: Values, layers: Sequence[int], name: str, number: int, aside: float) -> list[go.Scatter]:
     """Means over destinations and the middle half of these; the number picks colour and symbol."""
     kept = [row[np.isfinite(row)] for row in values]
     means = [float(row.mean()) if row.size else math.nan for row in kept]
     low, high = ([float(np.quantile(row, part)) if row.size else math.nan for row in kept] for part in (0.25, 0.75))
-    places = [layer + aside for layer in range(len(means))]
+    places = [layer + aside for layer in layers]
     colour = QUALITATIVE[number % len(QUALITATIVE)]
     bars = go.Scatter(
         x=[x for place in places for x in (place, place, None)],
@@ -171,7 +173,7 @@ def _line(values: Values, name: str, number: int, aside: float) -> list[go.Scatt
         legendgroup=str(number),
         line={"color": colour, "width": 1.5, "dash": ("solid", "dot", "dash")[number // len(QUALITATIVE) % 3]},
         marker={"size": 9, "symbol": _SYMBOLS[number % len(_SYMBOLS)], "line": {"color": "white", "width": 1}},
-        customdata=list(zip(range(len(means)), low, high, strict=True)),
+        customdata=list(zip(layers, low, high, strict=True)),
         hovertemplate="<b>%{fullData.name}</b><br>layer %{customdata[0]}: %{y:.3f}<br>"
         "middle half %{customdata[1]:.3f} to %{customdata[2]:.3f}<extra></extra>",
     )

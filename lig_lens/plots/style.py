@@ -79,9 +79,11 @@ def signed_number(value: float, digits: int = 3) -> str:
 
 
 def signed_percent(value: float) -> str:
-    """A share with its sign, to a tenth of a percent where that matters."""
-    if abs(value) < 0.0005:
+    """A share with its sign, to a tenth of a percent where that matters, and one digit of what is smaller."""
+    if value == 0:
         return "0%"
+    if abs(value) < 0.0005:
+        return f"{100 * value:+.1g}%".replace("-", MINUS)
     return f"{value:+.{0 if abs(value) >= 0.0995 else 1}%}".replace("-", MINUS)
 
 

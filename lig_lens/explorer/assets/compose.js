@@ -1,0 +1,179 @@
+// Flow across layers: shares of each step multiplied along the way, and the strongest paths. Needs a chained View.
+
+/** Shares [source, destination] of one step, of one head or all; a token that nothing moves keeps what it has. */
+function stepShares(view, map, layer, head = null) {
+  return view.remember(`c ${map} ${layer} ${head}`, () => {
+    const n = view.nTokens;
+    const all = view.matrix(map, layer);
+    const total = columnSums(all, n);
+    const rests = stepRests(view, map, layer, total);
+    const shown = head === null ? all : view.matrix(map, layer, head);
+    const result = new Float64Array(n * n);
+    for (let i = 0; i < result.length; i++) {
+      const c = i % n;
+      if (!rests[c]) result[i] = shown[i] / total[c];
+    }
+    if (head === null) rests.forEach((rest, c) => rest && (result[c * n + c] = 1));
+    return result;
+  });
+}
+
+function stepRests(view, map, layer, total) {
+  return view.remember(`r ${map} ${layer}`, () => {
+    const n = view.nTokens;
+    const size = new Float64Array(n);
+    const past = view.past(map, layer);
+    if (past) past.forEach((value, c) => (size[c] += Math.abs(value)));
+    const heads = view.byHead(map) ? view.nHeads : 1;
+    for (let h = 0; h < heads; h++) {
+      const one = view.matrix(map, layer, view.byHead(map) ? h : null);
+      columnSums(one, n, true).forEach((value, c) => (size[c] += value));
+    }
+    const rounding = EPS32 * heads * n * size.reduce((a, b) => Math.max(a, b), 0);
+    return Array.from(total, (value) => Math.abs(value) <= rounding);
+  });
+}
+
+/** What goes past the heads, as a share of the step: [destination]. */
+function pastShares(view, map, layer) {
+  return view.remember(`q ${map} ${layer}`, () => {
+    const total = columnSums(view.matrix(map, layer), view.nTokens);
+    const rests = stepRests(view, map, layer, total);
+    const past = view.past(map, layer);
+    return Float64Array.from(total, (sum, c) => (rests[c] ? 1 : past ? past[c] / sum : 0));
+  });
+}
+
+/**
+ * How much of the node (row, position) is whose, in every row below, and how much of every node above is its own.
+ * Row r is what enters layer r; the last row is what leaves the last layer.
+ */
+function rolloutOf(view, map, row, position) {
+  const n = view.nTokens;
+  const rows = Array.from({ length: view.nLayers + 1 }, () => new Float64Array(n));
+  rows[row][position] = 1;
+  for (let layer = row - 1; layer >= 0; layer--) {
+    const shares = stepShares(view, map, layer);
+    for (let i = 0; i < n; i++) {
+      let sum = 0;
+      for (let j = 0; j < n; j++) sum += shares[i * n + j] * rows[layer + 1][j];
+      rows[layer][i] = sum;
+    }
+  }
+  for (let layer = row; layer < view.nLayers; layer++) {
+    const shares = stepShares(view, map, layer);
+    for (let i = 0; i < n; i++) {
+      const here = rows[layer][i];
+      if (here !== 0) for (let j = 0; j < n; j++) rows[layer + 1][j] += here * shares[i * n + j];
+    }
+  }
+  return rows;
+}
+
+/**
+ * The k strongest paths from any token that enters the first layer to the node (row, position), by exact search.
+ * The k best ways into a token pass through at most k of its edges: those whose best way is strongest.
+ */
+function strongestPaths(view, map, row, position, k) {
+  const n = view.nTokens;
+  let best = Array.from({ length: n }, () => [1]);
+  const back = [];
+  for (let layer = 0; layer < row; layer++) {
+    const edges = strongestEdges(view, map, layer, best, k);
+    const came = edges.map((into) => {
+      const ways = new Strongest(k);
+      for (const edge of into.sorted()) {
+        best[edge.src].forEach((weight, way) => {
+          const product = edge.share * weight;
+          const size = Math.abs(product);
+          if (size > ways.floor) ways.add(size, { ...edge, way, product });
+        });
+      }
+      return ways.sorted();
+    });
+    best = came.map((ways) => (ways.length ? ways.map((way) => way.product) : [0]));
+    back.push(came);
+  }
+  return best[position].filter((weight) => weight !== 0).map((weight, number) => {
+    const steps = [];
+    let here = position;
+    let way = number;
+    for (let layer = row - 1; layer >= 0; layer--) {
+      const step = back[layer][here][way];
+      steps.push({ layer, head: step.head, src: step.src, dst: here, share: step.share });
+      here = step.src;
+      way = step.way;
+    }
+    return { weight, steps: steps.reverse() };
+  });
+}
+
+/** For each destination the k edges of a layer whose share times the best way to their source is largest. */
+function strongestEdges(view, map, layer, best, k) {
+  const n = view.nTokens;
+  const total = columnSums(view.matrix(map, layer), n);
+  const rests = stepRests(view, map, layer, total);
+  const inverse = Float64Array.from(total, (sum, c) => (rests[c] ? 0 : 1 / sum));
+  const found = Array.from({ length: n }, () => new Strongest(k));
+  const heads = view.byHead(map) ? Array.from({ length: view.nHeads }, (_, h) => h) : [null];
+  const past = pastShares(view, map, layer);
+  const beyond = view.byHead(map) ? past : past.map((share, c) => (rests[c] ? share : 0));
+  for (const head of heads) {
+    const matrix = view.matrix(map, layer, head);
+    for (let src = 0; src < n; src++) {
+      const way = Math.abs(best[src][0]);
+      if (way === 0) continue;
+      for (let j = 0, at = src * n; j < n; j++, at++) {
+        const share = matrix[at] * inverse[j];
+        const size = Math.abs(share) * way;
+        if (size > found[j].floor) found[j].add(size, { head, src, share });
+      }
+    }
+  }
+  beyond.forEach((share, j) => {
+    const size = Math.abs(share * best[j][0]);
+    if (size > found[j].floor) found[j].add(size, { head: -1, src: j, share });
+  });
+  return found;
+}
+
+/** Keeps the `limit` items of largest size that were added; what is not above `floor` would not be kept. */
+class Strongest {
+  constructor(limit) {
+    this.limit = limit;
+    this.floor = 0;
+    this.items = []; // a heap, smallest first
+  }
+
+  add(size, item) {
+    const items = this.items;
+    if (items.length < this.limit) {
+      items.push({ size, item });
+      for (let at = items.length - 1; at > 0; ) {
+        const above = (at - 1) >> 1;
+        if (items[above].size <= items[at].size) break;
+        [items[above], items[at]] = [items[at], items[above]];
+        at = above;
+      }
+    } else if (size > this.floor) {
+      items[0] = { size, item };
+      for (let at = 0; ; ) {
+        let least = at;
+        for (const child of [2 * at + 1, 2 * at + 2]) {
+          if (child < items.length && items[child].size < items[least].size) least = child;
+        }
+        if (least === at) break;
+        [items[least], items[at]] = [items[at], items[least]];
+        at = least;
+      }
+    }
+    if (items.length === this.limit) this.floor = items[0].size;
+  }
+
+  sorted() {
+    return this.items
+      .slice()
+      .sort((a, b) => b.size - a.size)
+      .map((entry) => entry.item);
+  }
+}

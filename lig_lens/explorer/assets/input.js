@@ -1,0 +1,166 @@
+// What mouse and keyboard do to the state, and what is told about the place under the pointer.
+
+/** The node under the pointer; a token's name stands for its node in the lowest row. */
+function pointedNode(event) {
+  const token = event.target.closest("[data-token]");
+  if (token) return { row: 0, pos: Number(token.dataset.token) };
+  const frame = byId("graph").firstElementChild.getBoundingClientRect();
+  return nodeAt(scene, drawn.geometry, event.clientX - frame.left, event.clientY - frame.top);
+}
+
+function clickGraph(event) {
+  const node = pointedNode(event);
+  if (node) {
+    const same = state.node && state.node.row === node.row && state.node.pos === node.pos;
+    return choose(same ? null : node);
+  }
+  const layer = event.target.closest("[data-layer]")?.dataset.layer;
+  if (layer !== undefined) set({ layer: Number(layer) });
+}
+
+/** Chooses a node and shows the block that it comes out of, or at the bottom the one that it enters. */
+function choose(node) {
+  if (!node) return set({ node });
+  const rows = rowsOf(currentView());
+  const layer = rows.high.indexOf(node.row);
+  set({ node, layer: layer >= 0 ? layer : Math.max(0, rows.low.indexOf(node.row)) });
+}
+
+function pressKey(event) {
+  const typing = event.target.closest("input, select, textarea");
+  if (event.ctrlKey || event.metaKey || event.altKey || (typing && event.key !== "Escape")) return;
+  const view = currentView();
+  const upward = state.orient === "up";
+  const moves = upward
+    ? { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }
+    : { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  const head = (step) => {
+    if (!view.byHead(state.map)) return;
+    const next = (state.head ?? (step > 0 ? -1 : view.nHeads)) + step;
+    set({ head: next >= 0 && next < view.nHeads ? next : null });
+  };
+  const actions = {
+    Escape: () => set({ node: null, head: null }),
+    "[": () => head(-1),
+    "]": () => head(1),
+    p: () => set({ paths: !state.paths }),
+    s: () => set({ skip: !state.skip }),
+    t: () => byId("theme").click(),
+    "?": toggleHelp,
+  };
+  if (moves[event.key]) move(view, moves[event.key]);
+  else if (actions[event.key]) actions[event.key]();
+  else return;
+  event.preventDefault();
+}
+
+function move(view, [up, along]) {
+  if (!state.node && up) {
+    set({ layer: Math.min(view.nLayers - 1, Math.max(0, state.layer + up)) });
+    return bringIntoSight(rowsOf(view).high[state.layer], scene.positions[0]);
+  }
+  const shown = scene.positions;
+  const count = rowsOf(view).labels.length;
+  const from = state.node ?? { row: rowsOf(view).high[state.layer], pos: null };
+  const at = from.pos === null ? (along > 0 ? -1 : shown.length) : Math.max(0, shown.indexOf(from.pos));
+  choose({
+    row: Math.min(count - 1, Math.max(0, from.row + up)),
+    pos: shown[Math.min(shown.length - 1, Math.max(0, at + along))],
+  });
+  bringIntoSight(state.node.row, state.node.pos);
+}
+
+function bringIntoSight(row, pos) {
+  const box = byId("graph");
+  const [x, y] = drawn.geometry.at(row, pos);
+  const near = 70;
+  box.scrollTo(
+    Math.min(Math.max(box.scrollLeft, x + near - box.clientWidth), x - near),
+    Math.min(Math.max(box.scrollTop, y + near - box.clientHeight), y - near)
+  );
+}
+
+function tip(event, text) {
+  const box = byId("tip");
+  box.textContent = text;
+  box.hidden = false;
+  box.style.left = `${Math.min(event.clientX + 14, innerWidth - box.offsetWidth - 8)}px`;
+  box.style.top = `${Math.min(event.clientY + 14, innerHeight - box.offsetHeight - 8)}px`;
+}
+
+function hideTip() {
+  byId("tip").hidden = true;
+}
+
+function hoverGraph(event) {
+  const data = event.target.dataset ?? {};
+  const view = currentView();
+  const name = (i) => `‘${view.sample.tokens[i].shown}’ (${i})`;
+  const node = pointedNode(event);
+  byId("graph").style.cursor = node ? "pointer" : "";
+  if (node) {
+    const { row, pos } = node;
+    const value = scene.nodes[row][pos];
+    const lines = [nodeName(view, node)];
+    if (value === value) lines.push(nodeMeaning(view, row, value));
+    return tip(event, lines.join("\n"));
+  }
+  if (data.edge) {
+    const edge = scene.edges[Number(data.edge)];
+    const way = edge.kind === "skip" ? "past the heads" : state.head !== null ? `through head ${state.head}` : "through the block";
+    const lines = [`Block ${view.spec.layers[edge.layer]}: ${name(edge.src)} → ${name(edge.dst)}, ${way}`];
+    if (scene.cone) lines.push(`${percent(edge.value)} of the chosen token's flow passes here`);
+    lines.push(...edgeNumbers(view, edge));
+    return tip(event, lines.join("\n"));
+  }
+  if (data.path) {
+    const path = scene.paths[Number(data.path)];
+    const step = path.steps.find((one) => one.layer === Number(data.step));
+    const way = step.head === null ? "" : step.head < 0 ? ", past the heads" : `, head ${step.head}`;
+    return tip(event, `Path ${Number(data.path) + 1}: ${percent(path.weight)}\nBlock ${view.spec.layers[step.layer]}${way}: ${name(step.src)} → ${name(step.dst)}, ${percent(step.share)} of the step`);
+  }
+  hideTip();
+}
+
+function nodeMeaning(view, row, value) {
+  if (scene.cone) {
+    if (row === state.node.row) return "the chosen token";
+    return row < state.node.row ? `${percent(value)} of the chosen token is from here` : `${percent(value)} of this is from the chosen token`;
+  }
+  const amount = state.scale === "share" ? percent(value) : exact(view, value);
+  if (state.node) return `${amount}: flow between it and the chosen token`;
+  return state.map === "metric" ? `${amount} through this token` : `gives ${amount} to the next row${state.scale === "share" ? ", mean over destinations" : ""}`;
+}
+
+/** Exact value and share of what an edge stands for, and the gap of its column. */
+function edgeNumbers(view, edge) {
+  const c = view.columnOf[edge.dst];
+  const head = state.head;
+  const value = edge.kind === "skip" ? view.past(state.map, edge.layer)[c] : view.headsMatrix(state.map, edge.layer, head)[edge.src * view.nColumns + c];
+  return numbersOf(view, edge.layer, head, value, c);
+}
+
+function numbersOf(view, layer, head, value, c) {
+  const divisor = view.divisors(state.map, layer, head)[c];
+  const certain = view.certainty(state.map, layer, head, c);
+  const lines = [`value ${exact(view, value)}, share ${percent(divisor === 0 ? 0 : value / divisor)}`];
+  if (certain) lines.push(`gap of the ${state.map === "metric" ? "layer" : "column"} ${certain.gap.toExponential(1)}${certain.converged ? "" : ", above the tolerance"}`);
+  return lines;
+}
+
+function hoverLarge(event) {
+  const frame = event.target.getBoundingClientRect();
+  const column = Math.floor((event.clientX - frame.left - large.box.x) / large.cellWidth);
+  const row = Math.floor((event.clientY - frame.top - large.box.y) / large.cellHeight);
+  const [down, across] = [large.cells.rows[row], large.cells.columns[column]];
+  if (down === undefined || across === undefined) return hideTip();
+  const view = currentView();
+  const name = (i) => `‘${view.sample.tokens[i].shown}’ (${i})`;
+  const c = view.columnOf[state.map === "mlp" ? across : down];
+  if (state.map === "mlp") {
+    const value = large.cells.value(down, across);
+    return tip(event, `${large.cells.name(down)} → ${name(across)}\n${state.scale === "share" ? percent(value) : exact(view, value)}`);
+  }
+  const value = view.headsMatrix(state.map, state.layer, state.head)[across * view.nColumns + c];
+  tip(event, [`${name(across)} → ${name(down)}`, ...numbersOf(view, state.layer, state.head, value, c)].join("\n"));
+}

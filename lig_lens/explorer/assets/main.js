@@ -1,0 +1,322 @@
+// The page: a state, what shows it, and what changes it.
+
+const byId = (id) => document.getElementById(id);
+const header = JSON.parse(byId("header").textContent);
+const samples = header.samples.map((sample) => ({
+  ...sample,
+  views: sample.views.map((spec) => new View(spec, sample)),
+}));
+
+const DEFAULTS = {
+  sample: 0, view: 0, map: null, layer: 0, node: null, head: null, scale: "share", threshold: null, circle: "sqrt",
+  spacing: 1, orient: "up", special: false, punct: false, paths: true, k: 8, skip: true, theme: null, sort: "size", down: true,
+};
+const NUMBERS = ["sample", "view", "layer", "head", "threshold", "spacing", "k"];
+const FLAGS = ["special", "punct", "paths", "skip", "down"];
+const CHOICES = {
+  scale: ["share", "absolute"], circle: ["linear", "sqrt", "pivot"], orient: ["up", "right"], theme: ["light", "dark"],
+  sort: COLUMNS.map(([key]) => key),
+};
+
+let state = { ...DEFAULTS };
+let scene = null;
+let drawn = null;
+let large = null;
+let listed = { rows: [], all: 0 };
+let linkTimer = 0;
+
+const currentView = () => samples[state.sample].views[state.view];
+
+/** The state from the link; what does not fit is left at its default. */
+function readLink() {
+  const given = new URLSearchParams(location.hash.slice(1));
+  state = { ...DEFAULTS };
+  for (const [key, text] of given) {
+    if (NUMBERS.includes(key) && Number.isFinite(Number(text))) state[key] = Number(text);
+    if (FLAGS.includes(key)) state[key] = text === "1";
+    if (CHOICES[key]?.includes(text)) state[key] = text;
+    if (key === "map") state.map = text;
+    if (key === "node" && /^\d+,\d+$/.test(text)) {
+      const [row, pos] = text.split(",").map(Number);
+      state.node = { row, pos };
+    }
+  }
+}
+
+/** Brings a state back to what the chosen Flow has. */
+function settle() {
+  const within = (value, count) => (Number.isInteger(value) && value >= 0 && value < count ? value : 0);
+  state.sample = within(state.sample, samples.length);
+  state.view = within(state.view, samples[state.sample].views.length);
+  const view = currentView();
+  if (!view.maps.includes(state.map)) state.map = view.maps.includes("conserving") ? "conserving" : view.maps[0];
+  state.layer = within(state.layer, view.nLayers);
+  if (state.head !== null && !(view.byHead(state.map) && Number.isInteger(state.head) && state.head >= 0 && state.head < view.nHeads)) {
+    state.head = null;
+  }
+  const node = state.node;
+  if (node && !(node.row < rowsOf(view).labels.length && node.pos < view.nTokens)) state.node = null;
+  state.spacing = Math.min(3, Math.max(0.5, state.spacing));
+  state.k = Math.min(50, Math.max(1, Math.round(state.k)));
+  state.thresholdSet = state.threshold !== null;
+  // A threshold at which a picture is neither empty nor full.
+  if (!state.thresholdSet) state.threshold = startThreshold(view);
+}
+
+function startThreshold(view) {
+  if (state.scale === "absolute") return 0.15;
+  if (state.map === "metric") return 0.01;
+  if (state.node && follows(view, state)) return 0.02;
+  return Math.min(0.2, 2.5 / Math.max(8, view.nTokens));
+}
+
+function writeLink() {
+  const link = new URLSearchParams();
+  for (const [key, standard] of Object.entries(DEFAULTS)) {
+    const value = state[key];
+    if (key === "threshold" && !state.thresholdSet) continue;
+    if (value === standard || value === null) continue;
+    link.set(key, key === "node" ? `${value.row},${value.pos}` : value === true ? "1" : value === false ? "0" : String(value));
+  }
+  try {
+    history.replaceState(null, "", `#${link}`);
+  } catch {
+    // A frame inside a notebook has no address of its own.
+  }
+}
+
+function set(changes) {
+  if (("map" in changes || "scale" in changes || "view" in changes || "sample" in changes) && !("threshold" in changes)) {
+    changes.threshold = null;
+  } else if (!("threshold" in changes) && !state.thresholdSet) {
+    changes.threshold = null;
+  }
+  Object.assign(state, changes);
+  settle();
+  show();
+}
+
+function palette() {
+  const style = getComputedStyle(document.documentElement);
+  const names = ["surface", "ink", "quiet", "line", "accent", "band", "positive", "negative", "zero", "skip"];
+  const colours = Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
+  return { ...colours, font: getComputedStyle(document.body).fontFamily };
+}
+
+function show() {
+  const begun = performance.now();
+  const dark = state.theme ? state.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  document.documentElement.dataset.theme = dark ? "dark" : "light";
+  const view = currentView();
+  const colours = palette();
+  // Asked before anything changes: afterwards the browser would have to lay the page out to answer.
+  const box = byId("graph");
+  const room = { width: box.clientWidth - 12, height: box.clientHeight - 24, left: box.scrollLeft, top: box.scrollTop };
+  const side = Math.max(280, byId("large").parentElement.clientWidth - 30);
+  scene = sceneOf(view, state);
+  showControls(view);
+  showGraph(view, colours, room);
+  showHeads(view, colours, side);
+  showPaths(view);
+  showTable(view);
+  showStatus(view);
+  clearTimeout(linkTimer);
+  linkTimer = setTimeout(writeLink, 150); // slow, and nobody waits for it
+  inspect.lastMs = performance.now() - begun;
+}
+
+function showGraph(view, colours, room) {
+  const box = byId("graph");
+  drawn = drawScene(view, state, scene, room, colours);
+  box.innerHTML = drawn.svg;
+  if (room.left || room.top) box.scrollTo(room.left, room.top);
+}
+
+function showHeads(view, colours, side) {
+  const block = view.spec.layers[state.layer];
+  const what = state.head !== null ? `head ${state.head}` : view.byHead(state.map) ? "all heads" : "whole block";
+  byId("heads-title").textContent = `Block ${block}, ${what}`;
+  const reading = state.map === "mlp" ? "parts down, destinations across" : "destinations down, sources across";
+  byId("note").textContent = `${reading}, ${unitOf(view)}. ${view.spec.dropped ?? ""}`;
+  const canvas = byId("large");
+  canvas.setAttribute("aria-label", `Heatmap of block ${block}, ${what}: ${reading}. The numbers are in the table.`);
+  large = drawLarge(canvas, view, state, scene, colours, side);
+  const end = state.scale === "share" ? percent(large.top).replace("+", "") : exact(view, large.top).replace("+", "");
+  byId("legend").replaceChildren(`−${end}`, document.createElement("i"), `+${end}`);
+  drawSmall(byId("heads"), view, state, scene, colours, (head) => set({ head: state.head === head ? null : head }));
+}
+
+function unitOf(view) {
+  if (state.scale === "absolute") return `in units of ${view.spec.unit}`;
+  if (state.map === "metric") return "share of the layer's total";
+  return state.map === "attn" ? "share of the column" : "share of the step";
+}
+
+function showPaths(view) {
+  const box = byId("path-list");
+  box.replaceChildren();
+  if (!state.node || !state.paths) return;
+  const title = document.createElement("h2");
+  box.append(title);
+  if (!follows(view, state)) {
+    title.textContent = view.chained
+      ? "Paths go with the maps product and conserving."
+      : "Paths need every layer in between and all destinations.";
+    return;
+  }
+  const held = scene.paths.reduce((sum, path) => sum + path.weight, 0);
+  title.textContent = scene.paths.length ? `Strongest ${scene.paths.length} paths, together ${percent(held)} of it` : "No path leads there.";
+  const list = document.createElement("ol");
+  for (const path of scene.paths) {
+    const item = document.createElement("li");
+    item.append(`${percent(path.weight)}  ${view.sample.tokens[path.steps[0].src].shown} `);
+    let waited = 0;
+    path.steps.forEach((step) => {
+      if (step.head !== null && step.head < 0) return void waited++;
+      const span = document.createElement("span");
+      span.className = "head";
+      span.style.color = step.head === null ? "inherit" : headColour(step.head);
+      span.textContent = `→ ${view.spec.layers[step.layer]}${step.head === null ? "" : `.${step.head}`} `;
+      item.append(span, step.src === step.dst ? "" : `${view.sample.tokens[step.dst].shown} `);
+    });
+    if (waited) item.append(`(${waited} skipped)`);
+    list.append(item);
+  }
+  box.append(list);
+}
+
+function showTable(view) {
+  listed = tableRows(view, state, scene);
+  const where = state.node ? `into and out of ${nodeName(view, state.node)}` : `block ${view.spec.layers[state.layer]}`;
+  const shown = Math.min(150, listed.rows.length);
+  byId("table-title").textContent =
+    `Edges, ${where}: ${shown} strongest of ${listed.all.toLocaleString("en")}` + (listed.rows.length > shown ? `, ${listed.rows.length} as CSV` : "");
+  fillTable(byId("table"), view, listed.rows, state, (key) => {
+    if (key === "value" && state.sort === "size") set({ sort: "value", down: true });
+    else if (key === state.sort) set(key === "value" && !state.down ? { sort: "size", down: true } : { down: !state.down });
+    else set({ sort: key === "value" ? "size" : key, down: key === "value" || key === "share" || key === "gap" });
+  });
+}
+
+function nodeName(view, node) {
+  const row = rowsOf(view).labels[node.row];
+  const place = row.into !== null ? `entering block ${row.into}` : `leaving block ${row.from}`;
+  return `‘${view.sample.tokens[node.pos].shown}’ (${node.pos}) ${place}`;
+}
+
+function showStatus(view) {
+  const drawn = scene.edges.length;
+  const edges = `${drawn.toLocaleString("en")} edges drawn${scene.above > drawn ? `, the strongest of ${scene.above.toLocaleString("en")} above the threshold` : ""}`;
+  const what = state.node ? `${nodeName(view, state.node)}. ` : "";
+  const top = state.node && listed.rows.length ? strongestInWords(view) : "";
+  byId("status").textContent = `${what}${top}${edges}.`;
+}
+
+function strongestInWords(view) {
+  const best = listed.rows.find((row) => row.src !== row.dst) ?? listed.rows[0];
+  const name = (i) => `‘${view.sample.tokens[i].shown}’ (${i})`;
+  const through = typeof best.head === "number" ? ` through head ${best.layer}.${best.head}` : "";
+  return `Strongest edge: ${name(best.src)} to ${name(best.dst)}${through}, ${exact(view, best.value)}. `;
+}
+
+// Controls.
+
+function fillSelect(select, options, chosen) {
+  const same = select.options.length === options.length && options.every((text, i) => select.options[i].text === text[1]);
+  if (!same) {
+    select.replaceChildren(...options.map(([value, text]) => Object.assign(document.createElement("option"), { value, text })));
+  }
+  select.value = String(chosen);
+  select.disabled = options.length < 2;
+}
+
+const MAP_NAMES = {
+  attn: "attn: sources → heads", mlp: "mlp: heads → output", block: "block: direct", product: "composed: product",
+  conserving: "composed: conserving", metric: "contributions to the metric",
+};
+
+function showControls(view) {
+  fillSelect(byId("sample"), samples.map((s, i) => [i, s.label]), state.sample);
+  fillSelect(byId("view"), samples[state.sample].views.map((v, i) => [i, v.spec.label]), state.view);
+  fillSelect(byId("map"), view.maps.map((name) => [name, MAP_NAMES[name]]), state.map);
+  byId("facts").textContent = view.spec.facts;
+  for (const radio of document.getElementsByName("scale")) radio.checked = radio.value === state.scale;
+  byId("threshold").value = toSlider(state.threshold);
+  byId("threshold-value").textContent = percent(state.threshold);
+  for (const id of ["circle", "orient", "spacing", "k"]) byId(id).value = state[id];
+  for (const id of ["special", "punct", "paths", "skip"]) byId(id).checked = state[id];
+  byId("k-label").hidden = !state.paths;
+}
+
+// The slider's steps are finer where thresholds are small.
+const toSlider = (share) => Math.round(100 * Math.cbrt(share));
+const fromSlider = (value) => (Number(value) / 100) ** 3;
+
+function listen() {
+  byId("sample").addEventListener("change", (e) => set({ sample: Number(e.target.value), view: 0, node: null, head: null }));
+  byId("view").addEventListener("change", (e) => set({ view: Number(e.target.value) }));
+  byId("map").addEventListener("change", (e) => set({ map: e.target.value }));
+  for (const radio of document.getElementsByName("scale")) radio.addEventListener("change", () => set({ scale: radio.value }));
+  byId("threshold").addEventListener("input", (e) => set({ threshold: fromSlider(e.target.value) }));
+  byId("spacing").addEventListener("input", (e) => set({ spacing: Number(e.target.value) }));
+  byId("k").addEventListener("change", (e) => set({ k: Number(e.target.value) || DEFAULTS.k }));
+  for (const id of ["circle", "orient"]) byId(id).addEventListener("change", (e) => set({ [id]: e.target.value }));
+  for (const id of ["special", "punct", "paths", "skip"]) byId(id).addEventListener("change", (e) => set({ [id]: e.target.checked }));
+  byId("theme").addEventListener("click", () => set({ theme: document.documentElement.dataset.theme === "dark" ? "light" : "dark" }));
+  byId("reset").addEventListener("click", () => set({ ...DEFAULTS }));
+  byId("help-button").addEventListener("click", toggleHelp);
+  byId("save-svg").addEventListener("click", () => save(new Blob([svgText()], { type: "image/svg+xml" }), "svg"));
+  byId("save-png").addEventListener("click", savePng);
+  byId("copy-link").addEventListener("click", () => (writeLink(), copy(location.href, "Link copied.")));
+  byId("copy-csv").addEventListener("click", () => copy(csvOf(currentView(), listed.rows, state), `${listed.rows.length} rows copied.`));
+  byId("save-csv").addEventListener("click", () => save(new Blob([csvOf(currentView(), listed.rows, state)], { type: "text/csv" }), "csv"));
+  byId("graph").addEventListener("click", clickGraph);
+  byId("graph").addEventListener("pointermove", hoverGraph);
+  byId("graph").addEventListener("pointerleave", hideTip);
+  byId("large").addEventListener("pointermove", hoverLarge);
+  byId("large").addEventListener("pointerleave", hideTip);
+  document.addEventListener("keydown", pressKey);
+  addEventListener("hashchange", () => (readLink(), settle(), show()));
+  addEventListener("resize", () => requestAnimationFrame(show));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
+}
+
+function toggleHelp() {
+  byId("help").hidden = !byId("help").hidden;
+  byId("help-button").setAttribute("aria-expanded", String(!byId("help").hidden));
+}
+
+/** For tests and curious people: what the page shows, in numbers. */
+const inspect = {
+  lastMs: NaN,
+  get state() { return state; },
+  get scene() { return scene; },
+  get view() { return currentView(); },
+  get rows() { return listed.rows; },
+  get large() { return large; },
+  /** Where a node stands in the window. */
+  placeOf(row, pos) {
+    const frame = byId("graph").firstElementChild.getBoundingClientRect();
+    const [x, y] = drawn.geometry.at(row, pos);
+    return { x: frame.left + x, y: frame.top + y };
+  },
+  set,
+};
+window.ligLens = inspect;
+
+readLink();
+settle();
+listen();
+show();
+requestAnimationFrame(() => requestAnimationFrame(() => {
+  performance.mark("lig_lens first paint");
+  prepareLayer(currentView(), 0);
+}));
+
+/** What a first click needs of every layer, one after the other while the page is at rest. */
+function prepareLayer(view, layer) {
+  if (layer >= view.nLayers || !follows(view, state)) return;
+  stepShares(view, state.map, layer);
+  pastShares(view, state.map, layer);
+  setTimeout(() => prepareLayer(view, layer + 1), 0);
+}

@@ -1,0 +1,129 @@
+// The table of edges: of the chosen node, or of the current layer; sortable, and to be copied as CSV.
+
+const MOST_ROWS = 300;
+const COLUMNS = [
+  ["layer", "block", (r) => r.layer],
+  ["head", "head", (r) => (typeof r.head === "number" ? r.head : r.head)],
+  ["src", "source", (r) => r.src],
+  ["dst", "destination", (r) => r.dst],
+  ["value", "value", (r) => r.value],
+  ["size", "size", (r) => Math.abs(r.value)],
+  ["share", "share", (r) => r.share],
+  ["gap", "gap", (r) => r.gap ?? -1],
+];
+
+/** Edges that the table lists, strongest first, and how many there are in all. */
+function tableRows(view, state, scene) {
+  const rows = rowsOf(view);
+  const kept = new Strongest(MOST_ROWS);
+  let all = 0;
+  view.spec.layers.forEach((number, layer) => {
+    const into = state.node && rows.high[layer] === state.node.row ? state.node.pos : null;
+    const outOf = state.node && rows.low[layer] === state.node.row ? state.node.pos : null;
+    if (state.node ? into === null && outOf === null : layer !== state.layer) return;
+    const consider = (head, src, c, value, divisor) => {
+      const dst = view.destinations[c];
+      if (value === 0 || !scene.visible[src] || !scene.visible[dst]) return;
+      if (state.node && dst !== into && src !== outOf) return;
+      all++;
+      const size = Math.abs(value);
+      if (size <= kept.floor) return;
+      const certain = view.certainty(state.map, layer, typeof head === "number" ? head : null, c);
+      const share = divisor === 0 ? 0 : value / divisor;
+      kept.add(size, { layer: number, head, src, dst, value, share, gap: certain?.gap, converged: certain?.converged });
+    };
+    const heads = view.byHead(state.map) ? Array.from({ length: view.nHeads }, (_, h) => h) : [null];
+    for (const head of heads.filter((h) => state.head === null || h === null || h === state.head)) {
+      const matrix = view.matrix(state.map, layer, head);
+      const divisors = view.divisors(state.map, layer, head);
+      const n = view.nColumns;
+      for (let c = 0; c < n; c++) {
+        const dst = view.destinations[c];
+        if (state.node && dst !== into && outOf === null) continue;
+        if (state.node && dst !== into) {
+          consider(head ?? "all", outOf, c, matrix[outOf * n + c], divisors[c]);
+        } else {
+          for (let src = 0; src < view.nTokens; src++) consider(head ?? "all", src, c, matrix[src * n + c], divisors[c]);
+        }
+      }
+    }
+    const past = state.head === null && view.byHead(state.map) ? view.past(state.map, layer) : null;
+    if (past) {
+      const divisors = view.divisors(state.map, layer);
+      past.forEach((value, c) => consider("past", view.destinations[c], c, value, divisors[c]));
+    }
+  });
+  return { rows: kept.sorted(), all };
+}
+
+function sortRows(rows, key, down) {
+  const [, , value] = COLUMNS.find(([name]) => name === key);
+  const order = (a, b) => {
+    const [x, y] = [value(a), value(b)];
+    if (typeof x === typeof y) return x < y ? -1 : x > y ? 1 : 0;
+    return typeof x === "number" ? -1 : 1; // heads before what goes past them
+  };
+  return rows.slice().sort((a, b) => (down ? -order(a, b) : order(a, b)));
+}
+
+function fillTable(table, view, rows, state, sortBy) {
+  const head = table.tHead.rows[0];
+  head.replaceChildren(
+    ...COLUMNS.filter(([key]) => key !== "size").map(([key, label]) => {
+      const cell = document.createElement("th");
+      const button = document.createElement("button");
+      const on = state.sort === key || (key === "value" && state.sort === "size");
+      cell.scope = "col";
+      cell.ariaSort = on ? (state.down ? "descending" : "ascending") : "none";
+      button.textContent = label + (on ? (state.down ? " ↓" : " ↑") : "") + (key === "value" && state.sort === "size" ? " |·|" : "");
+      button.addEventListener("click", () => sortBy(key));
+      cell.append(button);
+      return cell;
+    })
+  );
+  const name = (i) => `${view.sample.tokens[i].shown} ${i}`;
+  const body = document.createDocumentFragment();
+  for (const row of sortRows(rows, state.sort, state.down).slice(0, 150)) {
+    const line = document.createElement("tr");
+    const cells = [row.layer, row.head, name(row.src), name(row.dst), exact(view, row.value), percent(row.share), gapText(row)];
+    cells.forEach((text, i) => {
+      const cell = document.createElement("td");
+      cell.textContent = text;
+      if (i === 4) cell.className = row.value < 0 ? "negative" : "positive";
+      if (i === 6 && row.converged === false) cell.className = "open";
+      line.append(cell);
+    });
+    line.dataset.value = row.value;
+    body.append(line);
+  }
+  table.tBodies[0].replaceChildren(body);
+}
+
+/** A number with as many digits as are known: three of half-precision numbers, five of others. */
+function exact(view, value) {
+  if (value === 0) return "0";
+  const digits = view.spec.half ? 3 : 5;
+  const text = Math.abs(value) >= 1e5 || Math.abs(value) < 1e-4 ? value.toExponential(digits - 1) : value.toPrecision(digits);
+  return (value > 0 ? "+" : "") + text.replace("-", "−");
+}
+
+function percent(share) {
+  const size = Math.abs(share) * 100;
+  const text = size >= 10 ? size.toFixed(0) : size >= 0.1 || size === 0 ? size.toFixed(1) : size >= 1e-4 ? size.toPrecision(1) : size.toExponential(0);
+  return `${share < 0 ? "−" : ""}${text}%`;
+}
+
+function gapText(row) {
+  if (row.gap === undefined) return "–";
+  return row.gap.toExponential(0) + (row.converged ? "" : " !");
+}
+
+/** Comma-separated values; text cells are quoted, and cannot begin a formula in a spreadsheet. */
+function csvOf(view, rows, state) {
+  const quote = (text) => `"${(/^[=+\-@\t\r]/.test(text) ? `'${text}` : text).replace(/"/g, '""')}"`;
+  const token = (i) => quote(view.sample.tokens[i].text);
+  const lines = sortRows(rows, state.sort, state.down).map((row) =>
+    [row.layer, row.head, row.src, token(row.src), row.dst, token(row.dst), row.value, row.share, row.gap ?? "", row.converged ?? ""].join(",")
+  );
+  return ["layer,head,src,src_token,dst,dst_token,value,share,gap,converged", ...lines].join("\n") + "\n";
+}

@@ -1,0 +1,179 @@
+"""What the explorer's page holds of some Flows: labels as JSON, tensors as base64 of halves or floats."""
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lig_lens.compose import RULES
+from lig_lens.errors import InputError
+from lig_lens.flow import Flow
+from lig_lens.plots.style import show_token
+
+# Numbers of one Flow: up to the first they are written as float32, up to the second a page holds them at all.
+EXACT_NUMBERS = 2**20
+MOST_NUMBERS = 2**23
+_UNITS = {"l2": "the length by which a vector moves"}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the page is filled with: the header and the arrays by their element's id."""
+
+    header: dict[str, Any]
+    arrays: dict[str, str]
+
+
+def contents_of(flows: Mapping[str, Flow]) -> Contents:
+    """Pack Flows, those of one prompt under one entry.
+
+    Args:
+        flows: by the label under which they are to be chosen.
+
+    Raises:
+        InputError: a Flow that has more numbers than a page can hold, even without single heads.
+    """
+    arrays: dict[str, str] = {}
+    samples: dict[tuple[str, ...], dict[str, Any]] = {}
+    for number, (label, flow) in enumerate(flows.items()):
+        sample = samples.setdefault(flow.tokens, _sample(flow))
+        sample["views"].append(_view(label, flow, f"a{number}", arrays))
+    return Contents({"schema": 1, "samples": list(samples.values())}, arrays)
+
+
+def _sample(flow: Flow) -> dict[str, Any]:
+    text = "".join(flow.tokens) if any(token.startswith(" ") for token in flow.tokens[1:]) else " ".join(flow.tokens)
+    label = " ".join(text.split())
+    tokens = [
+        {
+            "text": token,
+            "shown": show_token(token, 24),
+            "special": special,
+            "punctuation": bool(token.strip()) and not any(char.isalnum() for char in token),
+        }
+        for token, special in zip(flow.tokens, flow.special, strict=True)
+    ]
+    return {"label": label if len(label) <= 90 else f"{label[:88]}…", "tokens": tokens, "views": []}
+
+
+def _view(label: str, flow: Flow, prefix: str, arrays: dict[str, str]) -> dict[str, Any]:
+    tensors, dropped = _fitting(label, flow)
+    half = sum(tensor.numel() for tensor in tensors.values()) > EXACT_NUMBERS
+
+    def packed(name: str, tensor: Tensor, half: bool) -> dict[str, Any]:
+        key = f"{prefix}-{name}"
+        arrays[key], spec = _encoded(tensor.numpy(), half)
+        return {"id": key, **spec}
+
+    heads = flow.attn if flow.attn is not None else flow.mlp
+    view: dict[str, Any] = {
+        "label": label,
+        "facts": _facts(flow),
+        "model": flow.model_name,
+        "layers": list(flow.layers),
+        "destinations": list(flow.destinations),
+        "n_heads": 0 if heads is None else heads.shape[1],
+        "unit": f"the metric {flow.metric}"
+        if flow.metric
+        else _UNITS.get(str(flow.settings.get("target")), "the target"),
+        "half": half,
+        "dropped": dropped,
+        "arrays": {name: packed(name, tensor, half) for name, tensor in tensors.items()},
+    }
+    for name in flow.maps:
+        view["arrays"][f"{name}-gap"] = packed(f"{name}-gap", flow.gap[name], False)
+        view["arrays"][f"{name}-converged"] = packed(f"{name}-converged", flow.converged[name].float(), False)
+    if flow.metric is not None:
+        view["totals"] = flow.total["attn"].tolist()
+    return view
+
+
+def _fitting(label: str, flow: Flow) -> tuple[dict[str, Tensor], str | None]:
+    """A Flow's tensors as far as a page can hold them, and what was left out, in words."""
+    named = ("attn", "mlp", "skip", "bias", "block")
+    tensors: dict[str, Tensor] = {name: getattr(flow, name) for name in named if getattr(flow, name) is not None}
+    count = sum(tensor.numel() for tensor in tensors.values())
+    if count <= MOST_NUMBERS:
+        return tensors, None
+    dropped = None
+    if flow.attn is not None and flow.mlp is not None:
+        # Token to token, heads added up, is smaller by the number of heads.
+        del tensors["attn"]
+        tensors |= {rule: flow.compose(rule) for rule in RULES}
+        dropped = (
+            f"Single heads are left out: this Flow has {count:,} numbers, and a page holds {MOST_NUMBERS:,}. "
+            "See them with flow.select(layers=…, destinations=…)."
+        )
+    left = sum(tensor.numel() for tensor in tensors.values())
+    if left > MOST_NUMBERS:
+        raise InputError(
+            f"explore: the Flow {label!r} has {count:,} numbers, {left:,} without single heads, and a page holds "
+            f"{MOST_NUMBERS:,}: choose fewer with flow.select(layers=..., destinations=...)."
+        )
+    return tensors, dropped
+
+
+def _facts(flow: Flow) -> str:
+    """Model, size and certainty, in a line."""
+    facts = [flow.model_name or "model", f"{len(flow.tokens)} tokens", f"{len(flow.layers)} blocks"]
+    if flow.metric is not None:
+        facts.append(f"metric {flow.metric}")
+    tol = flow.settings.get("tol")
+    facts.append(f"worst gap {flow.worst_gap():.0e}" + (f" (tol {tol:g})" if isinstance(tol, float) else ""))
+    if flow.converged_share() < 1:
+        facts.append(f"{1 - flow.converged_share():.1%} of the columns above it")
+    return " · ".join(facts)
+
+
+def _encoded(values: NDArray[np.float32], half: bool) -> tuple[str, dict[str, Any]]:
+    """Base64 of an array, for halves each layer divided by its largest value, so that none overflows or fades."""
+    by_layer = values.reshape(len(values), -1).astype("<f4")
+    scales = np.abs(by_layer).max(axis=1, initial=0.0) if half else np.ones(len(by_layer), dtype=np.float32)
+    scales = np.where(scales > 0, scales, 1.0)
+    raw = (by_layer / scales[:, None]).astype("<f2" if half else "<f4")
+    return base64.b64encode(raw.tobytes()).decode(), {"dtype": "f2" if half else "f4", "scales": scales.tolist()}
+
+
+def labelled(flows: Any) -> dict[str, Flow]:
+    """Flows by their labels; those without get their baselines, or metric, as one.
+
+    Args:
+        flows: as `explore` takes them.
+
+    Raises:
+        InputError: no Flow, or something else.
+    """
+    if isinstance(flows, Flow):
+        flows = [flows]
+    if isinstance(flows, Mapping):
+        named = [(str(label), flow) for label, flow in flows.items()]
+    else:
+        named = [(_name(flow), flow) for flow in flows if isinstance(flow, Flow)]
+        if len(named) < len(flows):
+            raise InputError("explore: give a Flow, a list of Flows, or a mapping of labels to Flows.")
+    for label, flow in named:
+        if not isinstance(flow, Flow):
+            raise InputError(f"explore: {label!r} is a {type(flow).__name__}: give Flows.")
+    if not named:
+        raise InputError("explore: no Flow: give at least one.")
+    return dict(_unique(named))
+
+
+def _name(flow: Flow) -> str:
+    """The baselines of a Flow, or its metric."""
+    if flow.metric is not None:
+        return f"{flow.metric}, from {flow.settings.get('attn_baseline')}"
+    parts = [f"{name} {flow.settings.get(f'{name}_baseline', '?')}" for name in flow.maps]
+    return ", ".join(parts)
+
+
+def _unique(named: Sequence[tuple[str, Flow]]) -> Iterator[tuple[str, Flow]]:
+    """Labels that are equal for one prompt get numbers; across prompts the page tells them apart, a dict does not."""
+    seen: dict[str, int] = {}
+    for label, flow in named:
+        seen[label] = seen.get(label, 0) + 1
+        yield (label if seen[label] == 1 else f"{label} ({seen[label]})"), flow

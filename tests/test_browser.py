@@ -1,0 +1,433 @@
+"""The explorer in a real browser: its numbers are the tensors', its controls do what they say, text stays text."""
+
+import json
+import os
+import shutil
+import time
+
+import pytest
+import torch
+from flows import make_flow
+
+import lig_lens
+from lig_lens.explorer import write_explorer
+
+playwright = pytest.importorskip("playwright.sync_api", reason='install it with: pip install -e ".[dev]"')
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
+HOSTILE = (
+    "</script><script>window.hacked=1</script>",
+    '"><img src=x onerror="window.hacked=1">',
+    "a",
+    "b' & c",
+    "@@header@@",
+)
+# 12 layers, 12 heads, 128 tokens; tests allow ten times as much, since other work may slow them.
+FIRST_PAINT_MS, CLICK_MS = 2000, 100
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        hint = "no Chromium found: install it, on Debian with apt-get install chromium"
+        if os.environ.get("CI"):
+            pytest.fail(hint)
+        pytest.skip(hint)
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+class Page:
+    """An explorer page that notes everything that goes wrong in it."""
+
+    def __init__(self, browser, path, link=""):
+        self.page = browser.new_page(viewport={"width": 1500, "height": 1000}, accept_downloads=True)
+        self.wrong: list[str] = []
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on("console", lambda message: self.wrong.append(message.text))
+        self.page.on("request", self._request)
+        self.page.goto(f"{path.as_uri()}{link}")
+        self.page.wait_for_function("performance.getEntriesByName('lig_lens first paint').length")
+
+    def _request(self, request):
+        if not request.url.startswith(("file:", "data:", "blob:")):
+            self.wrong.append(f"request to {request.url}")
+
+    def __call__(self, script, argument=None):
+        return self.page.evaluate(script, argument)
+
+    def set(self, **changes):
+        self("changes => ligLens.set(changes)", changes)
+
+    def state(self, key):
+        return self(f"ligLens.state.{key}")
+
+    def click_node(self, row, pos):
+        # Not by the mouse: what stands outside the window could not be clicked.
+        place = self("([row, pos]) => ligLens.placeOf(row, pos)", [row, pos])
+        at = {"clientX": place["x"], "clientY": place["y"], "bubbles": True}
+        self.page.locator("#graph").dispatch_event("click", at)
+
+    def matrix(self, map, layer, head=None):
+        values = self("([m, l, h]) => Array.from(ligLens.view.matrix(m, l, h))", [map, layer, head])
+        return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.fixture
+def open_page(browser, tmp_path):
+    opened = []
+
+    def opening(flows, link=""):
+        opened.append(Page(browser, write_explorer(flows, tmp_path / f"{len(opened)}.html"), link))
+        return opened[-1]
+
+    yield opening
+    for page in opened:
+        page.page.close()
+        assert page.wrong == []
+
+
+def chained(seed=0, n_layers=3, maps=("attn", "mlp", "block")):
+    return make_flow(layers=tuple(range(n_layers)), seed=seed, maps=maps)
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected.double().flatten(), rtol=2e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+# Numbers.
+
+
+def test_matrices_are_the_tensors(open_page):
+    flow = chained()
+    page = open_page(flow)
+    composed = {rule: flow.compose(rule) for rule in ("product", "conserving")}
+    for layer in range(3):
+        close(page.matrix("block", layer), flow.block[layer])
+        for rule, expected in composed.items():
+            close(page.matrix(rule, layer), expected[layer])
+        for head in range(3):
+            close(page.matrix("attn", layer, head), flow.attn[layer, head])
+            shares = lig_lens.compose.edges(flow, "conserving").heads[layer, head]
+            close(page.matrix("conserving", layer, head), shares)
+
+
+def test_a_clicked_tokens_numbers_are_the_tensors(open_page):
+    flow = chained()
+    page = open_page(flow)
+    page.set(map="attn")
+    page.click_node(2, 4)
+    rows = page("ligLens.rows")
+    assert len(rows) == 3 * 7 * 2  # into it through layer 1, out of it through layer 2
+    for row in rows:
+        assert row["value"] == pytest.approx(
+            float(flow.attn[row["layer"], row["head"], row["src"], row["dst"]]), rel=1e-6
+        )
+        share = float(flow.shares()[row["layer"], row["head"], row["src"], row["dst"]])
+        assert row["share"] == pytest.approx(share, rel=1e-4)
+        assert row["gap"] == pytest.approx(float(flow.gap["attn"][row["layer"], row["head"], row["dst"]]), rel=1e-6)
+    into, out_of = ({(r["layer"], r["src"], r["dst"]) for r in rows if r[end] == 4} for end in ("dst", "src"))
+    assert {(1, src, 4) for src in range(7)} <= into and {(2, 4, dst) for dst in range(7)} <= out_of
+    first = page.page.locator("#table tbody tr").first.locator("td").all_inner_texts()
+    best = max(rows, key=lambda row: abs(row["value"]))
+    assert float(first[4].replace("−", "-")) == pytest.approx(best["value"], rel=1e-4)
+    assert first[0] == str(best["layer"]) and first[1] == str(best["head"])
+
+
+@pytest.mark.parametrize("rule", ["product", "conserving"])
+def test_flow_through_all_layers_is_the_rollout(open_page, rule: str):
+    flow = chained()
+    page = open_page(flow)
+    page.set(map=rule)
+    page.click_node(3, 5)
+    for start in range(3):
+        found = torch.tensor(page(f"Array.from(ligLens.scene.cone[{start}])"), dtype=torch.float64)
+        expected = flow.rollout(start=start, rule=rule)[:, 5]
+        torch.testing.assert_close(found, expected.double(), rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    page.click_node(0, 2)
+    found = torch.tensor(page("Array.from(ligLens.scene.cone[3])"), dtype=torch.float64)
+    expected = flow.rollout(rule=rule)[2]
+    torch.testing.assert_close(found, expected.double(), rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("rule", ["product", "conserving"])
+def test_paths_are_the_strongest(open_page, rule: str):
+    flow = chained(seed=1)
+    page = open_page(flow)
+    page.set(map=rule, k=12)
+    page.click_node(3, 6)
+    found = page("ligLens.scene.paths")
+    expected = flow.paths(6, k=12, rule=rule)
+    assert len(found) == len(expected) == 12
+    for path, other in zip(found, expected, strict=True):
+        assert path["weight"] == pytest.approx(other.weight, rel=1e-3)
+        heads = [None if step["head"] == -1 else step["head"] for step in path["steps"]]
+        assert [(s["layer"], h, s["src"], s["dst"]) for s, h in zip(path["steps"], heads, strict=True)] == [
+            (step.layer, step.head, step.src, step.dst) for step in other.steps
+        ]
+    assert page.page.locator("#path-list li").count() == 12
+    assert page.page.locator("#graph path[data-path]").count() == 12 * 3
+
+
+def test_contributions_to_a_metric(open_page):
+    model, pair = lig_lens.load_model("induction"), lig_lens.induction_pairs(1)[0]
+    target = lig_lens.logit_difference(pair.answer, pair.wrong)
+    flow = lig_lens.attribute(model, pair.clean, corrupted=pair.corrupted, target=target, progress=False)
+    page = open_page(flow)
+    assert page.state("map") == "metric"
+    expected = flow.attn.sum(1) + torch.diag_embed(flow.skip)
+    for layer in range(2):
+        close(page.matrix("metric", layer), expected[layer])
+    page.set(scale="absolute")
+    leaving = torch.tensor(page("Array.from(ligLens.scene.nodes[0])"))
+    torch.testing.assert_close(leaving, (flow.attn.sum((1, 3)) + flow.skip)[0], rtol=1e-4, atol=1e-5)
+    gaps = {row["gap"] for row in page("ligLens.rows")}
+    assert len(gaps) == 1 and gaps.pop() == pytest.approx(float(flow.gap["attn"][0]))
+
+
+# Controls.
+
+
+def test_every_control_changes_what_it_says(open_page):
+    page = open_page({"first": chained(), "second": chained(seed=5), "other": make_flow(tokens=("x", "y", "z"))})
+    graph, ui = "document.querySelector('#graph').innerHTML", page.page
+    before = page(graph)
+
+    def changed() -> bool:
+        nonlocal before
+        before, was = page(graph), before
+        return before != was
+
+    ui.select_option("#view", "1")
+    assert page.state("view") == 1 and changed() and page("ligLens.view.spec.label") == "second"
+    ui.select_option("#map", "block")
+    assert page.state("map") == "block" and changed()
+    ui.check("input[name=scale][value=absolute]")
+    assert page.state("scale") == "absolute" and changed() and "units of" in ui.inner_text("#note")
+    edges = page("ligLens.scene.edges.length")
+    ui.locator("#threshold").fill("95")
+    assert page("ligLens.scene.edges.length") < edges and changed()
+    for value in ("linear", "pivot", "sqrt"):
+        ui.select_option("#circle", value)
+        assert page.state("circle") == value and changed()
+    width = page("document.querySelector('#graph svg').viewBox.baseVal.width")
+    ui.locator("#spacing").fill("2")
+    assert page("document.querySelector('#graph svg').viewBox.baseVal.width") > width and changed()
+    ui.select_option("#orient", "right")
+    assert changed() and page("ligLens.placeOf(2, 0).x > ligLens.placeOf(0, 0).x")
+    assert page("ligLens.placeOf(0, 1).y > ligLens.placeOf(0, 0).y")
+    ui.check("#special")
+    assert page("ligLens.scene.positions") == [1, 2, 3, 4, 5] and changed()
+    ui.check("#punct")
+    assert page.state("punct") and page("ligLens.scene.positions") == [1, 2, 3, 4, 5]  # '##s' has a letter
+    ui.select_option("#map", "conserving")
+    page.click_node(3, 2)
+    assert page("ligLens.scene.paths.length") == 8
+    ui.uncheck("#paths")
+    assert page("ligLens.scene.paths.length") == 0 and not ui.locator("#path-list li").count()
+    ui.check("#paths")
+    ui.locator("#k").fill("3")
+    ui.locator("#k").press("Enter")
+    assert page("ligLens.scene.paths.length") == 3
+    ui.locator("#threshold").fill("1")
+    skips = "ligLens.scene.edges.filter(e => e.kind === 'skip').length"
+    assert page(skips) > 0
+    ui.uncheck("#skip")
+    assert page(skips) == 0
+    ui.click("#heads button:nth-child(2)")
+    assert page.state("head") == 1 and ui.inner_text("#heads-title") == "Block 2, head 1"
+    ui.click("#theme")
+    dark = page("document.documentElement.dataset.theme")
+    ui.click("#theme")
+    assert {dark, page("document.documentElement.dataset.theme")} == {"dark", "light"}
+    ui.click("#help-button")
+    assert ui.is_visible("#help")
+    ui.select_option("#sample", "1")
+    assert page("ligLens.view.nTokens") == 3 and page.state("node") is None
+    ui.click("#reset")
+    assert page.state("sample") == 0 and page.state("map") == "conserving" and not page.state("special")
+
+
+def test_the_keyboard_reaches_everything(open_page):
+    page = open_page(chained())
+    keys = page.page.keyboard
+    page.page.focus("#graph")
+    keys.press("ArrowUp")
+    assert page.state("layer") == 1 and page.state("node") is None
+    keys.press("ArrowRight")
+    assert page.state("node") == {"row": 2, "pos": 0}
+    keys.press("ArrowRight")
+    keys.press("ArrowUp")
+    assert page.state("node") == {"row": 3, "pos": 1} and page.state("layer") == 2
+    assert "‘the’ (1) leaving block 2" in page.page.inner_text("#status")
+    keys.press("]")
+    keys.press("]")
+    assert page.state("head") == 1
+    keys.press("[")
+    assert page.state("head") == 0
+    keys.press("p")
+    keys.press("s")
+    assert not page.state("paths") and not page.state("skip")
+    keys.press("Escape")
+    assert page.state("node") is None and page.state("head") is None
+    # Every control can be reached with the tab key, and has a name.
+    assert (
+        page("""() => [...document.querySelectorAll('button, select, input')]
+        .filter(e => !(e.textContent.trim() || e.ariaLabel || e.labels?.length)).length""")
+        == 0
+    )
+
+
+def test_what_the_keyboard_chooses_is_in_sight(open_page):
+    page = open_page(chained(n_layers=40, maps=("attn", "mlp")))
+    page.page.focus("#graph")
+    inside = """([row, pos]) => { const box = document.querySelector('#graph').getBoundingClientRect();
+        const at = ligLens.placeOf(row, pos); return at.y > box.top && at.y < box.bottom; }"""
+    assert page(inside, [40, 0]) and not page(inside, [1, 0])
+    page.page.keyboard.press("ArrowRight")
+    assert page.state("node") == {"row": 1, "pos": 0} and page(inside, [1, 0])
+    for _ in range(39):
+        page.page.keyboard.press("ArrowUp")
+    assert page.state("node") == {"row": 40, "pos": 0} and page(inside, [40, 0])
+
+
+def test_the_mouse_chooses_tokens_and_layers(open_page):
+    page = open_page(chained())
+    place = page("ligLens.placeOf(2, 3)")
+    page.page.mouse.click(place["x"], place["y"])
+    assert page.state("node") == {"row": 2, "pos": 3} and page.state("layer") == 1
+    page.page.mouse.click(place["x"], place["y"])
+    assert page.state("node") is None  # a second click lets it go
+    page.page.locator("#graph text[data-token='5']").click()
+    assert page.state("node") == {"row": 0, "pos": 5}
+    page.page.locator("#graph text[data-layer='2']").click()
+    assert page.state("layer") == 2
+
+
+def test_pointer_tells_exact_numbers(open_page):
+    flow = chained()
+    page = open_page(flow)
+    page.set(map="block", scale="absolute", threshold=0)
+    box = page.page.locator("#large").bounding_box()
+    place = page("() => ({x: 0, ...ligLens.large.box, w: ligLens.large.cellWidth, h: ligLens.large.cellHeight})")
+    page.page.mouse.move(box["x"] + place["x"] + 2.5 * place["w"], box["y"] + place["y"] + 4.5 * place["h"])
+    text = page.page.inner_text("#tip")
+    value = float(text.split("value ")[1].split(",")[0].replace("−", "-"))
+    assert "‘cat’ (2) → ‘the’ (4)" in text and value == pytest.approx(float(flow.block[0, 2, 4]), rel=1e-4)
+    gap = float(text.split("column ")[1].split(",")[0])
+    assert gap == pytest.approx(float(flow.gap["block"][0, 4]), rel=0.06)
+    page.page.locator("#graph path[data-edge]").first.dispatch_event("pointermove", {"bubbles": True})
+    assert "value" in page.page.inner_text("#tip")
+
+
+def test_the_link_holds_the_state(open_page):
+    page = open_page(chained())
+    page.set(
+        map="product", node={"row": 2, "pos": 3}, head=1, scale="absolute", special=True, threshold=0.3, paths=False
+    )
+    page.page.wait_for_timeout(400)
+    link = page("location.hash")
+    other = open_page(chained(), link)
+    for key in ("map", "node", "head", "scale", "special", "threshold", "paths", "layer"):
+        assert other.state(key) == page.state(key)
+    broken = open_page(chained(), "#map=none&layer=99&node=77,1&head=-3&scale=x&threshold=abc")
+    assert broken.state("map") == "conserving" and broken.state("layer") == 0 and broken.state("node") is None
+
+
+def test_the_table_sorts_and_leaves_as_csv(open_page):
+    flow = chained()
+    page = open_page(flow)
+    page.set(map="block")
+    column = "() => [...document.querySelectorAll('#table tbody tr')].map(r => Number(r.dataset.value))"
+    sizes = [abs(value) for value in page(column)]
+    assert sizes == sorted(sizes, reverse=True)
+    page.page.get_by_role("button", name="value").click()
+    assert page(column) == sorted(page(column), reverse=True)
+    page.page.get_by_role("button", name="source").click()
+    names = page("() => [...document.querySelectorAll('#table tbody tr')].map(r => r.cells[2].textContent)")
+    places = [int(name.split()[-1]) for name in names]
+    assert places == sorted(places)
+    with page.page.expect_download() as waiting:
+        page.page.click("#save-csv")
+    lines = open(waiting.value.path(), encoding="utf-8").read().splitlines()
+    assert lines[0] == "layer,head,src,src_token,dst,dst_token,value,share,gap,converged" and len(lines) == 50
+    first = lines[1].split(",")
+    assert float(first[6]) == pytest.approx(float(flow.block[0, int(first[2]), int(first[4])]), rel=1e-6)
+
+
+def test_pictures_are_saved(open_page, tmp_path):
+    page = open_page(chained())
+    for button, start in (("#save-svg", b"<svg"), ("#save-png", b"\x89PNG")):
+        with page.page.expect_download() as waiting:
+            page.page.click(button)
+        data = open(waiting.value.path(), "rb").read()
+        assert data.startswith(start) and len(data) > 3000
+        assert waiting.value.suggested_filename.startswith("lig_lens-tiny-conserving.")
+
+
+# What is odd.
+
+
+def test_hostile_text_stays_text(open_page):
+    flow = make_flow(tokens=HOSTILE, layers=(0, 1))
+    object.__setattr__(flow, "model_name", HOSTILE[0])
+    page = open_page({HOSTILE[1]: flow, HOSTILE[0]: make_flow(tokens=HOSTILE, layers=(0, 1), seed=1)})
+    page.click_node(2, 0)
+    page.set(map="attn")
+    place = page("ligLens.placeOf(2, 1)")
+    page.page.mouse.move(place["x"], place["y"])
+    assert "onerror" in page.page.inner_text("#tip")
+    assert page("window.hacked") is None and page.page.locator("img, #graph script").count() == 0
+    shown = page.page.locator("#graph text[data-token='0']").text_content()
+    assert "</script><script>window" in shown or shown.endswith("…")
+    assert "onerror" in page.page.locator("#view option").first.text_content()
+
+
+def test_missing_layers_and_destinations(open_page):
+    page = open_page(make_flow(layers=(0, 3, 4), destinations=(2, 5)))
+    assert page("ligLens.scene.rows.low") == [0, 2, 3] and page("ligLens.scene.rows.high") == [1, 3, 4]
+    page.click_node(3, 5)
+    assert "every layer in between and all destinations" in page.page.inner_text("#path-list")
+    for name in ("attn", "mlp", "block", "product", "conserving"):
+        page.set(map=name)
+    assert page("ligLens.scene.cone") is None
+
+
+def test_no_single_heads(open_page, monkeypatch):
+    flow = chained()
+    monkeypatch.setattr("lig_lens.explorer.contents.MOST_NUMBERS", 600)
+    page = open_page(flow)
+    assert page("ligLens.view.maps") == ["mlp", "block", "product", "conserving"]
+    assert "Single heads are left out" in page.page.inner_text("#note")
+    page.click_node(3, 1)
+    found = torch.tensor(page("Array.from(ligLens.scene.cone[0])"), dtype=torch.float64)
+    torch.testing.assert_close(found, flow.rollout()[:, 1].double(), rtol=1e-3, atol=1e-3)
+
+
+def test_speed_at_12_layers_12_heads_128_tokens(open_page, capsys):
+    flow = make_flow(tokens=[f" w{i}" for i in range(128)], layers=tuple(range(12)), n_heads=12)
+    for tensor in (flow.attn, flow.mlp, flow.block, flow.skip, flow.bias):
+        tensor.abs_().pow_(4)  # positive and uneven, as contributions are
+    begun = time.perf_counter()
+    page = open_page(flow)
+    opened = 1000 * (time.perf_counter() - begun)
+    paint = page("performance.getEntriesByName('lig_lens first paint')[0].startTime")
+    page("""() => { window.times = []; document.addEventListener('click', () => {
+        const begun = performance.now();
+        requestAnimationFrame(() => { const c = new MessageChannel();
+            c.port1.onmessage = () => times.push(performance.now() - begun); c.port2.postMessage(0); });
+    }, true); }""")
+    page.page.wait_for_timeout(1000)
+    for row, pos in ((12, 100), (12, 20), (6, 64), (6, 65), (3, 127), (0, 5)):
+        page.click_node(row, pos)
+        page.page.wait_for_timeout(300)
+    times = sorted(page("times"))
+    size = len(page("document.documentElement.outerHTML")) / 1e6
+    with capsys.disabled():
+        print(
+            f"\nexplorer, 12 x 12 x 128: first paint {paint:.0f} ms (opened in {opened:.0f} ms), clicks "
+            f"{json.dumps([round(t) for t in times])} ms, page {size:.1f} MB"
+        )
+    assert paint < 10 * FIRST_PAINT_MS and times[len(times) // 2] < 10 * CLICK_MS
