@@ -101,7 +101,7 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
         if printed.strip():
             parts.append(f"```text\n{printed.rstrip()}\n```")
         for data in (out["data"] for out in cell["outputs"] if "data" in out):
-            if "image/png" in data:
+            if "image/png" in data:  # of a figure or of the explorer
                 name = f"{path.stem}_{number}.png"
                 pictures[name] = base64.b64decode("".join(data["image/png"]))
                 parts.append(f"![what the cell draws]({name})")

@@ -110,9 +110,13 @@ print(again.tokens == flow.tokens, again.settings["attn_baseline"], again.settin
 
 # %% [markdown]
 # ## Explore it
-#
-# Click a token to see where its content comes from, layer by layer. The page is one file and loads nothing from
-# elsewhere.
 
 # %%
 flow.explore()
+
+# %% [markdown]
+# Rows are the residual stream between blocks, layers upwards. A line goes from a source token to a destination token
+# through a block. Without a choice, a circle is as large as what its token gives to the next row: [CLS] gives most to
+# blocks 1 to 4, 'cat', 'sat' and 'tired' give most in the last. Click 'it' at the top, and circles below say how much
+# of it comes from them. `flow.explore().save("page.html")` writes the same page as a file that loads nothing from
+# elsewhere.

@@ -6,8 +6,10 @@ stay out.
 """
 
 import base64
-import importlib.util
+import html
+import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,10 +47,6 @@ def execute(notebook: nbformat.NotebookNode, timeout: int = 600) -> nbformat.Not
     """Run all cells in a fresh kernel and an empty folder; an error in a cell is raised."""
     # plotly's data alone: other renderers add its script to the outputs.
     os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"
-    left_out = [cell for cell in notebook.cells if ".explore()" in cell.source and not _has_explorer()]
-    sources = [cell["source"] for cell in left_out]
-    for cell in left_out:
-        cell["source"] = ""
     with tempfile.TemporaryDirectory() as folder:
         client = nbclient.NotebookClient(
             notebook,
@@ -58,8 +56,6 @@ def execute(notebook: nbformat.NotebookNode, timeout: int = 600) -> nbformat.Not
             record_timing=False,
         )
         client.execute()
-    for cell, source in zip(left_out, sources, strict=True):
-        cell["source"] = source
     for cell in notebook.cells:
         # What goes to stderr (progress, notices of other packages) is not part of the text.
         cell["outputs"] = [out for out in cell.get("outputs", []) if out.get("name") != "stderr"]
@@ -68,34 +64,45 @@ def execute(notebook: nbformat.NotebookNode, timeout: int = 600) -> nbformat.Not
     return notebook
 
 
-def _has_explorer() -> bool:
-    flow = importlib.util.find_spec("lig_lens.flow")
-    return flow is not None and "def explore" in Path(str(flow.origin)).read_text(encoding="utf-8")
-
-
 def add_pictures(notebook: nbformat.NotebookNode, browser: str) -> None:
-    """Put a PNG beside every plotly figure."""
+    """Put a PNG beside every figure of plotly's and every page in a frame."""
     import plotly.graph_objects as go
 
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            if _PLOTLY in output.get("data", {}):
-                data = output["data"][_PLOTLY]
-                picture = draw(go.Figure(data=data["data"], layout=data["layout"]), browser)
-                output["data"]["image/png"] = base64.b64encode(picture).decode()
+            data = output.get("data", {})
+            frame = re.search(r'<iframe srcdoc="([^"]*)"', data.get("text/html", ""))
+            picture = None
+            if _PLOTLY in data:
+                picture = draw(go.Figure(data=data[_PLOTLY]["data"], layout=data[_PLOTLY]["layout"]), browser)
+            elif frame:
+                picture = screenshot(html.unescape(frame[1]), 1200, 900, browser)
+            if picture is not None:
+                data["image/png"] = base64.b64encode(picture).decode()
 
 
 def draw(figure: Any, browser: str) -> bytes:
     """A plotly figure as PNG, in the size of its layout."""
     width, height = (int(figure.layout[side] or default) for side, default in (("width", 700), ("height", 450)))
+    body = figure.to_html(full_html=False, include_mathjax=False, config={"displayModeBar": False})
+    return screenshot(f"<meta charset=utf-8><body style='margin:0'>{body}", width, height, browser)
+
+
+def screenshot(page: str, width: int, height: int, browser: str) -> bytes:
+    """A page as PNG."""
+    from PIL import Image
+
     with tempfile.TemporaryDirectory() as folder:
-        page, picture = Path(folder) / "figure.html", Path(folder) / "figure.png"
-        body = figure.to_html(full_html=False, include_mathjax=False, config={"displayModeBar": False})
-        page.write_text(f"<meta charset=utf-8><body style='margin:0'>{body}", encoding="utf-8")
+        file, picture = Path(folder) / "page.html", Path(folder) / "page.png"
+        file.write_text(page, encoding="utf-8")
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=4000"]
-        flags += [f"--screenshot={picture}", f"--window-size={width},{height}", page.as_uri()]
+        flags += [f"--screenshot={picture}", f"--window-size={width},{height}", file.as_uri()]
         subprocess.run([browser, *flags], check=True, capture_output=True, timeout=120)
-        return picture.read_bytes()
+        image = Image.open(picture).convert("RGB")
+    # A quarter of the bytes, and no difference to be seen.
+    small = io.BytesIO()
+    image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
 def main(names: list[str]) -> None:
