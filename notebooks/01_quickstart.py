@@ -19,7 +19,7 @@ print(flow)
 # round.)
 #
 # The printed line ends with the first thing to look at: how far the contributions are from adding up. The worst
-# column of all maps misses its sum by about 0.01 %.
+# column of all maps misses its sum by 0.015 %.
 #
 # ## Where does 'it' get its content?
 
