@@ -1,7 +1,7 @@
-"""Draw the pictures of pictures.md again: python docs/draw.py. Needs what the notebooks need, and chromium.
+"""Draw the pictures of the documents again: python docs/draw.py. Needs what the notebooks need, and chromium.
 
-The page is the source: each of its Python blocks runs, and where a picture follows one, `figure` (or the explorer's
-`page`) is drawn into it.
+Of pictures.md the page is the source: each of its Python blocks runs, and where a picture follows one, `figure` (or the
+explorer's `page`) is drawn into it. The README's picture is made below.
 """
 
 import importlib.util
@@ -32,6 +32,21 @@ def main() -> None:
             picture = build.screenshot(page.html, 1200, 900, browser) if page else build.draw(names["figure"], browser)
             (DOCS / block["picture"]).write_bytes(picture)
             print(f"{block['picture']}: {len(picture) / 1e3:.0f} kB")
+    readme = DOCS / "img" / "explorer_ioi.png"
+    readme.write_bytes(build.screenshot(explorer_ioi().html, 1500, 960, browser, "#node=23,2&layer=23&orient=right"))
+    print(f"{readme.name}: {readme.stat().st_size / 1e3:.0f} kB")
+
+
+def explorer_ioi() -> Any:
+    """The explorer of what speaks for the indirect object, against another name in its place."""
+    import lig_lens as ll
+
+    clean = "When Mary and John went to the store, John gave a drink to"
+    metric = ll.logit_difference(" Mary", " Sarah")
+    flow = ll.attribute(
+        ll.load_model("smollm2"), clean, corrupted=clean.replace("Mary", "Sarah"), target=metric, progress=False
+    )
+    return ll.explore({"' Mary' against ' Sarah'": flow})
 
 
 if __name__ == "__main__":

@@ -88,15 +88,15 @@ def draw(figure: Any, browser: str) -> bytes:
     return screenshot(f"<meta charset=utf-8><body style='margin:0'>{body}", width, height, browser)
 
 
-def screenshot(page: str, width: int, height: int, browser: str) -> bytes:
-    """A page as PNG."""
+def screenshot(page: str, width: int, height: int, browser: str, link: str = "") -> bytes:
+    """A page as PNG, opened with `link` behind its address."""
     from PIL import Image
 
     with tempfile.TemporaryDirectory() as folder:
         file, picture = Path(folder) / "page.html", Path(folder) / "page.png"
         file.write_text(page, encoding="utf-8")
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=4000"]
-        flags += [f"--screenshot={picture}", f"--window-size={width},{height}", file.as_uri()]
+        flags += [f"--screenshot={picture}", f"--window-size={width},{height}", file.as_uri() + link]
         subprocess.run([browser, *flags], check=True, capture_output=True, timeout=120)
         image = Image.open(picture).convert("RGB")
     # A quarter of the bytes, and no difference to be seen.

@@ -189,8 +189,8 @@ function showTable(view) {
   listed = tableRows(view, state, scene);
   const where = state.node ? `into and out of ${nodeName(view, state.node)}` : `block ${view.spec.layers[state.layer]}`;
   const shown = Math.min(150, listed.rows.length);
-  byId("table-title").textContent =
-    `Edges, ${where}: ${shown} strongest of ${listed.all.toLocaleString("en")}` + (listed.rows.length > shown ? `, ${listed.rows.length} as CSV` : "");
+  const more = listed.rows.length > shown ? ` (CSV: ${listed.rows.length})` : "";
+  byId("table-title").textContent = `Edges, ${where}: the ${shown} strongest of ${listed.all.toLocaleString("en")}${more}`;
   fillTable(byId("table"), view, listed.rows, state, (key) => {
     if (key === "value" && state.sort === "size") set({ sort: "value", down: true });
     else if (key === state.sort) set(key === "value" && !state.down ? { sort: "size", down: true } : { down: !state.down });
