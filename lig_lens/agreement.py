@@ -84,6 +84,11 @@ def _values(score: "Flow | Effects", effects: Effects) -> Float[Tensor, "..."]:
                 )
             if score.metric is None or score.attn is None or score.skip is None:
                 raise InputError("compare: only a Flow with a metric as target adds up over what leaves a position.")
+            if score.settings.get("split") == "message":
+                raise InputError(
+                    "compare: a Flow with split='message' says what moves along edges, not because of which position: "
+                    "use split='source' to compare positions."
+                )
             return score.attn.sum((1, 3)) + score.skip
         if score.attn is None or score.destinations != tuple(range(len(score.tokens))):
             raise InputError("compare: the Flow has no attn map for all destinations in order: ask attribute() for it.")

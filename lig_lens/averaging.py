@@ -109,7 +109,7 @@ def _mean(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _flows(flows: Sequence[Flow]) -> AverageFlow:
     _same(flows, ("layers", "destinations", "maps", "model_name"))
-    for key in ("attn_baseline", "mlp_baseline", "block_baseline", "tol", "model"):
+    for key in ("attn_baseline", "mlp_baseline", "block_baseline", "split", "tol", "model"):
         asked = [flow.settings.get(key) for flow in flows if key in flow.settings]
         if any(value != asked[0] for value in asked):
             raise InputError(f"average: the Flows differ in their {key}: {asked}. Average like with like.")

@@ -197,6 +197,7 @@ def _explain(text: str, settings: ExplainConfig) -> None:
     assert isinstance(flow, Flow)  # one text gives one Flow
     # Written before anything is printed, so that a closed pipe costs no result.
     written: list[str | os.PathLike[str]] = []
+    too_large: InputError | None = None
     if settings.out is not None:
         written.append(flow.save(settings.out))
     if settings.json_path is not None:
@@ -205,12 +206,17 @@ def _explain(text: str, settings: ExplainConfig) -> None:
     if settings.html is not None:
         from lig_lens.explorer import write_explorer
 
-        written.append(write_explorer(flow, settings.html, title=f"lig_lens: {text}"))
+        try:
+            written.append(write_explorer(flow, settings.html, title=f"lig_lens: {text}"))
+        except InputError as error:
+            too_large = error  # which should not cost what was computed
     typer.echo(summarize(flow, _terminal_width()))
     if written:
         typer.echo(f"Wrote {', '.join(str(path) for path in written)}")
     else:
         typer.echo("No file written; --out, --json and --html write one.")
+    if too_large is not None:
+        raise too_large
 
 
 def _check_device(device: str) -> None:

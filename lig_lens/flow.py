@@ -63,7 +63,8 @@ class Flow:
 
     With a metric as target everything is in the metric's units, and at every layer `attn[l]` and `skip[l]` together
     add up to its change from baseline to prompt, `total["attn"][l]`: `attn[l, h, i, j]` is what source i contributes
-    through head h at destination j and all that follows, `skip[l, i]` what it contributes past that layer's heads.
+    through head h at destination j and all that follows, `skip[l, i]` what it contributes past that layer's heads. With
+    `split="message"` `attn[l, h, i, j]` is what the movement of the message from i to j contributes, whatever moves it.
 
     Args:
         tokens: one string per position, as the tokenizer prints them.

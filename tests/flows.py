@@ -6,6 +6,15 @@ from lig_lens.flow import Flow
 
 TOKENS = ("[CLS]", "the", "cat", "sat", "the", "##s", "[SEP]")
 
+# Tokens that are no markup, and no place in a page.
+HOSTILE = (
+    "</script><script>window.hacked=1</script>",
+    '"><img src=x onerror="window.hacked=1">',
+    "a",
+    "b' & c",
+    "@@header@@",
+)
+
 
 def make_flow(
     tokens=TOKENS,

@@ -4,23 +4,16 @@ import base64
 import html
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from flows import make_flow
+from flows import HOSTILE, make_flow
 
 import lig_lens
 from lig_lens.cli import run
 from lig_lens.explorer import contents, explore, write_explorer
-
-HOSTILE = (
-    "</script><script>window.hacked=1</script>",
-    '"><img src=x onerror="window.hacked=1">',
-    "a",
-    "b' & c",
-    "@@header@@",
-)
 
 
 def header_of(page: str) -> dict:
@@ -66,6 +59,10 @@ def test_too_many_numbers_leave_single_heads_out_and_say_so(monkeypatch):
     assert "attn" not in view["arrays"] and "Single heads are left out" in view["dropped"]
     for rule in ("product", "conserving"):
         assert np.array_equal(decoded(page, view["arrays"][rule]).ravel(), flow.compose(rule).numpy().ravel())
+    with monkeypatch.context() as half:
+        half.setattr(contents, "EXACT_NUMBERS", 10)
+        arrays = header_of(explore(flow).html)["samples"][0]["views"][0]["arrays"]
+        assert {name for name, spec in arrays.items() if spec["dtype"] == "f2"} == {"block", "product", "conserving"}
     monkeypatch.setattr(contents, "MOST_NUMBERS", 100)
     with pytest.raises(lig_lens.InputError, match=r"without single heads, and a page holds 100: choose fewer"):
         explore(flow)
@@ -107,6 +104,20 @@ def test_tokens_are_told_apart():
     assert [token["shown"] for token in sample["tokens"]] == ["[CLS]", "·cat", "...", "'s"]
 
 
+def test_what_differs_between_prompts_is_no_punctuation():
+    flows = [make_flow(tokens=("the", word, "sat", ".", "😀")) for word in ("cat", "dog")]
+    page = explore(lig_lens.average(flows).mean).html
+    (sample,) = header_of(page)["samples"]
+    assert [token["text"] for token in sample["tokens"]] == ["the", "*", "sat", ".", "😀"]
+    assert [token["punctuation"] for token in sample["tokens"]] == [False, False, False, True, False]
+    assert "mean of 2 prompts" in sample["views"][0]["facts"]
+
+
+def test_half_a_surrogate_pair_is_a_token_too(tmp_path):
+    write_explorer(make_flow(tokens=("a", "\ud83d", "b")), tmp_path / "a.html")
+    assert header_of((tmp_path / "a.html").read_text(encoding="utf-8"))["samples"][0]["tokens"][1]["text"] == "?"
+
+
 def test_in_a_notebook_and_as_a_file(tmp_path):
     page = make_flow().explore(height=500)
     frame = page._repr_html_()
@@ -119,7 +130,15 @@ def test_in_a_notebook_and_as_a_file(tmp_path):
 
 @pytest.mark.parametrize(
     "flows, message",
-    [([], "no Flow: give at least one"), ({}, "no Flow"), ([1], "give a Flow, a list"), ({"a": 1}, "'a' is a int")],
+    [
+        ([], "no Flow: give at least one"),
+        ({}, "no Flow"),
+        ([1], "got int: give a Flow"),
+        ({"a": 1}, "got int"),
+        (None, "got NoneType"),
+        ("flow.safetensors", "got str"),
+        (lig_lens.average([make_flow(), make_flow(seed=1)]), r"got AverageFlow: .*of an average its \.mean"),
+    ],
 )
 def test_bad_input(flows, message: str):
     with pytest.raises(lig_lens.InputError, match=message):
@@ -147,4 +166,13 @@ def test_a_metric_has_the_total_of_every_layer():
     flow = lig_lens.attribute(model, pair.clean, corrupted=pair.corrupted, target=target, progress=False)
     view = header_of(explore(flow).html)["samples"][0]["views"][0]
     assert view["totals"] == pytest.approx(flow.total["attn"].tolist()) and set(view["arrays"]) >= {"attn", "skip"}
-    assert "logit_difference" in view["unit"] and torch.isfinite(flow.attn).all()
+    assert "logit_difference" in view["unit"] and "split" in view and "by message" not in view["label"]
+    object.__setattr__(flow, "total", {"attn": torch.tensor([1.0, torch.nan])})
+    assert header_of(explore(flow).html)["samples"][0]["views"][0]["totals"] == [1.0, None]
+    by_message = replace(flow, settings=flow.settings | {"split": "message"})
+    assert "by message" in header_of(explore(by_message).html)["samples"][0]["views"][0]["label"]
+    with pytest.raises(lig_lens.InputError, match=r"differ in their split"):
+        lig_lens.average([flow, by_message])
+    effects = lig_lens.patching.patch(model, pair.clean, pair.corrupted, target, at="resid_pre", progress=False)
+    with pytest.raises(lig_lens.InputError, match="use split='source' to compare positions"):
+        lig_lens.compare(by_message, effects)

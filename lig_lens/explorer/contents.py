@@ -1,7 +1,9 @@
 """What the explorer's page holds of some Flows: labels as JSON, tensors as base64 of halves or floats."""
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,29 +42,37 @@ def contents_of(flows: Mapping[str, Flow]) -> Contents:
     arrays: dict[str, str] = {}
     samples: dict[tuple[str, ...], dict[str, Any]] = {}
     for number, (label, flow) in enumerate(flows.items()):
-        sample = samples.setdefault(flow.tokens, _sample(flow))
-        sample["views"].append(_view(label, flow, f"a{number}", arrays))
+        if flow.tokens not in samples:
+            samples[flow.tokens] = _sample(flow)
+        samples[flow.tokens]["views"].append(_view(label, flow, f"a{number}", arrays))
     return Contents({"schema": 1, "samples": list(samples.values())}, arrays)
 
 
 def _sample(flow: Flow) -> dict[str, Any]:
-    text = "".join(flow.tokens) if any(token.startswith(" ") for token in flow.tokens[1:]) else " ".join(flow.tokens)
-    label = " ".join(text.split())
+    # Half a surrogate pair, which some tokens are, cannot be written.
+    texts = [token.encode("utf-8", "replace").decode() for token in flow.tokens]
+    label = " ".join(("" if any(text.startswith(" ") for text in texts[1:]) else " ").join(texts).split())
+    averaged = "averaged" in flow.settings  # then a * stands for tokens that differ
     tokens = [
         {
-            "text": token,
-            "shown": show_token(token, 24),
+            "text": text,
+            "shown": show_token(text, 24),
             "special": special,
-            "punctuation": bool(token.strip()) and not any(char.isalnum() for char in token),
+            "punctuation": _is_punctuation(text) and not (averaged and text == "*"),
         }
-        for token, special in zip(flow.tokens, flow.special, strict=True)
+        for text, special in zip(texts, flow.special, strict=True)
     ]
     return {"label": label if len(label) <= 90 else f"{label[:88]}…", "tokens": tokens, "views": []}
+
+
+def _is_punctuation(text: str) -> bool:
+    return bool(text.strip()) and all(unicodedata.category(char).startswith("P") for char in text.strip())
 
 
 def _view(label: str, flow: Flow, prefix: str, arrays: dict[str, str]) -> dict[str, Any]:
     tensors, dropped = _fitting(label, flow)
     half = sum(tensor.numel() for tensor in tensors.values()) > EXACT_NUMBERS
+    large = {"attn", "block", *RULES} if half else set()
 
     def packed(name: str, tensor: Tensor, half: bool) -> dict[str, Any]:
         key = f"{prefix}-{name}"
@@ -82,13 +92,17 @@ def _view(label: str, flow: Flow, prefix: str, arrays: dict[str, str]) -> dict[s
         else _UNITS.get(str(flow.settings.get("target")), "the target"),
         "half": half,
         "dropped": dropped,
-        "arrays": {name: packed(name, tensor, half) for name, tensor in tensors.items()},
+        "split": flow.settings.get("split", "source"),
+        "arrays": {name: packed(name, tensor, name in large) for name, tensor in tensors.items()},
     }
+    for name in large & tensors.keys():
+        # Halves of a column that nearly cancels do not add up to its sum.
+        view["arrays"][f"{name}-sums"] = packed(f"{name}-sums", tensors[name].sum(-2), False)
     for name in flow.maps:
         view["arrays"][f"{name}-gap"] = packed(f"{name}-gap", flow.gap[name], False)
         view["arrays"][f"{name}-converged"] = packed(f"{name}-converged", flow.converged[name].float(), False)
     if flow.metric is not None:
-        view["totals"] = flow.total["attn"].tolist()
+        view["totals"] = [total if math.isfinite(total) else None for total in flow.total["attn"].tolist()]
     return view
 
 
@@ -110,9 +124,11 @@ def _fitting(label: str, flow: Flow) -> tuple[dict[str, Tensor], str | None]:
         )
     left = sum(tensor.numel() for tensor in tensors.values())
     if left > MOST_NUMBERS:
+        without = f", {left:,} without single heads" if dropped else ""
+        choose = "layers=..." if flow.metric is not None else "layers=..., destinations=..."
         raise InputError(
-            f"explore: the Flow {label!r} has {count:,} numbers, {left:,} without single heads, and a page holds "
-            f"{MOST_NUMBERS:,}: choose fewer with flow.select(layers=..., destinations=...)."
+            f"explore: the Flow {label!r} has {count:,} numbers{without}, and a page holds {MOST_NUMBERS:,}: choose "
+            f"fewer with flow.select({choose})."
         )
     return tensors, dropped
 
@@ -120,8 +136,10 @@ def _fitting(label: str, flow: Flow) -> tuple[dict[str, Tensor], str | None]:
 def _facts(flow: Flow) -> str:
     """Model, size and certainty, in a line."""
     facts = [flow.model_name or "model", f"{len(flow.tokens)} tokens", f"{len(flow.layers)} blocks"]
+    if "averaged" in flow.settings:
+        facts.append(f"mean of {flow.settings['averaged']} prompts")
     if flow.metric is not None:
-        facts.append(f"metric {flow.metric}")
+        facts.append(f"metric {flow.metric}{_split(flow)}")
     tol = flow.settings.get("tol")
     facts.append(f"worst gap {flow.worst_gap():.0e}" + (f" (tol {tol:g})" if isinstance(tol, float) else ""))
     if flow.converged_share() < 1:
@@ -149,15 +167,16 @@ def labelled(flows: Any) -> dict[str, Flow]:
     """
     if isinstance(flows, Flow):
         flows = [flows]
-    if isinstance(flows, Mapping):
-        named = [(str(label), flow) for label, flow in flows.items()]
-    else:
-        named = [(_name(flow), flow) for flow in flows if isinstance(flow, Flow)]
-        if len(named) < len(flows):
-            raise InputError("explore: give a Flow, a list of Flows, or a mapping of labels to Flows.")
-    for label, flow in named:
-        if not isinstance(flow, Flow):
-            raise InputError(f"explore: {label!r} is a {type(flow).__name__}: give Flows.")
+    given = list(flows.items()) if isinstance(flows, Mapping) else None
+    if given is None and isinstance(flows, Iterable) and not isinstance(flows, str):
+        given = [(None, flow) for flow in flows]
+    odd = [flow for _, flow in given if not isinstance(flow, Flow)] if given is not None else [flows]
+    if given is None or odd:
+        raise InputError(
+            f"explore: got {type(odd[0]).__name__}: give a Flow, several, or a mapping of labels to Flows (of an "
+            "average its .mean)."
+        )
+    named = [(_name(flow) if label is None else str(label), flow) for label, flow in given]
     if not named:
         raise InputError("explore: no Flow: give at least one.")
     return dict(_unique(named))
@@ -166,9 +185,13 @@ def labelled(flows: Any) -> dict[str, Flow]:
 def _name(flow: Flow) -> str:
     """The baselines of a Flow, or its metric."""
     if flow.metric is not None:
-        return f"{flow.metric}, from {flow.settings.get('attn_baseline')}"
+        return f"{flow.metric}{_split(flow)}, from {flow.settings.get('attn_baseline')}"
     parts = [f"{name} {flow.settings.get(f'{name}_baseline', '?')}" for name in flow.maps]
     return ", ".join(parts)
+
+
+def _split(flow: Flow) -> str:
+    return ", by message" if flow.settings.get("split") == "message" else ""
 
 
 def _unique(named: Sequence[tuple[str, Flow]]) -> Iterator[tuple[str, Flow]]:

@@ -63,7 +63,8 @@ def explore(
         height: of the frame in a notebook, in pixels.
 
     Up to a million numbers of a Flow are written as float32, more as float16 (three digits), relative to the largest
-    of their layer. Above eight million, single heads are left out, and the page says so.
+    of their layer. Above eight million, single heads are left out of Flows that have the attn and mlp maps, and the
+    page says so.
 
     Raises:
         InputError: no Flow, or one that is too large for a page.

@@ -57,7 +57,9 @@ def rollout_map(
     facts = [
         *describe(flow, target=False),
         f"rule {rule}",
-        "a row adds up to 100%" if tokens is None else f"{len(shown.sources)} of them shown",
+        "a row adds up to 100%"
+        if tokens is None
+        else f"{len(shown.sources)} of {len(flow.tokens)} source tokens shown",
     ]
     return draw(
         [

@@ -91,7 +91,7 @@ def _places(effects: Effects, what: str, wanted: Sequence[int] | None, present: 
     """Where the wanted layers or heads stand on their axis."""
     wanted = present if wanted is None else wanted
     missing = [number for number in wanted if number not in present]
-    if missing or not wanted:
+    if missing or len(wanted) == 0:
         raise InputError(
             f"effects_map: {what}={list(wanted)}: use some of {list(present)}"
             + (f", which has no {missing[0]}." if missing else ", or leave it out for all.")

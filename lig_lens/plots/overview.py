@@ -125,7 +125,7 @@ def _of_metric(flow: Flow, share: bool) -> _Table:
     change = f"the metric's change{metric_change(flow)}"
     facts = (
         "sum over sources and destinations" + (f", divided by {change}" if share else ", in the metric's units"),
-        f"a layer adds up to {'100%' if share else change}",
+        f"all heads of a layer and what goes past them add up to {'100%' if share else change}",
     )
     return _Table(
         heads, rest, ("past<br>heads",), title, "share" if share else unit(flow), facts, percent=share, signed=True
@@ -135,7 +135,10 @@ def _of_metric(flow: Flow, share: bool) -> _Table:
 def _of_output(flow: Flow) -> _Table:
     sizes = flow.columns("mlp").abs()
     shares = _divided(sizes, sizes.sum(1, keepdim=True)).mean(2)
-    facts = ("|head| / (sum over heads |head| + |skip| + |bias|), mean over destinations", "a layer adds up to 100%")
+    facts = (
+        "|head| / (sum over heads |head| + |skip| + |bias|), mean over destinations",
+        "all parts of a layer add up to 100%",
+    )
     title = "How much of each block's output comes through each head"
     return _Table(shares[:, :-2], shares[:, -2:], ("skip", "bias"), title, "absolute share", facts)
 
@@ -244,7 +247,7 @@ def _convergence(missed: int, per_head: bool) -> str:
 
 def _log_scale(gaps: Tensor, tol: float | None) -> Scale:
     """Decades of gaps, up to tol at least: what is pale is far below it."""
-    positive = gaps[gaps > 0].log10()
+    positive = gaps[(gaps > 0) & gaps.isfinite()].log10()
     ends = ([float(positive.max())] if positive.numel() else []) + ([float(np.log10(tol))] if tol else [])
     high = max(ends, default=0.0)
     low = max(float(positive.min()) if positive.numel() else high - 1, high - _DECADES)

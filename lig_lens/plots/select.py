@@ -123,7 +123,8 @@ def describe(flow: Flow, target: bool = True) -> list[str]:
     """Model, number of tokens and prompts and, if asked for, target of a Flow, as escaped text."""
     facts = [short(flow.model_name), f"{len(flow.tokens)} tokens", averaged(flow.settings)]
     if target and flow.metric is not None:
-        facts.append(f"metric {short(flow.metric)}{metric_change(flow)}")
+        by_message = ", by message" if flow.settings.get("split") == "message" else ""
+        facts.append(f"metric {short(flow.metric)}{metric_change(flow)}{by_message}")
     elif target and "target" in flow.settings:
         facts.append(f"target {short(str(flow.settings['target']))}")
     return [fact for fact in facts if fact]

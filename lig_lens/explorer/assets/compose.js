@@ -26,7 +26,7 @@ function stepRests(view, map, layer, total) {
     if (past) past.forEach((value, c) => (size[c] += Math.abs(value)));
     const heads = view.byHead(map) ? view.nHeads : 1;
     for (let h = 0; h < heads; h++) {
-      const one = view.matrix(map, layer, view.byHead(map) ? h : null);
+      const one = view.headsMatrix(map, layer, view.byHead(map) ? h : null);
       columnSums(one, n, true).forEach((value, c) => (size[c] += value));
     }
     const rounding = EPS32 * heads * n * size.reduce((a, b) => Math.max(a, b), 0);
@@ -116,10 +116,8 @@ function strongestEdges(view, map, layer, best, k) {
   const inverse = Float64Array.from(total, (sum, c) => (rests[c] ? 0 : 1 / sum));
   const found = Array.from({ length: n }, () => new Strongest(k));
   const heads = view.byHead(map) ? Array.from({ length: view.nHeads }, (_, h) => h) : [null];
-  const past = pastShares(view, map, layer);
-  const beyond = view.byHead(map) ? past : past.map((share, c) => (rests[c] ? share : 0));
   for (const head of heads) {
-    const matrix = view.matrix(map, layer, head);
+    const matrix = view.headsMatrix(map, layer, head);
     for (let src = 0; src < n; src++) {
       const way = Math.abs(best[src][0]);
       if (way === 0) continue;
@@ -130,7 +128,7 @@ function strongestEdges(view, map, layer, best, k) {
       }
     }
   }
-  beyond.forEach((share, j) => {
+  pastShares(view, map, layer).forEach((share, j) => {
     const size = Math.abs(share * best[j][0]);
     if (size > found[j].floor) found[j].add(size, { head: -1, src: j, share });
   });

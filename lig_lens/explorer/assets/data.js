@@ -86,29 +86,32 @@ class View {
 
   /** Weights [source, column] of one head, or of all that a layer does: heads, skip and bias. */
   matrix(map, layer, head = null) {
-    return this.remember(`m ${map} ${layer} ${head}`, () => {
+    if (head === null && !this.byHead(map)) return this.slice(map, layer);
+    const past = head === null ? this.past(map, layer) : null;
+    if (!past) return this.headsMatrix(map, layer, head);
+    return this.remember(`m ${map} ${layer}`, () => {
+      const sum = this.headsMatrix(map, layer).slice();
+      past.forEach((value, c) => (sum[this.destinations[c] * this.nColumns + c] += value));
+      return sum;
+    });
+  }
+
+  /** The same without what goes past the heads. */
+  headsMatrix(map, layer, head = null) {
+    if (head !== null) return this.headMatrix(map, layer, head);
+    return this.remember(`o ${map} ${layer}`, () => {
       if (map === "block") return this.slice("block", layer);
-      if (!this.byHead(map)) return this.slice(map, layer);
-      if (head !== null) return this.headMatrix(map, layer, head);
+      if (!this.byHead(map)) {
+        const result = this.slice(map, layer).slice();
+        this.past(map, layer)?.forEach((value, c) => (result[this.destinations[c] * this.nColumns + c] -= value));
+        return result;
+      }
       const sum = new Float32Array(this.nTokens * this.nColumns);
       for (let h = 0; h < this.nHeads; h++) {
         const one = this.headMatrix(map, layer, h);
         for (let i = 0; i < sum.length; i++) sum[i] += one[i];
       }
-      const past = this.past(map, layer);
-      if (past) past.forEach((value, c) => (sum[this.destinations[c] * this.nColumns + c] += value));
       return sum;
-    });
-  }
-
-  /** The same without what goes past the heads: [source, column]. */
-  headsMatrix(map, layer, head = null) {
-    const past = head === null && map !== "mlp" && this.byHead(map) ? this.past(map, layer) : null;
-    if (!past) return this.matrix(map, layer, head);
-    return this.remember(`o ${map} ${layer}`, () => {
-      const result = this.matrix(map, layer).slice();
-      past.forEach((value, c) => (result[this.destinations[c] * this.nColumns + c] -= value));
-      return result;
     });
   }
 
@@ -129,7 +132,7 @@ class View {
         return result;
       }
       const rounding = EPS32 * this.nTokens * this.strongestColumn(layer);
-      const sums = columnSums(into, n);
+      const sums = this.sums("attn", layer, head);
       for (let i = 0; i < size; i++) {
         const c = i % n;
         if (Math.abs(sums[c]) > rounding) result[i] = (into[i] / sums[c]) * through[c];
@@ -155,6 +158,15 @@ class View {
     });
   }
 
+  /** Sums of the columns of an array, as they were before halves were made of it. */
+  sums(name, layer, head = null) {
+    const n = this.nColumns;
+    if (`${name}-sums` in this.spec.arrays) {
+      return Float64Array.from(head === null ? this.slice(`${name}-sums`, layer) : this.slice(`${name}-sums`, layer, head, n));
+    }
+    return columnSums(head === null ? this.slice(name, layer) : this.slice(name, layer, head, this.nTokens * n), n);
+  }
+
   /** What goes past the heads at each column, or null where the map has no such thing. */
   past(map, layer) {
     if (map === "metric") return this.slice("skip", layer);
@@ -173,8 +185,9 @@ class View {
     const own = map === "attn" ? head : null;
     return this.remember(`d ${map} ${layer} ${own}`, () => {
       const shown = this.matrix(map, layer, own);
-      const sums = columnSums(shown, this.nColumns);
-      if (map === "metric") return sums.fill(this.spec.totals[layer]);
+      const exact = map in this.spec.arrays && (map !== "attn" || own !== null) && map !== "mlp";
+      const sums = exact ? this.sums(map, layer, own) : columnSums(shown, this.nColumns);
+      if (map === "metric") return sums.fill(this.spec.totals[layer] ?? 0);
       const sizes = columnSums(shown, this.nColumns, true);
       const rounding = EPS32 * this.nTokens * sizes.reduce((a, b) => Math.max(a, b), 0);
       return sums.map((sum) => (Math.abs(sum) <= rounding ? 0 : sum));

@@ -24,6 +24,12 @@ function colourTop(view, state, heads) {
   });
 }
 
+function largestOf(cells) {
+  let top = 0;
+  for (const row of cells.rows) for (const column of cells.columns) top = Math.max(top, Math.abs(cells.value(row, column)));
+  return top || 1;
+}
+
 const allHeads = (view, state) => (view.byHead(state.map) ? Array.from({ length: view.nHeads }, (_, h) => h) : [null]);
 
 /** Pixels for values from -1 to 1, as a canvas stores them. */
@@ -93,7 +99,7 @@ function drawLarge(canvas, view, state, scene, palette, width) {
   const height = cellHeight * cells.rows.length + MARGIN * 0.8 + 8;
   const context = sized(canvas, width, height);
   const box = { x: MARGIN, y: 6, width: side, height: cellHeight * cells.rows.length };
-  const top = colourTop(view, state, state.head === null && state.map !== "mlp" ? [null] : allHeads(view, state));
+  const top = state.map === "mlp" ? largestOf(cells) : colourTop(view, state, state.head === null ? [null] : allHeads(view, state));
   paintCells(context, cells, top, colourScale(palette), box);
   context.strokeStyle = palette.line;
   context.strokeRect(box.x - 0.5, box.y - 0.5, box.width + 1, box.height + 1);

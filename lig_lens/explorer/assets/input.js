@@ -27,8 +27,9 @@ function choose(node) {
 }
 
 function pressKey(event) {
-  const typing = event.target.closest("input, select, textarea");
-  if (event.ctrlKey || event.metaKey || event.altKey || (typing && event.key !== "Escape")) return;
+  // Elsewhere than in the picture, keys belong to what has the focus.
+  const elsewhere = event.target !== document.body && !event.target.closest("#graph");
+  if (event.ctrlKey || event.metaKey || event.altKey || (elsewhere && event.key !== "Escape")) return;
   const view = currentView();
   const upward = state.orient === "up";
   const moves = upward
@@ -95,7 +96,7 @@ function hideTip() {
 function hoverGraph(event) {
   const data = event.target.dataset ?? {};
   const view = currentView();
-  const name = (i) => `‘${view.sample.tokens[i].shown}’ (${i})`;
+  const name = (i) => tokenName(view, i);
   const node = pointedNode(event);
   byId("graph").style.cursor = node ? "pointer" : "";
   if (node) {
@@ -109,7 +110,9 @@ function hoverGraph(event) {
     const edge = scene.edges[Number(data.edge)];
     const way = edge.kind === "skip" ? "past the heads" : state.head !== null ? `through head ${state.head}` : "through the block";
     const lines = [`Block ${view.spec.layers[edge.layer]}: ${name(edge.src)} → ${name(edge.dst)}, ${way}`];
-    if (scene.cone) lines.push(`${percent(edge.value)} of the chosen token's flow passes here`);
+    const below = scene.rows.high[edge.layer] <= (state.node?.row ?? 0);
+    if (scene.cone && below) lines.push(`${percent(edge.value)} of the chosen token comes this way`);
+    if (scene.cone && !below) lines.push(`${percent(edge.value)} of ${name(edge.dst)} comes from the chosen token this way`);
     lines.push(...edgeNumbers(view, edge));
     return tip(event, lines.join("\n"));
   }
@@ -124,19 +127,24 @@ function hoverGraph(event) {
 
 function nodeMeaning(view, row, value) {
   if (scene.cone) {
-    if (row === state.node.row) return "the chosen token";
+    if (row === state.node.row) return value === 1 ? "the chosen token" : "beside the chosen token";
     return row < state.node.row ? `${percent(value)} of the chosen token is from here` : `${percent(value)} of this is from the chosen token`;
   }
   const amount = state.scale === "share" ? percent(value) : exact(view, value);
+  if (state.map === "metric") return view.spec.split === "message" ? `${amount} sent from here` : `${amount} through this token`;
   if (state.node) return `${amount}: flow between it and the chosen token`;
-  return state.map === "metric" ? `${amount} through this token` : `gives ${amount} to the next row${state.scale === "share" ? ", mean over destinations" : ""}`;
+  return `gives ${amount} to the next row${state.scale === "share" ? ", mean over destinations" : ""}`;
 }
 
 /** Exact value and share of what an edge stands for, and the gap of its column. */
 function edgeNumbers(view, edge) {
   const c = view.columnOf[edge.dst];
   const head = state.head;
-  const value = edge.kind === "skip" ? view.past(state.map, edge.layer)[c] : view.headsMatrix(state.map, edge.layer, head)[edge.src * view.nColumns + c];
+  if (edge.kind === "skip") {
+    const past = view.past(state.map, edge.layer);
+    return past ? numbersOf(view, edge.layer, head, past[c], c) : ["nothing moves it: it keeps what it has"];
+  }
+  const value = view.headsMatrix(state.map, edge.layer, head)[edge.src * view.nColumns + c];
   return numbersOf(view, edge.layer, head, value, c);
 }
 
@@ -155,7 +163,7 @@ function hoverLarge(event) {
   const [down, across] = [large.cells.rows[row], large.cells.columns[column]];
   if (down === undefined || across === undefined) return hideTip();
   const view = currentView();
-  const name = (i) => `‘${view.sample.tokens[i].shown}’ (${i})`;
+  const name = (i) => tokenName(view, i);
   const c = view.columnOf[state.map === "mlp" ? across : down];
   if (state.map === "mlp") {
     const value = large.cells.value(down, across);

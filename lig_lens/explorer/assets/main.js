@@ -55,7 +55,9 @@ function settle() {
     state.head = null;
   }
   const node = state.node;
-  if (node && !(node.row < rowsOf(view).labels.length && node.pos < view.nTokens)) state.node = null;
+  if (node && !(node.row < rowsOf(view).labels.length && shownPositions(view, state).includes(node.pos))) state.node = null;
+  if (state.map === "mlp") state.head = null; // all parts of it are one small picture
+  if (state.threshold !== null) state.threshold = Math.min(1, Math.max(0, state.threshold));
   state.spacing = Math.min(3, Math.max(0.5, state.spacing));
   state.k = Math.min(50, Math.max(1, Math.round(state.k)));
   state.thresholdSet = state.threshold !== null;
@@ -86,7 +88,7 @@ function writeLink() {
 }
 
 function set(changes) {
-  if (("map" in changes || "scale" in changes || "view" in changes || "sample" in changes) && !("threshold" in changes)) {
+  if (("map" in changes || "scale" in changes) && !("threshold" in changes)) {
     changes.threshold = null;
   } else if (!("threshold" in changes) && !state.thresholdSet) {
     changes.threshold = null;
@@ -134,19 +136,21 @@ function showGraph(view, colours, room) {
 
 function showHeads(view, colours, side) {
   const block = view.spec.layers[state.layer];
-  const what = state.head !== null ? `head ${state.head}` : view.byHead(state.map) ? "all heads" : "whole block";
+  const cut = "Stronger values have the last colour.";
+  const what = state.map === "mlp" ? "all parts" : state.head !== null ? `head ${state.head}` : view.byHead(state.map) ? "all heads" : "whole block";
   byId("heads-title").textContent = `Block ${block}, ${what}`;
   const reading = state.map === "mlp" ? "parts down, destinations across" : "destinations down, sources across";
-  byId("note").textContent = `${reading}, ${unitOf(view)}. ${view.spec.dropped ?? ""}`;
+  byId("note").textContent = `${reading}, ${unitOf(view)}. ${cut} ${view.spec.dropped ?? ""}`;
   const canvas = byId("large");
   canvas.setAttribute("aria-label", `Heatmap of block ${block}, ${what}: ${reading}. The numbers are in the table.`);
   large = drawLarge(canvas, view, state, scene, colours, side);
-  const end = state.scale === "share" ? percent(large.top).replace("+", "") : exact(view, large.top).replace("+", "");
+  const end = state.scale === "share" ? percent(large.top) : exact(view, large.top).replace("+", "");
   byId("legend").replaceChildren(`−${end}`, document.createElement("i"), `+${end}`);
   drawSmall(byId("heads"), view, state, scene, colours, (head) => set({ head: state.head === head ? null : head }));
 }
 
 function unitOf(view) {
+  if (state.scale === "absolute" && state.map === "product") return "products of the two maps' contributions";
   if (state.scale === "absolute") return `in units of ${view.spec.unit}`;
   if (state.map === "metric") return "share of the layer's total";
   return state.map === "attn" ? "share of the column" : "share of the step";
@@ -171,6 +175,7 @@ function showPaths(view) {
     const item = document.createElement("li");
     item.append(`${percent(path.weight)}  ${view.sample.tokens[path.steps[0].src].shown} `);
     let waited = 0;
+    if (path.steps.some((step) => !scene.visible[step.src])) item.append("(through hidden tokens) ");
     path.steps.forEach((step) => {
       if (step.head !== null && step.head < 0) return void waited++;
       const span = document.createElement("span");
@@ -189,8 +194,9 @@ function showTable(view) {
   listed = tableRows(view, state, scene);
   const where = state.node ? `into and out of ${nodeName(view, state.node)}` : `block ${view.spec.layers[state.layer]}`;
   const shown = Math.min(150, listed.rows.length);
-  const more = listed.rows.length > shown ? ` (CSV: ${listed.rows.length})` : "";
-  byId("table-title").textContent = `Edges, ${where}: the ${shown} strongest of ${listed.all.toLocaleString("en")}${more}`;
+  const kept = listed.rows.length < listed.all ? `, the ${listed.rows.length} strongest kept` : "";
+  const seen = shown < listed.rows.length ? `, ${shown} shown` : "";
+  byId("table-title").textContent = `Edges, ${where}: ${listed.all.toLocaleString("en")}${kept}${seen}`;
   fillTable(byId("table"), view, listed.rows, state, (key) => {
     if (key === "value" && state.sort === "size") set({ sort: "value", down: true });
     else if (key === state.sort) set(key === "value" && !state.down ? { sort: "size", down: true } : { down: !state.down });
@@ -201,12 +207,20 @@ function showTable(view) {
 function nodeName(view, node) {
   const row = rowsOf(view).labels[node.row];
   const place = row.into !== null ? `entering block ${row.into}` : `leaving block ${row.from}`;
-  return `‘${view.sample.tokens[node.pos].shown}’ (${node.pos}) ${place}`;
+  return `${tokenName(view, node.pos)} ${place}`;
 }
+
+const tokenName = (view, i) => `‘${view.sample.tokens[i].shown}’ (${i})`;
 
 function showStatus(view) {
   const drawn = scene.edges.length;
-  const edges = `${drawn.toLocaleString("en")} edges drawn${scene.above > drawn ? `, the strongest of ${scene.above.toLocaleString("en")} above the threshold` : ""}`;
+  const hidden = view.nTokens - scene.positions.length;
+  const edges = [
+    `${drawn.toLocaleString("en")} edges drawn${scene.above > drawn ? `, the strongest of ${scene.above.toLocaleString("en")} above the threshold` : ""}`,
+    scene.below ? `${scene.below.toLocaleString("en")} below it` : "",
+    hidden ? `${hidden} tokens hidden` : "",
+    scene.cone && state.head !== null ? "circles and paths are those of all heads" : "",
+  ].filter(Boolean).join(", ");
   const what = state.node ? `${nodeName(view, state.node)}. ` : "";
   const top = state.node && listed.rows.length ? strongestInWords(view) : "";
   byId("status").textContent = `${what}${top}${edges}.`;
@@ -214,9 +228,9 @@ function showStatus(view) {
 
 function strongestInWords(view) {
   const best = listed.rows.find((row) => row.src !== row.dst) ?? listed.rows[0];
-  const name = (i) => `‘${view.sample.tokens[i].shown}’ (${i})`;
+  const name = (i) => tokenName(view, i);
   const through = typeof best.head === "number" ? ` through head ${best.layer}.${best.head}` : "";
-  return `Strongest edge: ${name(best.src)} to ${name(best.dst)}${through}, ${exact(view, best.value)}. `;
+  return `Strongest edge${best.src === best.dst ? "" : " between tokens"}: ${name(best.src)} to ${name(best.dst)}${through}, ${exact(view, best.value)}. `;
 }
 
 // Controls.
@@ -242,7 +256,8 @@ function showControls(view) {
   byId("facts").textContent = view.spec.facts;
   for (const radio of document.getElementsByName("scale")) radio.checked = radio.value === state.scale;
   byId("threshold").value = toSlider(state.threshold);
-  byId("threshold-value").textContent = percent(state.threshold);
+  byId("threshold-value").textContent = percent(state.threshold) + (state.scale === "absolute" && !scene.cone ? " of the strongest" : "");
+  byId("copy-link").hidden = location.protocol === "about:"; // a frame in a notebook has no address
   for (const id of ["circle", "orient", "spacing", "k"]) byId(id).value = state[id];
   for (const id of ["special", "punct", "paths", "skip"]) byId(id).checked = state[id];
   byId("k-label").hidden = !state.paths;

@@ -17,9 +17,10 @@ function savePng() {
   const picture = new Image();
   const { width, height } = byId("graph").firstElementChild.viewBox.baseVal;
   picture.onload = () => {
-    const canvas = Object.assign(document.createElement("canvas"), { width: 2 * width, height: 2 * height });
+    const scale = Math.min(2, 16000 / Math.max(width, height)); // browsers refuse larger pictures
+    const canvas = Object.assign(document.createElement("canvas"), { width: scale * width, height: scale * height });
     canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
-    canvas.toBlob((blob) => save(blob, "png"));
+    canvas.toBlob((blob) => (blob ? save(blob, "png") : (byId("status").textContent = "The picture is too large for a PNG: save the SVG.")));
   };
   picture.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(svgText())}`;
 }
@@ -32,8 +33,9 @@ async function copy(text, done) {
     const area = Object.assign(document.createElement("textarea"), { value: text });
     document.body.append(area);
     area.select();
-    document.execCommand("copy");
+    const copied = document.execCommand("copy");
     area.remove();
+    if (!copied) done = "The browser does not allow it.";
   }
   byId("status").textContent = done;
 }

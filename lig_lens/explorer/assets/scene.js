@@ -80,12 +80,12 @@ function sceneOf(view, state) {
         rolloutOf(view, state.map, state.node.row, state.node.pos))
     : null;
   const nodes = nodeValues(view, state, rows, cone);
-  const found = { strongest: new Strongest(MOST_EDGES), above: 0 };
+  const found = { strongest: new Strongest(MOST_EDGES), above: 0, below: 0 };
   view.spec.layers.forEach((_, layer) => edgesOf(view, state, layer, rows, visible, cone, found));
   const paths = state.node && state.node.row > 0 && state.paths && follows(view, state)
     ? strongestPaths(view, state.map, state.node.row, state.node.pos, state.k)
     : [];
-  return { positions, visible, rows, cone, nodes, edges: found.strongest.sorted(), above: found.above, paths };
+  return { positions, visible, rows, cone, nodes, edges: found.strongest.sorted(), above: found.above, below: found.below, paths };
 }
 
 /** Value of each node [row][position], NaN where it has none. */
@@ -133,7 +133,8 @@ function edgesOf(view, state, layer, rows, visible, cone, found) {
   const aside = (src, dst) => node && !cone && !(node.row === high && node.pos === dst) && !(node.row === low && node.pos === src);
   const consider = (src, dst, value, kind) => {
     const size = Math.abs(value);
-    if (!(size > 0) || size < least || !visible[src] || !visible[dst]) return;
+    if (!(size > 0) || !visible[src] || !visible[dst]) return;
+    if (size < least) return void found.below++;
     found.above++;
     if (size / reference > found.strongest.floor) {
       found.strongest.add(size / reference, { layer, src, dst, value, size: size / reference, kind, quiet: aside(src, dst) });
@@ -157,11 +158,14 @@ function edgesOf(view, state, layer, rows, visible, cone, found) {
   }
 }
 
+/** The largest contribution of a layer among what is drawn; for the absolute scale. */
 function layerTop(view, state, layer) {
   const head = state.head !== null && view.byHead(state.map) ? state.head : null;
-  return view.remember(`t ${state.map} ${layer} ${head} ${state.scale}`, () => {
+  return view.remember(`t ${state.map} ${layer} ${head} ${state.skip}`, () => {
     let top = 0;
-    for (const value of weights(view, state, layer)) top = Math.max(top, Math.abs(value));
+    for (const value of view.headsMatrix(state.map, layer, head)) top = Math.max(top, Math.abs(value));
+    const past = state.skip ? pastWeights(view, state, layer) : null;
+    if (past) for (const value of past) top = Math.max(top, Math.abs(value));
     return top || 1;
   });
 }

@@ -3,7 +3,7 @@
 const MOST_ROWS = 300;
 const COLUMNS = [
   ["layer", "block", (r) => r.layer],
-  ["head", "head", (r) => (typeof r.head === "number" ? r.head : r.head)],
+  ["head", "head", (r) => r.head],
   ["src", "source", (r) => r.src],
   ["dst", "destination", (r) => r.dst],
   ["value", "value", (r) => r.value],
@@ -34,7 +34,7 @@ function tableRows(view, state, scene) {
     };
     const heads = view.byHead(state.map) ? Array.from({ length: view.nHeads }, (_, h) => h) : [null];
     for (const head of heads.filter((h) => state.head === null || h === null || h === state.head)) {
-      const matrix = view.matrix(state.map, layer, head);
+      const matrix = view.headsMatrix(state.map, layer, head);
       const divisors = view.divisors(state.map, layer, head);
       const n = view.nColumns;
       for (let c = 0; c < n; c++) {
@@ -47,7 +47,7 @@ function tableRows(view, state, scene) {
         }
       }
     }
-    const past = state.head === null && view.byHead(state.map) ? view.past(state.map, layer) : null;
+    const past = state.head === null ? view.past(state.map, layer) : null;
     if (past) {
       const divisors = view.divisors(state.map, layer);
       past.forEach((value, c) => consider("past", view.destinations[c], c, value, divisors[c]));
@@ -68,6 +68,7 @@ function sortRows(rows, key, down) {
 
 function fillTable(table, view, rows, state, sortBy) {
   const head = table.tHead.rows[0];
+  const focused = head.contains(document.activeElement) ? document.activeElement.dataset.key : null;
   head.replaceChildren(
     ...COLUMNS.filter(([key]) => key !== "size").map(([key, label]) => {
       const cell = document.createElement("th");
@@ -76,11 +77,13 @@ function fillTable(table, view, rows, state, sortBy) {
       cell.scope = "col";
       cell.ariaSort = on ? (state.down ? "descending" : "ascending") : "none";
       button.textContent = label + (on ? (state.down ? " ↓" : " ↑") : "") + (key === "value" && state.sort === "size" ? " |·|" : "");
+      button.dataset.key = key;
       button.addEventListener("click", () => sortBy(key));
       cell.append(button);
       return cell;
     })
   );
+  if (focused) head.querySelector(`[data-key="${focused}"]`)?.focus();
   const name = (i) => `${view.sample.tokens[i].shown} ${i}`;
   const body = document.createDocumentFragment();
   for (const row of sortRows(rows, state.sort, state.down).slice(0, 150)) {
