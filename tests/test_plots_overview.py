@@ -126,7 +126,10 @@ def test_means_of_several_prompts_say_so():
     flow = metric_flow()
     settings = flow.settings | {"averaged": 5, "metric": {"clean": 2.0, "corrupted": None}}
     shown = heading(importance(dataclasses.replace(flow, settings=settings)))
-    assert "mean of 5 prompts" in shown and "a layer adds up to the metric's change<" in shown
+    assert (
+        "mean of 5 prompts" in shown
+        and "all heads of a layer and what goes past them add up to the metric's change<" in shown
+    )
 
 
 def test_importance_for_the_output_by_hand():
