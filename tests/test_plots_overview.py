@@ -119,7 +119,7 @@ def test_importance_as_share_of_the_metrics_change():
     flow = metric_flow()
     figure = importance(flow, share=True)
     np.testing.assert_allclose(np.nansum(figure.data[0].z, 1), 1, rtol=1e-4)
-    assert "adds up to 100%" in heading(figure) and figure.layout.coloraxis.cmin < 0
+    assert "add up to 100%" in heading(figure) and figure.layout.coloraxis.cmin < 0
 
 
 def test_means_of_several_prompts_say_so():
