@@ -217,7 +217,7 @@ function showStatus(view) {
   const hidden = view.nTokens - scene.positions.length;
   const edges = [
     `${drawn.toLocaleString("en")} edges drawn${scene.above > drawn ? `, the strongest of ${scene.above.toLocaleString("en")} above the threshold` : ""}`,
-    scene.below ? `${scene.below.toLocaleString("en")} below it` : "",
+    scene.below ? `${scene.below.toLocaleString("en")} below the threshold` : "",
     hidden ? `${hidden} tokens hidden` : "",
     scene.cone && state.head !== null ? "circles and paths are those of all heads" : "",
   ].filter(Boolean).join(", ");

@@ -272,8 +272,9 @@ function drawRows(out, view, state, scene, g, palette) {
     const token = view.sample.tokens[i];
     const [x, y] = g.at(0, i);
     const chosen = state.node && state.node.pos === i;
+    const below = short(y + Math.max(20, g.radius + 14));
     const place = g.upward
-      ? `x="${short(x)}" y="${short(y + 20)}" transform="rotate(-${g.token > 64 ? 0 : 55} ${short(x)} ${short(y + 20)})" ` +
+      ? `x="${short(x)}" y="${below}" transform="rotate(-${g.token > 64 ? 0 : 55} ${short(x)} ${below})" ` +
         `text-anchor="${g.token > 64 ? "middle" : "end"}"`
       : `x="${short(x - 18)}" y="${short(y + 4)}" text-anchor="end"`;
     out.push(
