@@ -182,7 +182,13 @@ def test_versus_intervention(program: Program, tmp_path: Path, capsys: pytest.Ca
     out = tmp_path / "intervention.json"
     program("versus_intervention").main(model="induction", pairs=2, top=5, tol=1e-2, seed=0, device="cpu", out=out)
     cells = read(out)["cells"]
-    assert {cell["effects"] for cell in cells} == {"heads", "heads, both ways", "edges out", "edges patched"}
+    assert {cell["effects"] for cell in cells} == {
+        "heads",
+        "heads, both ways",
+        "edges out",
+        "edges patched",
+        "edges, both ways",
+    }
     assert len(cells) == 4 * 5 * 2 and all(cell["n"] > 0 for cell in cells)
     assert "Known circuit: heads 0." in capsys.readouterr().out
 
