@@ -189,7 +189,7 @@ def test_versus_intervention(program: Program, tmp_path: Path, capsys: pytest.Ca
         "edges patched",
         "edges, both ways",
     }
-    assert len(cells) == 4 * 5 * 2 and all(cell["n"] > 0 for cell in cells)
+    assert len(cells) == (2 * 5 + 3 * 6) * 2 and all(cell["n"] > 0 for cell in cells)
     assert "Known circuit: heads 0." in capsys.readouterr().out
 
 
