@@ -157,7 +157,10 @@ def agreement_scatter(
     axis = {"zeroline": True, "zerolinecolor": LINE, "gridcolor": FAINT}
     figure.update_xaxes(title=f"score: {short(title)}", **axis)
     figure.update_yaxes(title="effect of the intervention, in the metric's units", **axis)
-    facts = [short(effects.metric, 100), f"{len(x):,} {effects.on.replace('heads_by_pos', 'heads at positions')} measured"]
+    facts = [
+        short(effects.metric, 100),
+        f"{len(x):,} {effects.on.replace('heads_by_pos', 'heads at positions')} measured",
+    ]
     heading = f"{short(title)} against {short(effects.name, 80)}"
     set_frame(figure, heading, facts, width=600.0, height=500.0, left=80.0, right=80.0, above=28.0)
     return figure.update_layout(plot_bgcolor="white")
