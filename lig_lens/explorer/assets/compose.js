@@ -115,6 +115,7 @@ function strongestEdges(view, map, layer, best, k) {
   const rests = stepRests(view, map, layer, total);
   const inverse = Float64Array.from(total, (sum, c) => (rests[c] ? 0 : 1 / sum));
   const found = Array.from({ length: n }, () => new Strongest(k));
+  const floors = new Float64Array(n); // beside the heaps, where the innermost loop finds them at once
   const heads = view.byHead(map) ? Array.from({ length: view.nHeads }, (_, h) => h) : [null];
   for (const head of heads) {
     const matrix = view.headsMatrix(map, layer, head);
@@ -124,7 +125,10 @@ function strongestEdges(view, map, layer, best, k) {
       for (let j = 0, at = src * n; j < n; j++, at++) {
         const share = matrix[at] * inverse[j];
         const size = Math.abs(share) * way;
-        if (size > found[j].floor) found[j].add(size, { head, src, share });
+        if (size > floors[j]) {
+          found[j].add(size, { head, src, share });
+          floors[j] = found[j].floor;
+        }
       }
     }
   }

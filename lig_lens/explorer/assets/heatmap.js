@@ -13,7 +13,7 @@ function headWeights(view, state, head) {
 function colourTop(view, state, heads) {
   return view.remember(`k ${state.map} ${state.layer} ${state.scale} ${heads}`, () => {
     const total = heads.length * view.nTokens * view.nColumns;
-    const stride = Math.max(1, Math.floor(total / 60000)); // a sample of a large layer is enough for a colour
+    const stride = Math.max(1, Math.floor(total / 20000)); // a sample of a large layer is enough for a colour
     const sizes = new Float32Array(Math.ceil(total / stride) + heads.length);
     let count = 0;
     for (const head of heads) {

@@ -193,7 +193,7 @@ function showPaths(view) {
 function showTable(view) {
   listed = tableRows(view, state, scene);
   const where = state.node ? `into and out of ${nodeName(view, state.node)}` : `block ${view.spec.layers[state.layer]}`;
-  const shown = Math.min(150, listed.rows.length);
+  const shown = Math.min(SHOWN_ROWS, listed.rows.length);
   const kept = listed.rows.length < listed.all ? `, the ${listed.rows.length} strongest kept` : "";
   const seen = shown < listed.rows.length ? `, ${shown} shown` : "";
   byId("table-title").textContent = `Edges, ${where}: ${listed.all.toLocaleString("en")}${kept}${seen}`;

@@ -152,7 +152,10 @@ function edgesOf(view, state, layer, rows, visible, cone, found) {
         value = shares[src * columns + c] * through;
         beyond = pastShare && src === dst ? pastShare[c] * through : 0;
       }
-      consider(src, dst, value - beyond, "heads");
+      const size = Math.abs(value - beyond);
+      // Most edges of a long prompt are weak: they are only counted.
+      if (size < least) found.below += size > 0 && visible[src] && visible[dst] ? 1 : 0;
+      else consider(src, dst, value - beyond, "heads");
       if (beyond !== 0 && state.skip) consider(src, dst, beyond, "skip");
     }
   }

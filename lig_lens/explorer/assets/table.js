@@ -1,6 +1,7 @@
 // The table of edges: of the chosen node, or of the current layer; sortable, and to be copied as CSV.
 
-const MOST_ROWS = 300;
+const MOST_ROWS = 300; // kept, and written as CSV
+const SHOWN_ROWS = 60;
 const COLUMNS = [
   ["layer", "block", (r) => r.layer],
   ["head", "head", (r) => r.head],
@@ -86,7 +87,7 @@ function fillTable(table, view, rows, state, sortBy) {
   if (focused) head.querySelector(`[data-key="${focused}"]`)?.focus();
   const name = (i) => `${view.sample.tokens[i].shown} ${i}`;
   const body = document.createDocumentFragment();
-  for (const row of sortRows(rows, state.sort, state.down).slice(0, 150)) {
+  for (const row of sortRows(rows, state.sort, state.down).slice(0, SHOWN_ROWS)) {
     const line = document.createElement("tr");
     const cells = [row.layer, row.head, name(row.src), name(row.dst), exact(view, row.value), percent(row.share), gapText(row)];
     cells.forEach((text, i) => {
