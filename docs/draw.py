@@ -5,9 +5,11 @@ explorer's `page`) is drawn into it. The README's picture is made below.
 """
 
 import importlib.util
+import os
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ def main() -> None:
     if browser is None:
         sys.exit(f"None of {', '.join(build.BROWSERS)} is installed.")
     names: dict[str, Any] = {}
+    os.chdir(tempfile.mkdtemp())  # what the blocks save is not to stay
     for block in _BLOCK.finditer((DOCS / "pictures.md").read_text("utf-8")):
         exec(compile(block["code"], "pictures.md", "exec"), names)
         if block["picture"]:
