@@ -162,11 +162,11 @@ class _ToMetric:
         result = gradient.new_zeros(len(resid), *self.shape)
         with torch.enable_grad():
             outputs = z.reshape(len(resid), n_pos, n_heads, -1).unbind(1)
-            by_head = [output.unbind(1) for output in outputs]
+            of_heads = [output.unbind(1) for output in outputs]
         for head in range(n_heads):
             for dst in range(n_pos):
                 (by_resid,) = torch.autograd.grad(
-                    by_head[dst][head], resid, gradient[head, dst], retain_graph=True, materialize_grads=True
+                    of_heads[dst][head], resid, gradient[head, dst], retain_graph=True, materialize_grads=True
                 )
                 result[:, head, :, dst] = (by_resid * self.step).sum(-1)
         return result

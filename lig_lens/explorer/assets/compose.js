@@ -24,12 +24,11 @@ function stepRests(view, map, layer, total) {
     const size = new Float64Array(n);
     const past = view.past(map, layer);
     if (past) past.forEach((value, c) => (size[c] += Math.abs(value)));
-    const heads = view.byHead(map) ? view.nHeads : 1;
-    for (let h = 0; h < heads; h++) {
-      const one = view.headsMatrix(map, layer, view.byHead(map) ? h : null);
-      columnSums(one, n, true).forEach((value, c) => (size[c] += value));
+    const heads = view.heads(map);
+    for (const head of heads) {
+      columnSums(view.headsMatrix(map, layer, head), n, true).forEach((value, c) => (size[c] += value));
     }
-    const rounding = EPS32 * heads * n * size.reduce((a, b) => Math.max(a, b), 0);
+    const rounding = EPS32 * heads.length * n * size.reduce((a, b) => Math.max(a, b), 0);
     return Array.from(total, (value) => Math.abs(value) <= rounding);
   });
 }
@@ -116,8 +115,7 @@ function strongestEdges(view, map, layer, best, k) {
   const inverse = Float64Array.from(total, (sum, c) => (rests[c] ? 0 : 1 / sum));
   const found = Array.from({ length: n }, () => new Strongest(k));
   const floors = new Float64Array(n); // beside the heaps, where the innermost loop finds them at once
-  const heads = view.byHead(map) ? Array.from({ length: view.nHeads }, (_, h) => h) : [null];
-  for (const head of heads) {
+  for (const head of view.heads(map)) {
     const matrix = view.headsMatrix(map, layer, head);
     for (let src = 0; src < n; src++) {
       const way = Math.abs(best[src][0]);

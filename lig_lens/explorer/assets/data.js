@@ -84,6 +84,11 @@ class View {
     return map === "mlp" || (map !== "block" && "attn" in this.spec.arrays);
   }
 
+  /** The heads that a map tells apart; null stands for all together. */
+  heads(map) {
+    return this.byHead(map) ? Array.from({ length: this.nHeads }, (_, h) => h) : [null];
+  }
+
   /** Weights [source, column] of one head, or of all that a layer does: heads, skip and bias. */
   matrix(map, layer, head = null) {
     if (head === null && !this.byHead(map)) return this.slice(map, layer);

@@ -30,8 +30,6 @@ function largestOf(cells) {
   return top || 1;
 }
 
-const allHeads = (view, state) => (view.byHead(state.map) ? Array.from({ length: view.nHeads }, (_, h) => h) : [null]);
-
 /** Pixels for values from -1 to 1, as a canvas stores them. */
 function colourScale(palette) {
   const parse = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
@@ -99,7 +97,7 @@ function drawLarge(canvas, view, state, scene, palette, width) {
   const height = cellHeight * cells.rows.length + MARGIN * 0.8 + 8;
   const context = sized(canvas, width, height);
   const box = { x: MARGIN, y: 6, width: side, height: cellHeight * cells.rows.length };
-  const top = state.map === "mlp" ? largestOf(cells) : colourTop(view, state, state.head === null ? [null] : allHeads(view, state));
+  const top = state.map === "mlp" ? largestOf(cells) : colourTop(view, state, state.head === null ? [null] : view.heads(state.map));
   paintCells(context, cells, top, colourScale(palette), box);
   context.strokeStyle = palette.line;
   context.strokeRect(box.x - 0.5, box.y - 0.5, box.width + 1, box.height + 1);
@@ -174,7 +172,7 @@ function drawSmall(list, view, state, scene, palette, choose) {
   const drawn = [state.sample, state.view, state.map, state.layer, state.scale, state.special, state.punct, palette.surface].join();
   if (list.dataset.drawn === drawn) return;
   list.dataset.drawn = drawn;
-  const top = colourTop(view, state, allHeads(view, state));
+  const top = colourTop(view, state, view.heads(state.map));
   const scale = colourScale(palette);
   for (let head = 0; head < heads; head++) {
     const button = list.children[head];

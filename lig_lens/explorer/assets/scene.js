@@ -125,7 +125,7 @@ function edgesOf(view, state, layer, rows, visible, cone, found) {
   const columns = view.nColumns;
   const [low, high] = [rows.low[layer], rows.high[layer]];
   const node = state.node;
-  const shares = cone && (state.head === null ? stepShares(view, state.map, layer) : stepShares(view, state.map, layer, state.head));
+  const shares = cone && stepShares(view, state.map, layer, state.head);
   const pastShare = cone && state.head === null ? pastShares(view, state.map, layer) : null;
   const reference = state.scale === "absolute" && !cone ? layerTop(view, state, layer) : 1;
   const least = state.threshold * reference;

@@ -33,8 +33,7 @@ function tableRows(view, state, scene) {
       const share = divisor === 0 ? 0 : value / divisor;
       kept.add(size, { layer: number, head, src, dst, value, share, gap: certain?.gap, converged: certain?.converged });
     };
-    const heads = view.byHead(state.map) ? Array.from({ length: view.nHeads }, (_, h) => h) : [null];
-    for (const head of heads.filter((h) => state.head === null || h === null || h === state.head)) {
+    for (const head of view.heads(state.map).filter((h) => state.head === null || h === null || h === state.head)) {
       const matrix = view.headsMatrix(state.map, layer, head);
       const divisors = view.divisors(state.map, layer, head);
       const n = view.nColumns;
