@@ -69,9 +69,9 @@ class Effects:
         return AXES[self.on]
 
     def label(self, index: tuple[int, ...]) -> str:
-        """One entry in words, such as `9.6 at ' to' (14)` or `3.0 ' Mary' (1) → ' to' (14)`."""
+        """One entry of `top` in words, such as `9.6 at ' to' (14)` or `3.0 ' Mary' (1) → ' to' (14)`."""
         at = dict(zip(self.axes, index, strict=True))
-        words = f"{self.layers[at['layer']]}" + (f".{at['head']}" if "head" in at else "")
+        words = f"{at['layer']}" + (f".{at['head']}" if "head" in at else "")
         if "pos" in at:
             words += f" at {self.tokens[at['pos']]!r} ({at['pos']})"
         if "src" in at:
@@ -79,17 +79,17 @@ class Effects:
         return words
 
     def top(self, k: int = 10) -> list[tuple[tuple[int, ...], float]]:
-        """Find the k strongest by absolute value: index (of the axes, layers by their place) and value."""
+        """Find the k strongest by absolute value: (block number, then numbers along the other axes) and value."""
         if k < 1:
             raise InputError(f"top: k is {k}: ask for at least 1.")
         flat = self.values.flatten()
         size = torch.nan_to_num(flat.abs(), nan=-1.0)
         order = torch.sort(size, descending=True, stable=True).indices[:k]
-        return [
-            (tuple(int(i) for i in torch.unravel_index(place, self.values.shape)), float(flat[place]))
-            for place in order
-            if size[place] >= 0
-        ]
+        found = []
+        for place in order[: int((size >= 0).sum())]:
+            layer, *rest = (int(i) for i in torch.unravel_index(place, self.values.shape))
+            found.append(((self.layers[layer], *rest), float(flat[place])))
+        return found
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row for each entry that was measured: the axes (layers by number), tokens, and `effect`.

@@ -391,7 +391,7 @@ def top_edges(flow: Any, k: int) -> list[Index]:
     if isinstance(flow, Effects):
         if flow.on != "edges":
             raise InputError(f"top_edges: these Effects are on {flow.on}, not on edges.")
-        return [(flow.layers[layer], head, src, dst) for (layer, head, src, dst), value in flow.top(k) if value != 0]
+        return [(layer, head, src, dst) for (layer, head, src, dst), value in flow.top(k) if value != 0]
     return [(edge.layer, edge.head, edge.src, edge.dst) for edge in flow.top(k, "attn") if edge.contribution != 0]
 
 

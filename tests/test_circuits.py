@@ -117,8 +117,8 @@ def test_attribution_patching_equals_transformer_lens():
 def test_effects():
     values = torch.tensor([[1.0, -3.0, torch.nan], [0.5, 2.0, 0.0]])
     effects = made(values, "positions", layers=(4, 7))
-    assert effects.top(2) == [((0, 1), -3.0), ((1, 1), 2.0)] and len(effects.top(99)) == 5
-    assert effects.label((1, 2)) == "7 at 'c' (2)"
+    assert effects.top(2) == [((4, 1), -3.0), ((7, 1), 2.0)] and len(effects.top(99)) == 5
+    assert effects.label((7, 2)) == "7 at 'c' (2)"
     frame = effects.to_dataframe()
     assert frame.columns.tolist() == ["layer", "pos", "pos_token", "effect"] and len(frame) == 5
     assert frame.iloc[1].tolist() == [4, 1, "b", -3.0]

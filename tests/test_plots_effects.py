@@ -1,11 +1,13 @@
 """effects_map and agreement_scatter: selections, and what the hover says."""
 
+import dataclasses
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
-from plot_cases import make_effects
+from plot_cases import make_effects, metric_flow
 
 from lig_lens.errors import InputError
 from lig_lens.plots import agreement_scatter, effects_map
@@ -85,3 +87,23 @@ def test_scatter_says_how_many_and_of_what():
     assert "6 heads measured" in figure.layout.title.text and "&lt;b&gt;m&lt;/b&gt;" in figure.layout.title.text
     torch.testing.assert_close(torch.tensor(figure.data[0].y), effects.values.flatten().double())
     assert sum(bool(text) for text in figure.data[0].text) <= 2
+    assert not figure.layout.shapes  # a score of another kind need not have the metric's unit
+
+
+def test_scatter_says_how_well_they_agree(monkeypatch):
+    values = torch.tensor([[3.0, 1.0, -2.0], [0.5, 0.25, 4.0]])
+    effects = dataclasses.replace(make_effects("heads", WORDS), values=values)
+    score = dataclasses.replace(effects, values=-(values**3))
+    pearson = np.corrcoef(values.flatten().numpy(), -(values**3).flatten().numpy())[0, 1]
+    assert f"Spearman -1.00, Pearson {pearson:.2f}" in agreement_scatter(score, effects).layout.title.text
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert "Spearman" not in agreement_scatter(score, effects).layout.title.text
+
+
+def test_scatter_of_contributions_to_the_metric_has_a_line_of_equal_values():
+    flow = metric_flow(WORDS, metric="logit difference")
+    effects = dataclasses.replace(make_effects("heads", WORDS), values=flow.attn.sum((2, 3)) / 2, metric=flow.metric)
+    figure = agreement_scatter(flow, effects)
+    (line,) = figure.layout.shapes
+    assert (line.x0, line.x1) == (line.y0, line.y1) and line.x0 <= 0 <= line.x1
+    assert line.x1 == pytest.approx(max(0.0, float(effects.values.max()))) and "dashed line" in figure.layout.title.text

@@ -1,5 +1,6 @@
 """Figures of Effects: heatmaps of what interventions find, and a score against it."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -8,9 +9,9 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from lig_lens.agreement import points
+from lig_lens.agreement import compare, points
 from lig_lens.effects import Effects
-from lig_lens.errors import InputError
+from lig_lens.errors import InputError, MissingPackageError
 from lig_lens.flow import Flow
 from lig_lens.plots.matrix import PRINTED, Axis, Panel, Values, draw, printed, row_cells, signed_scale
 from lig_lens.plots.select import averaged, chosen_positions
@@ -125,6 +126,9 @@ def agreement_scatter(
 ) -> go.Figure:
     """A score against what an intervention found, one dot for each head, position or edge that was measured.
 
+    Correlations are in the heading where scipy is installed. Contributions to the metric itself have its unit: a dashed
+    line shows where they would equal the effects.
+
     Args:
         score: a Flow or Effects, see `compare`.
         effects: what was measured.
@@ -137,7 +141,10 @@ def agreement_scatter(
     if labels < 0:
         raise InputError(f"agreement_scatter: labels={labels}: give 0 or more.")
     x, y = (side.numpy() for side in points(score, effects))
-    named = [plain_text(effects.label(tuple(index))) for index in (~effects.values.isnan()).nonzero().tolist()]
+    named = [
+        plain_text(effects.label((effects.layers[layer], *rest)))
+        for layer, *rest in (~effects.values.isnan()).nonzero().tolist()
+    ]
     shown = _outliers(x, y, named, labels)
     title = name or (score.name if isinstance(score, Effects) else "LIG")
     figure = go.Figure(
@@ -161,6 +168,16 @@ def agreement_scatter(
         short(effects.metric, 100),
         f"{len(x):,} {effects.on.replace('heads_by_pos', 'heads at positions')} measured",
     ]
+    with contextlib.suppress(MissingPackageError):
+        agreement = compare(score, effects)
+        facts.append(f"Spearman {agreement.spearman:.2f}, Pearson {agreement.pearson:.2f}")
+    if isinstance(score, Flow) and score.metric == effects.metric:
+        # As far as both axes reach, so that the line does not widen the picture.
+        low, high = min(0.0, max(x.min(), y.min())), max(0.0, min(x.max(), y.max()))
+        figure.add_shape(
+            type="line", x0=low, y0=low, x1=high, y1=high, layer="below", line={"color": QUIET, "width": 1, "dash": "dash"}
+        )
+        facts.append("equal on the dashed line")
     heading = f"{short(title)} against {short(effects.name, 80)}"
     set_frame(figure, heading, facts, width=600.0, height=500.0, left=80.0, right=80.0, above=28.0)
     return figure.update_layout(plot_bgcolor="white")

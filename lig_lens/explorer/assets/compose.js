@@ -1,13 +1,28 @@
 // Flow across layers: shares of each step multiplied along the way, and the strongest paths. Needs a chained View.
 
+/** What reaches each token in one step, and whether that is nothing beyond rounding: `total` and `rests` [destination]. */
+function stepTotals(view, map, layer) {
+  return view.remember(`totals ${map} ${layer}`, () => {
+    const n = view.nTokens;
+    const total = columnSums(view.matrix(map, layer), n);
+    const size = new Float64Array(n);
+    const past = view.past(map, layer);
+    if (past) past.forEach((value, c) => (size[c] += Math.abs(value)));
+    const heads = view.heads(map);
+    for (const head of heads) {
+      columnSums(view.headsMatrix(map, layer, head), n, true).forEach((value, c) => (size[c] += value));
+    }
+    const rounding = EPS32 * heads.length * n * size.reduce((a, b) => Math.max(a, b), 0);
+    return { total, rests: Array.from(total, (value) => Math.abs(value) <= rounding) };
+  });
+}
+
 /** Shares [source, destination] of one step, of one head or all; a token that nothing moves keeps what it has. */
 function stepShares(view, map, layer, head = null) {
-  return view.remember(`c ${map} ${layer} ${head}`, () => {
+  return view.remember(`shares ${map} ${layer} ${head}`, () => {
     const n = view.nTokens;
-    const all = view.matrix(map, layer);
-    const total = columnSums(all, n);
-    const rests = stepRests(view, map, layer, total);
-    const shown = head === null ? all : view.matrix(map, layer, head);
+    const { total, rests } = stepTotals(view, map, layer);
+    const shown = head === null ? view.matrix(map, layer) : view.matrix(map, layer, head);
     const result = new Float64Array(n * n);
     for (let i = 0; i < result.length; i++) {
       const c = i % n;
@@ -18,26 +33,10 @@ function stepShares(view, map, layer, head = null) {
   });
 }
 
-function stepRests(view, map, layer, total) {
-  return view.remember(`r ${map} ${layer}`, () => {
-    const n = view.nTokens;
-    const size = new Float64Array(n);
-    const past = view.past(map, layer);
-    if (past) past.forEach((value, c) => (size[c] += Math.abs(value)));
-    const heads = view.heads(map);
-    for (const head of heads) {
-      columnSums(view.headsMatrix(map, layer, head), n, true).forEach((value, c) => (size[c] += value));
-    }
-    const rounding = EPS32 * heads.length * n * size.reduce((a, b) => Math.max(a, b), 0);
-    return Array.from(total, (value) => Math.abs(value) <= rounding);
-  });
-}
-
 /** What goes past the heads, as a share of the step: [destination]. */
 function pastShares(view, map, layer) {
-  return view.remember(`q ${map} ${layer}`, () => {
-    const total = columnSums(view.matrix(map, layer), view.nTokens);
-    const rests = stepRests(view, map, layer, total);
+  return view.remember(`past ${map} ${layer}`, () => {
+    const { total, rests } = stepTotals(view, map, layer);
     const past = view.past(map, layer);
     return Float64Array.from(total, (sum, c) => (rests[c] ? 1 : past ? past[c] / sum : 0));
   });
@@ -69,17 +68,32 @@ function rolloutOf(view, map, row, position) {
   return rows;
 }
 
-/**
- * The k strongest paths from any token that enters the first layer to the node (row, position), by exact search.
- * The k best ways into a token pass through at most k of its edges: those whose best way is strongest.
- */
+/** The k strongest paths from any token that enters the first layer to the node (row, position), by exact search. */
 function strongestPaths(view, map, row, position, k) {
-  const n = view.nTokens;
-  let best = Array.from({ length: n }, () => [1]);
-  const back = [];
-  for (let layer = 0; layer < row; layer++) {
-    const edges = strongestEdges(view, map, layer, best, k);
-    const came = edges.map((into) => {
+  if (row === 0) return [];
+  return bestWays(view, map, row, k)[position].map((last) => {
+    const steps = [];
+    let here = position;
+    for (let layer = row - 1, way = last; layer >= 0; layer--) {
+      steps.push({ layer, head: way.head, src: way.src, dst: here, share: way.share });
+      here = way.src;
+      if (layer > 0) way = bestWays(view, map, layer, k)[here][way.way];
+    }
+    return { weight: last.product, steps: steps.reverse() };
+  });
+}
+
+/**
+ * For each node of a row its k strongest ways from below, strongest first, with their last edge and the number of the
+ * way (among those of the edge's source) that it prolongs. Whichever node is chosen, these are the same.
+ * The k best ways into a node pass through at most k of its edges: those whose best way is strongest.
+ */
+function bestWays(view, map, row, k) {
+  return view.remember(`ways ${map} ${row} ${k}`, () => {
+    const n = view.nTokens;
+    const below = row > 1 ? bestWays(view, map, row - 1, k).map((ways) => ways.map((way) => way.product)) : null;
+    const best = Array.from({ length: n }, (_, i) => (below ? below[i] : [1]));
+    return strongestEdges(view, map, row - 1, best, k).map((into) => {
       const ways = new Strongest(k);
       for (const edge of into.sorted()) {
         best[edge.src].forEach((weight, way) => {
@@ -90,36 +104,21 @@ function strongestPaths(view, map, row, position, k) {
       }
       return ways.sorted();
     });
-    best = came.map((ways) => (ways.length ? ways.map((way) => way.product) : [0]));
-    back.push(came);
-  }
-  return best[position].filter((weight) => weight !== 0).map((weight, number) => {
-    const steps = [];
-    let here = position;
-    let way = number;
-    for (let layer = row - 1; layer >= 0; layer--) {
-      const step = back[layer][here][way];
-      steps.push({ layer, head: step.head, src: step.src, dst: here, share: step.share });
-      here = step.src;
-      way = step.way;
-    }
-    return { weight, steps: steps.reverse() };
   });
 }
 
 /** For each destination the k edges of a layer whose share times the best way to their source is largest. */
 function strongestEdges(view, map, layer, best, k) {
   const n = view.nTokens;
-  const total = columnSums(view.matrix(map, layer), n);
-  const rests = stepRests(view, map, layer, total);
+  const { total, rests } = stepTotals(view, map, layer);
   const inverse = Float64Array.from(total, (sum, c) => (rests[c] ? 0 : 1 / sum));
   const found = Array.from({ length: n }, () => new Strongest(k));
   const floors = new Float64Array(n); // beside the heaps, where the innermost loop finds them at once
   for (const head of view.heads(map)) {
     const matrix = view.headsMatrix(map, layer, head);
     for (let src = 0; src < n; src++) {
+      if (!best[src].length) continue;
       const way = Math.abs(best[src][0]);
-      if (way === 0) continue;
       for (let j = 0, at = src * n; j < n; j++, at++) {
         const share = matrix[at] * inverse[j];
         const size = Math.abs(share) * way;
@@ -131,7 +130,7 @@ function strongestEdges(view, map, layer, best, k) {
     }
   }
   pastShares(view, map, layer).forEach((share, j) => {
-    const size = Math.abs(share * best[j][0]);
+    const size = best[j].length ? Math.abs(share * best[j][0]) : 0;
     if (size > found[j].floor) found[j].add(size, { head: -1, src: j, share });
   });
   return found;

@@ -332,6 +332,6 @@ requestAnimationFrame(() => requestAnimationFrame(() => {
 function prepareLayer(view, layer) {
   if (layer >= view.nLayers || !follows(view, state)) return;
   stepShares(view, state.map, layer);
-  pastShares(view, state.map, layer);
+  bestWays(view, state.map, layer + 1, state.k);
   setTimeout(() => prepareLayer(view, layer + 1), 0);
 }

@@ -270,6 +270,10 @@ function drawRows(out, view, state, scene, g, palette) {
         `style="cursor:pointer">${g.upward ? "block " : ""}${number}</text>`
     );
   });
+  if (!g.upward) {
+    const [x, y] = g.at(0, last);
+    out.push(`<text x="${short(x - 18)}" y="${short(y + g.token / 2 + 16)}" fill="${palette.quiet}" text-anchor="end">block</text>`);
+  }
   const size = Math.min(12, Math.max(8, g.token * 0.8));
   for (const i of scene.positions) {
     const token = view.sample.tokens[i];
