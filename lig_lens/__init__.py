@@ -37,6 +37,7 @@ _HOMES = {
     "MissingPackageError": "errors",
     "FlowFileError": "errors",
     "ConvergenceWarning": "errors",
+    "CancellationWarning": "errors",
 }
 _MODULES = ("patching",)
 __all__ = ["__version__", *_HOMES, *_MODULES]
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from lig_lens.compose import consistency_table as consistency_table
     from lig_lens.effects import Effects as Effects
     from lig_lens.errors import BoundaryError as BoundaryError
+    from lig_lens.errors import CancellationWarning as CancellationWarning
     from lig_lens.errors import ConvergenceWarning as ConvergenceWarning
     from lig_lens.errors import FlowFileError as FlowFileError
     from lig_lens.errors import InputError as InputError

@@ -329,7 +329,7 @@ def _wants_traceback() -> bool:
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
     """Print the package's own warnings as one line, without a source line that means nothing to a user."""
-    from lig_lens.errors import ConvergenceWarning
+    from lig_lens.errors import CancellationWarning, ConvergenceWarning
 
     shown = warnings.showwarning
 
@@ -341,7 +341,7 @@ def _one_line_warnings() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if issubclass(category, ConvergenceWarning):
+        if issubclass(category, (CancellationWarning, ConvergenceWarning)):
             print(f"lig-lens: warning: {' '.join(str(message).split())}", file=sys.stderr)
         else:
             shown(message, category, filename, lineno, file, line)

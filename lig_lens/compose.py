@@ -10,6 +10,7 @@ Across blocks the weights of each destination are divided by their sum and multi
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lig_lens.config import MAPS
-from lig_lens.errors import InputError, check_choice, check_whole, optional
+from lig_lens.errors import CancellationWarning, InputError, check_choice, check_whole, optional
 from lig_lens.flow import Flow
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     import pandas
 
 RULES = ("product", "conserving")
+# A sum is said to nearly cancel where its terms are this many times larger. Shares amplify what is uncertain in the
+# terms as much. The default baselines stay below 4 on the packaged models, `zero` for the mlp map goes up to 200.
+CANCELS = 10.0
 
 
 @dataclass(frozen=True)
@@ -103,13 +107,21 @@ def _composed(found: Edges, destinations: tuple[int, ...]) -> Float[Tensor, "lay
     return result
 
 
-def shares(flow: Flow, rule: str = "conserving") -> Edges:
+def shares(flow: Flow, rule: str = "conserving", rows: Sequence[int] | None = None) -> Edges:
     """Weights of edges divided by the sum of all that enter the same destination in the same layer.
 
     A destination that nothing moves keeps what it has: its skip connection gets all.
 
+    Args:
+        flow: with attn and mlp maps.
+        rule: see `edges`.
+        rows: of the layer axis, those that are used; for the warning.
+
     Raises:
         InputError: see `edges`.
+
+    Warns:
+        CancellationWarning: a sum is less than 1 / CANCELS of what is added up in it.
     """
     found = edges(flow, rule)
     total = found.heads.sum((1, 2)) + found.skip
@@ -118,8 +130,29 @@ def shares(flow: Flow, rule: str = "conserving") -> Edges:
     rounding = torch.finfo(torch.float32).eps * math.prod(found.heads.shape[1:3])
     rests = total.abs() <= rounding * size.amax(-1, keepdim=True)
     divisor = total.masked_fill(rests, 1.0)
+    _warn_of_cancelling(flow, torch.where(rests, 1.0, size / divisor.abs()), rows)
     heads = torch.where(rests[:, None, None], 0.0, found.heads / divisor[:, None, None])
     return Edges(heads, torch.where(rests, 1.0, found.skip / divisor))
+
+
+def _warn_of_cancelling(flow: Flow, times: Float[Tensor, "layer dst"], rows: Sequence[int] | None) -> None:
+    """Warn where the terms of a sum are `times` as large as the sum."""
+    rows = range(len(flow.layers)) if rows is None else rows
+    times = times[list(rows)]
+    count = int((times > CANCELS).sum())
+    if not count:
+        return
+    row, column = divmod(int(times.argmax()), times.shape[1])
+    where = flow.destinations[column]
+    warnings.warn(
+        f"In {count} of {times.numel()} steps to a destination what its sources contribute nearly cancels; most of "
+        f"all in layer {flow.layers[rows[row]]} at {flow.tokens[where]!r} ({where}), where its size is "
+        f"{float(times.max()):.0f} times the sum. Shares there, and of what passes through, are large and of both "
+        "signs. Other baselines may not cancel, such as mlp_baseline='itb_map_ratio' (here: attn_baseline="
+        f"{flow.settings.get('attn_baseline')!r}, mlp_baseline={flow.settings.get('mlp_baseline')!r}).",
+        CancellationWarning,
+        stacklevel=5,
+    )
 
 
 def _span(flow: Flow, start: int | None, stop: int | None) -> range:
@@ -143,7 +176,7 @@ def _span(flow: Flow, start: int | None, stop: int | None) -> range:
 def rollout(flow: Flow, start: int | None, stop: int | None, rule: str) -> Float[Tensor, "src dst"]:
     """See `Flow.rollout`."""
     rows = _span(flow, start, stop)
-    by_layer = _composed(shares(flow, rule), flow.destinations)
+    by_layer = _composed(shares(flow, rule, rows), flow.destinations)
     result = torch.eye(len(flow.tokens), dtype=torch.float64)
     for row in rows:
         result = result @ by_layer[row]
@@ -158,7 +191,7 @@ def paths(flow: Flow, dst: int, k: int, start: int | None, stop: int | None, rul
         raise InputError(f"paths: destination {dst} is outside the prompt's {n_pos} tokens.")
     if k < 1:
         raise InputError(f"paths: k is {k}: ask for at least 1.")
-    found = shares(flow, rule)
+    found = shares(flow, rule, rows)
     n_heads = found.heads.shape[1]
     # Of the best ways to every token: weight [token, way], and where each came from, layer by layer.
     best = torch.ones(n_pos, 1, dtype=torch.float64)
@@ -204,7 +237,7 @@ def graph(flow: Flow, threshold: float, start: int | None, stop: int | None, rul
     rows = _span(flow, start, stop)
     if not threshold >= 0:
         raise InputError(f"graph: threshold is {threshold}: give a share of at least 0, such as 0.01.")
-    found, into = shares(flow, rule), flow.shares("attn")
+    found, into = shares(flow, rule, rows), flow.shares("attn")
     result = networkx.DiGraph(model_name=flow.model_name, rule=rule, threshold=threshold)
     last = flow.layers[rows[-1]] + 1
     for layer in range(flow.layers[rows[0]], last + 1):

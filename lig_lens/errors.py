@@ -35,6 +35,10 @@ class ConvergenceWarning(UserWarning):
     """Some cells missed the requested completeness tolerance within the node budget."""
 
 
+class CancellationWarning(UserWarning):
+    """Shares of a step divide by a sum whose terms nearly cancel: they are large and of both signs."""
+
+
 def check_choice(what: str, value: object, valid: Sequence[str]) -> str:
     """Return `value` if it is one of `valid`.
 

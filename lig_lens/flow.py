@@ -285,6 +285,9 @@ class Flow:
 
         Raises:
             InputError: layers or destinations missing in between.
+
+        Warns:
+            CancellationWarning: in some step what is added up nearly cancels, so that shares are huge.
         """
         from lig_lens import compose
 
@@ -307,6 +310,9 @@ class Flow:
 
         Raises:
             InputError: as `rollout`, or k below 1, or a position outside the prompt.
+
+        Warns:
+            CancellationWarning: as `rollout`.
         """
         from lig_lens import compose
 
@@ -329,6 +335,9 @@ class Flow:
 
         Raises:
             InputError: as `rollout`, or a negative threshold.
+
+        Warns:
+            CancellationWarning: as `rollout`.
         """
         from lig_lens import compose
 

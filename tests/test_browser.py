@@ -414,6 +414,21 @@ def test_columns_that_cancel_rest_in_halves_too(open_page, monkeypatch):
     torch.testing.assert_close(found, expected.flatten(), rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
 
 
+def test_steps_that_nearly_cancel_are_told(open_page):
+    flow = chained()
+    for tensor in (flow.attn, flow.mlp, flow.skip):
+        tensor.abs_()
+    flow.bias.zero_()
+    page = open_page(flow)
+    page.click_node(3, 5)
+    assert "cancel" not in page.page.inner_text("#status")
+    for row in (0, 2):
+        flow.skip[row, 4] = -0.9 * float(lig_lens.compose.edges(flow, "conserving").heads[row, :, :, 4].sum())
+    page = open_page(flow)
+    page.click_node(3, 5)
+    assert "2 steps nearly cancel" in page.page.inner_text("#status")
+
+
 def test_a_hidden_token_is_no_choice(open_page):
     page = open_page(chained())
     page.click_node(3, 0)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -67,6 +68,30 @@ def test_a_destination_that_nothing_moves_keeps_what_it_has():
     # The first token of a causal model sees itself alone: its itb path does not move.
     rollout = measured("gpt2").rollout()
     torch.testing.assert_close(rollout[:, 0], torch.eye(len(IDS))[0])
+
+
+def test_steps_that_nearly_cancel_are_told():
+    flow = random_flow()
+    flow.mlp.abs_()
+    flow.attn.abs_()
+    flow.skip.abs_()
+    flow.bias.zero_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flow.rollout()
+    # At destination 2 of the second layer the skip connection takes back nearly all that the heads bring.
+    brought = float(compose.edges(flow, "conserving").heads[1, :, :, 2].sum())
+    flow.skip[1, 2] = -0.9 * brought
+    with pytest.warns(
+        lig_lens.CancellationWarning, match=rf"In 1 of \d+ steps.*layer {flow.layers[1]} .*\(2\).* 19 times"
+    ):
+        flow.rollout()
+    for call in (lambda: flow.paths(2), flow.graph):
+        with pytest.warns(lig_lens.CancellationWarning):
+            call()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flow.rollout(stop=flow.layers[1])  # the step is not passed
 
 
 @pytest.mark.parametrize("rule", compose.RULES)

@@ -174,9 +174,8 @@ def agreement_scatter(
     if isinstance(score, Flow) and score.metric == effects.metric:
         # As far as both axes reach, so that the line does not widen the picture.
         low, high = min(0.0, max(x.min(), y.min())), max(0.0, min(x.max(), y.max()))
-        figure.add_shape(
-            type="line", x0=low, y0=low, x1=high, y1=high, layer="below", line={"color": QUIET, "width": 1, "dash": "dash"}
-        )
+        dashes = {"color": QUIET, "width": 1, "dash": "dash"}
+        figure.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, layer="below", line=dashes)
         facts.append("equal on the dashed line")
     heading = f"{short(title)} against {short(effects.name, 80)}"
     set_frame(figure, heading, facts, width=600.0, height=500.0, left=80.0, right=80.0, above=28.0)

@@ -1,6 +1,12 @@
 // Flow across layers: shares of each step multiplied along the way, and the strongest paths. Needs a chained View.
 
-/** What reaches each token in one step, and whether that is nothing beyond rounding: `total` and `rests` [destination]. */
+// As in compose.py: a sum nearly cancels where its terms are this many times larger.
+const CANCELS = 10;
+
+/**
+ * What reaches each token in one step, and whether that is nothing beyond rounding: `total` and `rests` [destination];
+ * and in how many columns it nearly cancels.
+ */
 function stepTotals(view, map, layer) {
   return view.remember(`totals ${map} ${layer}`, () => {
     const n = view.nTokens;
@@ -13,7 +19,9 @@ function stepTotals(view, map, layer) {
       columnSums(view.headsMatrix(map, layer, head), n, true).forEach((value, c) => (size[c] += value));
     }
     const rounding = EPS32 * heads.length * n * size.reduce((a, b) => Math.max(a, b), 0);
-    return { total, rests: Array.from(total, (value) => Math.abs(value) <= rounding) };
+    const rests = Array.from(total, (value) => Math.abs(value) <= rounding);
+    const cancels = rests.filter((rest, c) => !rest && size[c] > CANCELS * Math.abs(total[c])).length;
+    return { total, rests, cancels };
   });
 }
 

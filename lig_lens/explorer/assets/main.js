@@ -215,11 +215,13 @@ const tokenName = (view, i) => `‘${view.sample.tokens[i].shown}’ (${i})`;
 function showStatus(view) {
   const drawn = scene.edges.length;
   const hidden = view.nTokens - scene.positions.length;
+  const cancelling = scene.cone ? view.spec.layers.reduce((sum, _, layer) => sum + stepTotals(view, state.map, layer).cancels, 0) : 0;
   const edges = [
     `${drawn.toLocaleString("en")} edges drawn${scene.above > drawn ? `, the strongest of ${scene.above.toLocaleString("en")} above the threshold` : ""}`,
     scene.below ? `${scene.below.toLocaleString("en")} below the threshold` : "",
     hidden ? `${hidden} tokens hidden` : "",
     scene.cone && state.head !== null ? "circles and paths are those of all heads" : "",
+    cancelling ? `${cancelling.toLocaleString("en")} steps nearly cancel: shares there are large and of both signs` : "",
   ].filter(Boolean).join(", ");
   const what = state.node ? `${nodeName(view, state.node)}. ` : "";
   const top = state.node && listed.rows.length ? strongestInWords(view) : "";
