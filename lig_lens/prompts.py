@@ -175,4 +175,11 @@ def _labels(model: Any, ids: list[int]) -> tuple[tuple[str, ...], tuple[bool, ..
     if tokenizer is None:
         return tuple(str(i) for i in ids), tuple(False for _ in ids)
     special = set(getattr(tokenizer, "all_special_ids", []))
-    return tuple(tokenizer.decode([i]) for i in ids), tuple(i in special for i in ids)
+    return tuple(_decoded(tokenizer, i) for i in ids), tuple(i in special for i in ids)
+
+
+def _decoded(tokenizer: Any, token: int) -> str:
+    """A token's text; decoders of SentencePiece drop the space that one in the middle of a text begins with."""
+    text = str(tokenizer.decode([token]))
+    named = tokenizer.convert_ids_to_tokens(token) if hasattr(tokenizer, "convert_ids_to_tokens") else text
+    return f" {text}" if str(named).startswith("▁") and not text.startswith(" ") else text

@@ -1,5 +1,6 @@
 """The explorer in a real browser: its numbers are the tensors', its controls do what they say, text stays text."""
 
+import collections
 import importlib
 import json
 import os
@@ -9,6 +10,7 @@ import time
 import pytest
 import torch
 from flows import HOSTILE, make_flow
+from plot_cases import metric_flow
 
 import lig_lens
 from lig_lens.explorer import write_explorer
@@ -168,7 +170,23 @@ def test_paths_are_the_strongest(open_page, rule: str):
             (step.layer, step.head, step.src, step.dst) for step in other.steps
         ]
     assert page.page.locator("#path-list li").count() == 12
-    assert page.page.locator("#graph path[data-path]").count() == 12 * 3
+    # Drawn once each, with the weights of all paths that take them.
+    weights = collections.defaultdict(float)
+    for path in expected:
+        for step in path.steps:
+            weights[step.layer, -1 if step.head is None else step.head, step.src, step.dst] += path.weight
+    steps = page("ligLens.scene.steps")
+    assert {(s["layer"], s["head"], s["src"], s["dst"]) for s in steps} == set(weights)
+    for step in steps:
+        weight = weights[step["layer"], step["head"], step["src"], step["dst"]]
+        assert step["weight"] == pytest.approx(weight, rel=1e-3, abs=1e-6)
+    drawn = page.page.locator("#graph path[data-path]")
+    assert drawn.count() == len(weights)
+    for number, step in enumerate(steps):
+        assert (drawn.nth(number).get_attribute("stroke-dasharray") is not None) == (step["weight"] < 0)
+    page.page.hover("#path-list li:nth-child(2)")
+    shown = page("[...document.querySelectorAll('#graph [data-path]')].filter(e => !e.style.strokeOpacity).length")
+    assert shown == len(expected[1].steps)
 
 
 def test_contributions_to_a_metric(open_page):
@@ -183,6 +201,11 @@ def test_contributions_to_a_metric(open_page):
     page.set(scale="absolute")
     leaving = torch.tensor(page("Array.from(ligLens.scene.nodes[0])"))
     torch.testing.assert_close(leaving, (flow.attn.sum((1, 3)) + flow.skip)[0], rtol=1e-4, atol=1e-5)
+    # One colour scale for all blocks, as they have one unit; or one for each.
+    largest = [float(flow.attn[layer].sum(0).abs().max()) for layer in range(2)]
+    assert page("ligLens.large.top") == pytest.approx(max(largest), rel=1e-5)
+    page.page.uncheck("#shared")
+    assert page("ligLens.large.top") < max(largest) or largest[0] == max(largest)
     gaps = {row["gap"] for row in page("ligLens.rows")}
     assert len(gaps) == 1 and gaps.pop() == pytest.approx(float(flow.gap["attn"][0]))
 
@@ -301,9 +324,62 @@ def test_the_mouse_chooses_tokens_and_layers(open_page):
     page.page.mouse.click(place["x"], place["y"])
     assert page.state("node") is None  # a second click lets it go
     page.page.locator("#graph text[data-token='5']").click()
-    assert page.state("node") == {"row": 0, "pos": 5}
-    page.page.locator("#graph text[data-layer='2']").click()
-    assert page.state("layer") == 2
+    assert page.state("node") == {"row": 3, "pos": 5}  # what becomes of it
+    page.page.locator("#graph text[data-layer='1']").click()
+    assert page.state("layer") == 1
+    page.set(map="block")
+    page.page.locator("#graph text[data-token='4']").click()
+    assert page.state("node") == {"row": 2, "pos": 4}  # of one block, where flow cannot be followed
+
+
+def test_a_head_alone_is_one_of_its_block(open_page):
+    flow = chained()
+    page = open_page(flow)
+    page.set(map="attn", layer=1, head=2, threshold=0)
+    heads = {(edge["layer"], edge["head"], edge["quiet"]) for edge in page("ligLens.scene.edges")}
+    assert heads == {(0, None, True), (1, 2, False), (2, None, True)}
+    assert {row["head"] for row in page("ligLens.rows")} == {2}
+    for edge in page("ligLens.scene.edges.filter(edge => edge.layer === 1)"):
+        share = float(flow.shares()[1, 2, edge["src"], edge["dst"]])
+        assert edge["value"] == pytest.approx(share, rel=1e-4)
+    everything_is_told(page)
+    page.set(layer=2)
+    assert page.state("head") is None  # another block's head 2 is another head
+
+
+def test_flow_that_forgets_what_tokens_keep(open_page):
+    flow = chained()
+    page = open_page(flow)
+    assert page.state("map") == "conserving" and not page.page.inner_text("#warning")
+    flow.skip.zero_()
+    flow.bias.zero_()
+    page = open_page(flow)
+    assert page.state("map") == "attn" and not page.page.inner_text("#warning")
+    page.set(map="conserving")
+    assert "What a token keeps of itself is not part" in page.page.inner_text("#warning")
+    assert page("document.querySelector('#skip').disabled")
+
+
+def test_names_stay_in_sight(open_page):
+    page = open_page(chained(n_layers=40, maps=("attn", "mlp")))
+    inside = """name => { const box = document.querySelector('#graph').getBoundingClientRect();
+        return [...document.querySelectorAll(`#graph text[${name}]`)].every(text => {
+            const at = text.getBoundingClientRect();
+            return at.left >= box.left && at.right <= box.right && at.bottom <= box.bottom + 1; }); }"""
+    assert page("document.querySelector('#graph').scrollHeight > document.querySelector('#graph').clientHeight")
+    for scroll in (0, 300, 9999):
+        page("top => document.querySelector('#graph').scrollTo(0, top)", scroll)
+        page.page.wait_for_timeout(100)
+        assert page(inside, "data-token")
+    page.set(orient="right", spacing=3)
+    sides = """name => { const box = document.querySelector('#graph').getBoundingClientRect();
+        const all = [...document.querySelectorAll(`#graph text[${name}]`)].map(text => text.getBoundingClientRect());
+        return name === 'data-token' ? all.every(at => at.left >= box.left && at.right <= box.right)
+            : all.every(at => at.bottom <= box.bottom + 1 && at.top > box.top); }"""
+    for scroll in (0, 500, 9999):
+        page("left => document.querySelector('#graph').scrollTo(left, left)", scroll)
+        page.page.wait_for_timeout(100)
+        assert page(sides, "data-token") and page(sides, "data-layer")
 
 
 def test_pointer_tells_exact_numbers(open_page):
@@ -364,6 +440,9 @@ def test_pictures_are_saved(open_page, tmp_path):
             page.page.click(button)
         data = open(waiting.value.path(), "rb").read()
         assert data.startswith(start) and len(data) > 3000
+        if start == b"<svg":  # says what it is
+            assert b"composed: conserving" in data and b"threshold" in data and b"worst gap" in data
+            assert b'transform="translate' not in data
         assert waiting.value.suggested_filename.startswith("lig_lens-tiny-conserving.")
 
 
@@ -421,12 +500,12 @@ def test_steps_that_nearly_cancel_are_told(open_page):
     flow.bias.zero_()
     page = open_page(flow)
     page.click_node(3, 5)
-    assert "cancel" not in page.page.inner_text("#status")
+    assert "cancel" not in page.page.inner_text("#warning")
     for row in (0, 2):
         flow.skip[row, 4] = -0.9 * float(lig_lens.compose.edges(flow, "conserving").heads[row, :, :, 4].sum())
     page = open_page(flow)
     page.click_node(3, 5)
-    assert "2 steps nearly cancel" in page.page.inner_text("#status")
+    assert "2 steps nearly cancel" in page.page.inner_text("#warning")
 
 
 def test_a_hidden_token_is_no_choice(open_page):
@@ -480,6 +559,18 @@ def test_no_single_heads(open_page, monkeypatch):
     page.click_node(3, 1)
     found = torch.tensor(page("Array.from(ligLens.scene.cone[0])"), dtype=torch.float64)
     torch.testing.assert_close(found, flow.rollout()[:, 1].double(), rtol=1e-3, atol=1e-3)
+    # Of Flows with the attn map alone, and of a metric, heads are added up as well.
+    monkeypatch.setattr("lig_lens.explorer.contents.MOST_NUMBERS", 250)
+    for flow in (make_flow(maps=("attn",)), metric_flow(("a", "b", "c", "d", "e", "f", "g"))):
+        page = open_page(flow)
+        name = page.state("map")
+        expected = flow.attn.sum(1) + (0 if flow.metric is None else torch.diag_embed(flow.skip))
+        assert page("ligLens.view.maps") == [name] and name == ("attn" if flow.metric is None else "metric")
+        for layer in range(2):
+            close(page.matrix(name, layer), expected[layer])
+        assert {row["head"] for row in page("ligLens.rows")} <= {"all", "past"}
+        page.set(threshold=0)
+        everything_is_told(page)
 
 
 def test_speed_at_12_layers_12_heads_128_tokens(open_page, capsys):

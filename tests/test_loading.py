@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny_models import save_tiny, tiny_bridge
 from transformer_lens.model_bridge import TransformerBridge
 
 import lig_lens
-from lig_lens import loading
+from lig_lens import loading, prompts
 from lig_lens.errors import InputError, MissingPackageError
 
 
@@ -111,3 +112,14 @@ def test_minilm_without_network() -> None:
     assert flow.tokens == ("[CLS]", "hello", "world", "[SEP]")
     assert flow.special == (True, False, False, True)
     assert flow.model_name == "minilm" and "sentence_transformers" not in sys.modules
+
+
+def test_tokens_that_begin_with_a_space_keep_it():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"▁the": 0, "▁cat": 1, "s": 2, "▁": 3}, unk_token="s"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    model = SimpleNamespace(tokenizer=PreTrainedTokenizerFast(tokenizer_object=words))
+    assert model.tokenizer.decode([1]) == "cat"  # what is dropped in the middle of a text as well
+    assert prompts._labels(model, [0, 1, 2, 3])[0] == (" the", " cat", "s", " ")

@@ -159,7 +159,15 @@ def test_what_the_flow_does_not_have(arguments, message):
 
 @pytest.mark.parametrize(
     ("token", "shown"),
-    [("Ġcat", "·cat"), ("▁cat", "·cat"), (" a b", "·a·b"), ("\n\t", "↵⇥"), ("##ing", "##ing"), ("", "∅")],
+    [
+        ("Ġcat", "·cat"),
+        ("▁cat", "·cat"),
+        (" a b", "·a·b"),
+        ("\n\t", "↵⇥"),
+        ("##ing", "\u2011ing"),
+        ("###", "###"),
+        ("", "∅"),
+    ],
 )
 def test_tokens_are_shown_for_people(token, shown):
     assert show_token(token) == shown
@@ -211,4 +219,4 @@ def test_positions_without_a_destination():
 def test_marks_of_whitespace_are_quiet():
     figure = head_grid(make_flow(tokens=("Ġcat", "##s", "[X]", "a", "b", "c", "d")))
     assert _alias(figure, "xaxis", 0) == "<span style='color:#6e7781'>·</span>cat"
-    assert _alias(figure, "xaxis", 1) == "<span style='color:#6e7781'>##</span>s"
+    assert _alias(figure, "xaxis", 1) == "<span style='color:#6e7781'>\u2011</span>s"

@@ -167,7 +167,7 @@ def test_nodes_are_where_paths_pass():
     assert nodes.y[place] == max(nodes.y) and "(5)" in nodes.text[place] and "leaving layer 1" in nodes.text[place]
     spacing = nodes.x[place] / 5
     assert all(abs(x / spacing - round(x / spacing)) < 1e-6 for x in nodes.x)
-    assert "<b><span style='color:#6e7781'>##</span>s" in figure.layout.xaxis.ticktext[5]
+    assert "<b><span style='color:#6e7781'>\u2011</span>s" in figure.layout.xaxis.ticktext[5]
 
 
 def test_edges_lead_from_layer_to_layer():

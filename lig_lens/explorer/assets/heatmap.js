@@ -9,18 +9,31 @@ function headWeights(view, state, head) {
     scaled(view, state, state.layer, head, view.headsMatrix(state.map, state.layer, head)));
 }
 
-/** Value at which colours end: the 99.5th percentile of what is not 0, over the heads that are compared. */
+/**
+ * Value at which colours end, over the heads that are compared: the largest, unless few cells are far above all others,
+ * then the 99.5th percentile of what is not 0. Shares end at 1: beyond are columns that nearly cancel. Contributions to a
+ * metric have one unit throughout, and may have one scale for all blocks; that ends at the largest.
+ */
 function colourTop(view, state, heads) {
-  return view.remember(`k ${state.map} ${state.layer} ${state.scale} ${heads}`, () => {
-    const total = heads.length * view.nTokens * view.nColumns;
-    const stride = Math.max(1, Math.floor(total / 20000)); // a sample of a large layer is enough for a colour
-    const sizes = new Float32Array(Math.ceil(total / stride) + heads.length);
+  const shared = state.map === "metric" && state.shared;
+  const layers = shared ? view.spec.layers.map((_, layer) => layer) : [state.layer];
+  return view.remember(`k ${state.map} ${layers} ${state.scale} ${heads}`, () => {
+    const total = layers.length * heads.length * view.nTokens * view.nColumns;
+    const stride = Math.max(1, Math.floor(total / 20000)); // a sample of many cells is enough for a percentile
+    const sizes = new Float32Array(Math.ceil(total / stride) + layers.length * heads.length);
     let count = 0;
-    for (const head of heads) {
-      const values = headWeights(view, state, head);
-      for (let i = 0; i < values.length; i += stride) if (values[i]) sizes[count++] = Math.abs(values[i]);
+    let largest = 0;
+    for (const layer of layers) {
+      for (const head of heads) {
+        const values = headWeights(view, { ...state, layer }, head);
+        for (const value of values) largest = Math.max(largest, Math.abs(value));
+        for (let i = 0; i < values.length; i += stride) if (values[i]) sizes[count++] = Math.abs(values[i]);
+      }
     }
-    return count ? sizes.subarray(0, count).sort()[Math.ceil(0.995 * (count - 1))] : 1;
+    if (!count) return 1;
+    const usual = sizes.subarray(0, count).sort()[Math.ceil(0.995 * (count - 1))];
+    const top = largest > 3 * usual && !shared ? usual : largest;
+    return state.scale === "share" ? Math.min(1, top) : top;
   });
 }
 
@@ -52,14 +65,13 @@ function heatCells(view, state, scene, head) {
     const skip = view.slice("skip", state.layer);
     const bias = view.slice("bias", state.layer);
     const divisors = state.scale === "share" ? view.divisors("mlp", state.layer) : null;
+    const raw = (h, j) =>
+      (h < view.nHeads ? view.slice("mlp", state.layer, h, view.nColumns) : h === view.nHeads ? skip : bias)[view.columnOf[j]];
     const value = (h, j) => {
-      const c = view.columnOf[j];
-      const raw = h < view.nHeads
-        ? view.slice("mlp", state.layer, h, view.nColumns)[c]
-        : (h === view.nHeads ? skip : bias)[c];
-      return divisors ? (divisors[c] === 0 ? 0 : raw / divisors[c]) : raw;
+      const divisor = divisors ? divisors[view.columnOf[j]] : 1;
+      return divisor === 0 ? 0 : raw(h, j) / divisor;
     };
-    return { rows, columns, value, name: (h) => (h < view.nHeads ? `head ${h}` : h === view.nHeads ? "skip" : "bias") };
+    return { rows, columns, value, raw, name: (h) => (h < view.nHeads ? `head ${h}` : h === view.nHeads ? "skip" : "bias") };
   }
   const matrix = headWeights(view, state, head);
   return {
@@ -169,7 +181,7 @@ function drawSmall(list, view, state, scene, palette, choose) {
   }
   for (let head = 0; head < heads; head++) list.children[head].setAttribute("aria-pressed", String(state.head === head));
   // Drawn again only where something has changed that they show.
-  const drawn = [state.sample, state.view, state.map, state.layer, state.scale, state.special, state.punct, palette.surface].join();
+  const drawn = [state.sample, state.view, state.map, state.layer, state.scale, state.shared, state.special, state.punct, palette.surface].join();
   if (list.dataset.drawn === drawn) return;
   list.dataset.drawn = drawn;
   const top = colourTop(view, state, view.heads(state.map));

@@ -1,9 +1,16 @@
 // What mouse and keyboard do to the state, and what is told about the place under the pointer.
 
-/** The node under the pointer; a token's name stands for its node in the lowest row. */
+/**
+ * The node under the pointer. A token's name stands for what becomes of it: its node in the last row where flow can be
+ * followed there, otherwise the one that leaves the block that is shown.
+ */
 function pointedNode(event) {
   const token = event.target.closest("[data-token]");
-  if (token) return { row: 0, pos: Number(token.dataset.token) };
+  if (token) {
+    const view = currentView();
+    const layer = follows(view, state) ? view.nLayers - 1 : state.layer;
+    return { row: rowsOf(view).high[layer], pos: Number(token.dataset.token) };
+  }
   const frame = byId("graph").firstElementChild.getBoundingClientRect();
   return nodeAt(scene, drawn.geometry, event.clientX - frame.left, event.clientY - frame.top);
 }
@@ -18,12 +25,16 @@ function clickGraph(event) {
   if (layer !== undefined) set({ layer: Number(layer) });
 }
 
-/** Chooses a node and shows the block that it comes out of, or at the bottom the one that it enters. */
+/**
+ * Chooses a node and shows the block that it comes out of, or at the bottom the one that it enters. Contributions to a
+ * metric leave their node: there the block that it enters comes first.
+ */
 function choose(node) {
   if (!node) return set({ node });
   const rows = rowsOf(currentView());
-  const layer = rows.high.indexOf(node.row);
-  set({ node, layer: layer >= 0 ? layer : Math.max(0, rows.low.indexOf(node.row)) });
+  const blocks = [rows.high.indexOf(node.row), rows.low.indexOf(node.row)];
+  if (state.map === "metric") blocks.reverse();
+  set({ node, layer: blocks[0] >= 0 ? blocks[0] : blocks[1] });
 }
 
 function pressKey(event) {
@@ -73,11 +84,14 @@ function move(view, [up, along]) {
 
 function bringIntoSight(row, pos) {
   const box = byId("graph");
-  const [x, y] = drawn.geometry.at(row, pos);
-  const near = 70;
+  const { at, upward, margin } = drawn.geometry;
+  const [x, y] = at(row, pos);
+  const near = 24;
+  // Names at the left and at the bottom cover what lies behind them.
+  const [beside, below] = upward ? [margin.rows, margin.labels] : [margin.labels, 30];
   box.scrollTo(
-    Math.min(Math.max(box.scrollLeft, x + near - box.clientWidth), x - near),
-    Math.min(Math.max(box.scrollTop, y + near - box.clientHeight), y - near)
+    Math.min(Math.max(box.scrollLeft, x + near - box.clientWidth), x - near - beside),
+    Math.min(Math.max(box.scrollTop, y + near + below - box.clientHeight), y - near)
   );
 }
 
@@ -108,7 +122,7 @@ function hoverGraph(event) {
   }
   if (data.edge) {
     const edge = scene.edges[Number(data.edge)];
-    const way = edge.kind === "skip" ? "past the heads" : state.head !== null ? `through head ${state.head}` : "through the block";
+    const way = edge.kind === "skip" ? "by skip connection and bias" : edge.head !== null ? `through head ${edge.head}` : "through the block";
     const lines = [`Block ${view.spec.layers[edge.layer]}: ${name(edge.src)} → ${name(edge.dst)}, ${way}`];
     const below = scene.rows.high[edge.layer] <= (state.node?.row ?? 0);
     if (scene.cone && below) lines.push(`${percent(edge.value)} of the chosen token comes this way`);
@@ -117,20 +131,21 @@ function hoverGraph(event) {
     return tip(event, lines.join("\n"));
   }
   if (data.path) {
-    const path = scene.paths[Number(data.path)];
-    const step = path.steps.find((one) => one.layer === Number(data.step));
-    const way = step.head === null ? "" : step.head < 0 ? ", past the heads" : `, head ${step.head}`;
-    return tip(event, `Path ${Number(data.path) + 1}: ${percent(path.weight)}\nBlock ${view.spec.layers[step.layer]}${way}: ${name(step.src)} → ${name(step.dst)}, ${percent(step.share)} of the step`);
+    const step = scene.steps[Number(data.step)];
+    const way = step.head === null ? "" : step.head < 0 ? ", skip and bias" : `, head ${step.head}`;
+    const which = step.paths.map((number) => number + 1).join(", ");
+    return tip(event, `Path${step.paths.length > 1 ? "s" : ""} ${which}: ${percent(step.weight)} of the chosen token\nBlock ${view.spec.layers[step.layer]}${way}: ${name(step.src)} → ${name(step.dst)}, ${percent(step.share)} of the step`);
   }
   hideTip();
 }
 
 function nodeMeaning(view, row, value) {
   if (scene.cone) {
-    if (row === state.node.row) return value === 1 ? "the chosen token" : "beside the chosen token";
+    if (row === state.node.row) return value === 1 ? "the chosen token" : "in the same row as the chosen token";
     return row < state.node.row ? `${percent(value)} of the chosen token is from here` : `${percent(value)} of this is from the chosen token`;
   }
   const amount = state.scale === "share" ? percent(value) : exact(view, value);
+  if (state.map === "mlp") return `${amount} of what its output moves by comes through the heads`;
   if (state.map === "metric") return view.spec.split === "message" ? `${amount} sent from here` : `${amount} through this token`;
   if (state.node) return `${amount}: flow between it and the chosen token`;
   return `gives ${amount} to the next row${state.scale === "share" ? ", mean over destinations" : ""}`;
@@ -139,19 +154,19 @@ function nodeMeaning(view, row, value) {
 /** Exact value and share of what an edge stands for, and the gap of its column. */
 function edgeNumbers(view, edge) {
   const c = view.columnOf[edge.dst];
-  const head = state.head;
+  const head = edge.head;
   if (edge.kind === "skip") {
     const past = view.past(state.map, edge.layer);
-    return past ? numbersOf(view, edge.layer, head, past[c], c) : ["nothing moves it: it keeps what it has"];
+    return past ? numbersOf(view, edge.layer, "past", past[c], c) : ["nothing moves it: it keeps what it has"];
   }
   const value = view.headsMatrix(state.map, edge.layer, head)[edge.src * view.nColumns + c];
   return numbersOf(view, edge.layer, head, value, c);
 }
 
 function numbersOf(view, layer, head, value, c) {
-  const divisor = view.divisors(state.map, layer, head)[c];
+  const divisor = view.divisors(state.map, layer, head === "past" ? null : head)[c];
   const certain = view.certainty(state.map, layer, head, c);
-  const lines = [`value ${exact(view, value)}, share ${percent(divisor === 0 ? 0 : value / divisor)}`];
+  const lines = [`value ${exact(view, value)}, share ${percent(divisor === 0 ? NaN : value / divisor)}`];
   if (certain) lines.push(`gap of the ${state.map === "metric" ? "layer" : "column"} ${certain.gap.toExponential(1)}${certain.converged ? "" : ", above the tolerance"}`);
   return lines;
 }
@@ -166,8 +181,7 @@ function hoverLarge(event) {
   const name = (i) => tokenName(view, i);
   const c = view.columnOf[state.map === "mlp" ? across : down];
   if (state.map === "mlp") {
-    const value = large.cells.value(down, across);
-    return tip(event, `${large.cells.name(down)} → ${name(across)}\n${state.scale === "share" ? percent(value) : exact(view, value)}`);
+    return tip(event, [`${large.cells.name(down)} → ${name(across)}`, ...numbersOf(view, state.layer, null, large.cells.raw(down, across), c)].join("\n"));
   }
   const value = view.headsMatrix(state.map, state.layer, state.head)[across * view.nColumns + c];
   tip(event, [`${name(across)} → ${name(down)}`, ...numbersOf(view, state.layer, state.head, value, c)].join("\n"));

@@ -9,10 +9,10 @@ const samples = header.samples.map((sample) => ({
 
 const DEFAULTS = {
   sample: 0, view: 0, map: null, layer: 0, node: null, head: null, scale: "share", threshold: null, circle: "sqrt",
-  spacing: 1, orient: "up", special: false, punct: false, paths: true, k: 8, skip: true, theme: null, sort: "size", down: true,
+  spacing: 1, orient: "up", special: false, punct: false, paths: true, k: 8, skip: true, shared: true, theme: null, sort: "size", down: true,
 };
 const NUMBERS = ["sample", "view", "layer", "head", "threshold", "spacing", "k"];
-const FLAGS = ["special", "punct", "paths", "skip", "down"];
+const FLAGS = ["special", "punct", "paths", "skip", "shared", "down"];
 const CHOICES = {
   scale: ["share", "absolute"], circle: ["linear", "sqrt", "pivot"], orient: ["up", "right"], theme: ["light", "dark"],
   sort: COLUMNS.map(([key]) => key),
@@ -49,7 +49,9 @@ function settle() {
   state.sample = within(state.sample, samples.length);
   state.view = within(state.view, samples[state.sample].views.length);
   const view = currentView();
-  if (!view.maps.includes(state.map)) state.map = view.maps.includes("conserving") ? "conserving" : view.maps[0];
+  if (!view.maps.includes(state.map)) {
+    state.map = view.maps.includes("conserving") && !view.forgets ? "conserving" : view.maps[0];
+  }
   state.layer = within(state.layer, view.nLayers);
   if (state.head !== null && !(view.byHead(state.map) && Number.isInteger(state.head) && state.head >= 0 && state.head < view.nHeads)) {
     state.head = null;
@@ -66,9 +68,9 @@ function settle() {
 }
 
 function startThreshold(view) {
+  if (state.node && follows(view, state)) return 0.02;
   if (state.scale === "absolute") return 0.15;
   if (state.map === "metric") return 0.01;
-  if (state.node && follows(view, state)) return 0.02;
   return Math.min(0.2, 2.5 / Math.max(8, view.nTokens));
 }
 
@@ -88,6 +90,8 @@ function writeLink() {
 }
 
 function set(changes) {
+  // Heads of different blocks have nothing but a number in common.
+  if ("layer" in changes && changes.layer !== state.layer && !("head" in changes)) changes.head = null;
   if (("map" in changes || "scale" in changes) && !("threshold" in changes)) {
     changes.threshold = null;
   } else if (!("threshold" in changes) && !state.thresholdSet) {
@@ -112,13 +116,13 @@ function show() {
   const view = currentView();
   const colours = palette();
   // Asked before anything changes: afterwards the browser would have to lay the page out to answer.
-  const box = byId("graph");
-  const room = { width: box.clientWidth - 12, height: box.clientHeight - 24, left: box.scrollLeft, top: box.scrollTop };
-  const side = Math.max(280, byId("large").parentElement.clientWidth - 30);
+  const room = roomOf(byId("graph"));
+  const side = Math.min(440, Math.max(280, byId("large").parentElement.clientWidth - 30));
   scene = sceneOf(view, state);
   showControls(view);
   showGraph(view, colours, room);
   showHeads(view, colours, side);
+  showKey(view);
   showPaths(view);
   showTable(view);
   showStatus(view);
@@ -132,21 +136,91 @@ function showGraph(view, colours, room) {
   drawn = drawScene(view, state, scene, room, colours);
   box.innerHTML = drawn.svg;
   if (room.left || room.top) box.scrollTo(room.left, room.top);
+  keepLabels(room);
+}
+
+/** Moves the names of blocks and tokens to where they are in sight; `room` has scroll position and height of the box. */
+function keepLabels(room) {
+  const [beside, below] = byId("graph").querySelectorAll("[data-sticky]");
+  beside.setAttribute("transform", `translate(${room.left} 0)`);
+  below.setAttribute("transform", `translate(0 ${Math.min(0, room.top + room.height + 16 - drawn.geometry.height)})`);
+}
+
+function roomOf(box) {
+  return { width: box.clientWidth - 12, height: box.clientHeight - 24, left: box.scrollLeft, top: box.scrollTop };
 }
 
 function showHeads(view, colours, side) {
   const block = view.spec.layers[state.layer];
-  const cut = "Stronger values have the last colour.";
   const what = state.map === "mlp" ? "all parts" : state.head !== null ? `head ${state.head}` : view.byHead(state.map) ? "all heads" : "whole block";
   byId("heads-title").textContent = `Block ${block}, ${what}`;
-  const reading = state.map === "mlp" ? "parts down, destinations across" : "destinations down, sources across";
-  byId("note").textContent = `${reading}, ${unitOf(view)}. ${cut} ${view.spec.dropped ?? ""}`;
+  const reading = state.map === "mlp" ? "rows: parts, columns: destinations" : "rows: destinations, columns: sources";
   const canvas = byId("large");
   canvas.setAttribute("aria-label", `Heatmap of block ${block}, ${what}: ${reading}. The numbers are in the table.`);
   large = drawLarge(canvas, view, state, scene, colours, side);
-  const end = state.scale === "share" ? percent(large.top) : exact(view, large.top).replace("+", "");
+  const end = state.scale === "share" ? percent(large.top) : rounded(large.top);
+  byId("note").textContent = [`${reading}; ${unitOf(view)}.`, ...notesOf(view, end)].join(" ");
+  byId("warning").textContent = warningOf(view);
   byId("legend").replaceChildren(`−${end}`, document.createElement("i"), `+${end}`);
   drawSmall(byId("heads"), view, state, scene, colours, (head) => set({ head: state.head === head ? null : head }));
+}
+
+const rounded = (value) => Number(value.toPrecision(3)).toString();
+
+/** What one should know of the heatmap: what is not in it, and where its colours end. */
+function notesOf(view, end) {
+  const beyond = large.cells.rows.some((row) => large.cells.columns.some((column) => Math.abs(large.cells.value(row, column)) > large.top));
+  const past = state.map !== "mlp" && state.head === null ? view.past(state.map, state.layer) : null;
+  return [
+    past && past.some((value) => value !== 0) ? "What bypasses the heads (skip, bias) is in the graph only." : "",
+    beyond ? `Colours saturate at ±${end}.` : "",
+    view.spec.dropped ?? "",
+  ].filter(Boolean);
+}
+
+function warningOf(view) {
+  const warnings = [];
+  if (view.forgets && (state.map === "product" || state.map === "conserving")) {
+    warnings.push(
+      "What a token keeps of itself is not part of this flow: on this path of the mlp map the skip connection does not move. " +
+        "To follow content through blocks, compute with mlp_baseline='itb_map_ratio'."
+    );
+  }
+  const cancelling = scene.cone ? view.spec.layers.reduce((sum, _, layer) => sum + stepTotals(view, state.map, layer).cancels, 0) : 0;
+  if (cancelling) {
+    const many = cancelling > 1 ? `${cancelling.toLocaleString("en")} steps nearly cancel` : "One step nearly cancels";
+    warnings.push(`${many}: shares there, and of what passes through, are large and of both signs.`);
+  }
+  return warnings.join(" ");
+}
+
+/** How to read the graph, for what is in it. */
+function showKey(view) {
+  const weight = state.scale === "share" || scene.cone ? "share" : "contribution";
+  const circles = scene.cone
+    ? "circles: below, how much of the chosen token comes from there; above, how much of it comes from the chosen token"
+    : state.node && state.map !== "metric" ? `circles: ${weight} exchanged with the chosen token` : `circles: what a token gives to the next row, ${weight}`;
+  byId("key").replaceChildren(
+    ...[
+      ["●", circles], ["―", `lines: ${weight} through the heads of a block`],
+      ...(scene.edges.some((edge) => edge.kind === "skip") ? [["╌", "dashed: skip and bias"]] : []),
+      ...(scene.steps.length ? [["▬", "strongest paths, coloured by head, width by weight, dashed if negative"]] : []),
+      ...(scene.nodes.some((row) => row.some((value) => value !== value)) ? [["○", "no value"]] : []),
+    ].map(([mark, text]) => {
+      const item = document.createElement("span");
+      item.append(Object.assign(document.createElement("b"), { textContent: mark }), ` ${text}`);
+      return item;
+    }),
+    signKey()
+  );
+}
+
+function signKey() {
+  const item = document.createElement("span");
+  const sign = (name, text) => Object.assign(document.createElement("b"), { className: name, textContent: text });
+  const [red, blue] = state.scale === "share" || scene.cone ? ["sign of the total", "opposite sign"] : ["raises the target", "lowers it"];
+  item.append(sign("positive", "red"), ` ${red}, `, sign("negative", "blue"), ` ${blue}`);
+  return item;
 }
 
 function unitOf(view) {
@@ -159,20 +233,22 @@ function unitOf(view) {
 function showPaths(view) {
   const box = byId("path-list");
   box.replaceChildren();
-  if (!state.node || !state.paths) return;
+  if (!state.node || !state.paths || state.map === "metric") return;
   const title = document.createElement("h2");
   box.append(title);
   if (!follows(view, state)) {
     title.textContent = view.chained
-      ? "Paths go with the maps product and conserving."
+      ? view.maps.includes("product") ? "Paths are available for the composed maps only." : "Paths need the attn and mlp maps of one Flow."
       : "Paths need every layer in between and all destinations.";
     return;
   }
   const held = scene.paths.reduce((sum, path) => sum + path.weight, 0);
-  title.textContent = scene.paths.length ? `Strongest ${scene.paths.length} paths, together ${percent(held)} of it` : "No path leads there.";
+  title.textContent = scene.paths.length ? `Strongest ${scene.paths.length} paths, together ${percent(held)} of the total` : "No path leads there.";
   const list = document.createElement("ol");
-  for (const path of scene.paths) {
+  scene.paths.forEach((path, number) => {
     const item = document.createElement("li");
+    item.addEventListener("pointerenter", () => pointOut(number));
+    item.addEventListener("pointerleave", () => pointOut(null));
     item.append(`${percent(path.weight)}  ${view.sample.tokens[path.steps[0].src].shown} `);
     let waited = 0;
     if (path.steps.some((step) => !scene.visible[step.src])) item.append("(through hidden tokens) ");
@@ -181,22 +257,33 @@ function showPaths(view) {
       const span = document.createElement("span");
       span.className = "head";
       span.style.color = step.head === null ? "inherit" : headColour(step.head);
-      span.textContent = `→ ${view.spec.layers[step.layer]}${step.head === null ? "" : `.${step.head}`} `;
+      span.textContent = `→ ${headName(view, step.layer, step.head)} `;
       item.append(span, step.src === step.dst ? "" : `${view.sample.tokens[step.dst].shown} `);
     });
-    if (waited) item.append(`(${waited} skipped)`);
+    if (waited) item.append(`(skip and bias in ${waited} block${waited > 1 ? "s" : ""})`);
     list.append(item);
-  }
+  });
   box.append(list);
 }
 
+/** Leaves one path in full colour; null for all. */
+function pointOut(number) {
+  for (const path of byId("graph").querySelectorAll("[data-path]")) {
+    const taken = number === null || path.dataset.path.split(",").includes(String(number));
+    path.style.strokeOpacity = taken ? "" : 0.08;
+  }
+}
+
+const headName = (view, layer, head) => `L${view.spec.layers[layer]}${head === null ? "" : `H${head}`}`;
+
 function showTable(view) {
   listed = tableRows(view, state, scene);
-  const where = state.node ? `into and out of ${nodeName(view, state.node)}` : `block ${view.spec.layers[state.layer]}`;
+  const block = `block ${view.spec.layers[state.layer]}${state.head === null ? "" : `, head ${state.head}`}`;
+  const where = state.node ? `into and out of ${nodeName(view, state.node)}${state.head === null ? "" : `, ${block}`}` : `of ${block}`;
   const shown = Math.min(SHOWN_ROWS, listed.rows.length);
-  const kept = listed.rows.length < listed.all ? `, the ${listed.rows.length} strongest kept` : "";
-  const seen = shown < listed.rows.length ? `, ${shown} shown` : "";
-  byId("table-title").textContent = `Edges, ${where}: ${listed.all.toLocaleString("en")}${kept}${seen}`;
+  const kept = listed.rows.length < listed.all ? ` (CSV: the strongest ${listed.rows.length})` : "";
+  const seen = shown < listed.all ? `${shown} of ` : "";
+  byId("table-title").textContent = `${seen}${listed.all.toLocaleString("en")} edges ${where}${kept}, map ${state.map}`;
   fillTable(byId("table"), view, listed.rows, state, (key) => {
     if (key === "value" && state.sort === "size") set({ sort: "value", down: true });
     else if (key === state.sort) set(key === "value" && !state.down ? { sort: "size", down: true } : { down: !state.down });
@@ -206,7 +293,7 @@ function showTable(view) {
 
 function nodeName(view, node) {
   const row = rowsOf(view).labels[node.row];
-  const place = row.into !== null ? `entering block ${row.into}` : `leaving block ${row.from}`;
+  const place = row.into === null ? `leaving block ${row.from}` : row.from === null ? `entering block ${row.into}` : `between blocks ${row.from} and ${row.into}`;
   return `${tokenName(view, node.pos)} ${place}`;
 }
 
@@ -214,24 +301,26 @@ const tokenName = (view, i) => `‘${view.sample.tokens[i].shown}’ (${i})`;
 
 function showStatus(view) {
   const drawn = scene.edges.length;
+  const wanted = (state.special && "special tokens") || (state.punct && "punctuation");
   const hidden = view.nTokens - scene.positions.length;
-  const cancelling = scene.cone ? view.spec.layers.reduce((sum, _, layer) => sum + stepTotals(view, state.map, layer).cancels, 0) : 0;
   const edges = [
-    `${drawn.toLocaleString("en")} edges drawn${scene.above > drawn ? `, the strongest of ${scene.above.toLocaleString("en")} above the threshold` : ""}`,
+    `${drawn.toLocaleString("en")} edge${drawn === 1 ? "" : "s"} drawn${scene.above > drawn ? `, the strongest of each block, of ${scene.above.toLocaleString("en")} above the threshold` : ""}`,
     scene.below ? `${scene.below.toLocaleString("en")} below the threshold` : "",
-    hidden ? `${hidden} tokens hidden` : "",
+    hidden ? `${hidden} token${hidden > 1 ? "s" : ""} hidden` : wanted && allOf(view) ? "all tokens would be hidden, so none is" : "",
     scene.cone && state.head !== null ? "circles and paths are those of all heads" : "",
-    cancelling ? `${cancelling.toLocaleString("en")} steps nearly cancel: shares there are large and of both signs` : "",
   ].filter(Boolean).join(", ");
   const what = state.node ? `${nodeName(view, state.node)}. ` : "";
   const top = state.node && listed.rows.length ? strongestInWords(view) : "";
   byId("status").textContent = `${what}${top}${edges}.`;
 }
 
+/** Whether all tokens are of a kind that is to be hidden. */
+const allOf = (view) => view.sample.tokens.every((token) => (state.special && token.special) || (state.punct && token.punctuation));
+
 function strongestInWords(view) {
   const best = listed.rows.find((row) => row.src !== row.dst) ?? listed.rows[0];
   const name = (i) => tokenName(view, i);
-  const through = typeof best.head === "number" ? ` through head ${best.layer}.${best.head}` : "";
+  const through = typeof best.head === "number" ? ` through L${best.layer}H${best.head}` : best.head === "past" ? " by skip and bias" : "";
   return `Strongest edge${best.src === best.dst ? "" : " between tokens"}: ${name(best.src)} to ${name(best.dst)}${through}, ${exact(view, best.value)}. `;
 }
 
@@ -256,13 +345,20 @@ function showControls(view) {
   fillSelect(byId("view"), samples[state.sample].views.map((v, i) => [i, v.spec.label]), state.view);
   fillSelect(byId("map"), view.maps.map((name) => [name, MAP_NAMES[name]]), state.map);
   byId("facts").textContent = view.spec.facts;
+  byId("sample").title = samples[state.sample].label;
+  byId("view").title = view.spec.label;
   for (const radio of document.getElementsByName("scale")) radio.checked = radio.value === state.scale;
   byId("threshold").value = toSlider(state.threshold);
-  byId("threshold-value").textContent = percent(state.threshold) + (state.scale === "absolute" && !scene.cone ? " of the strongest" : "");
+  byId("threshold-value").textContent = percent(state.threshold) + (state.scale === "absolute" && !scene.cone ? " of max" : "");
   byId("copy-link").hidden = location.protocol === "about:"; // a frame in a notebook has no address
   for (const id of ["circle", "orient", "spacing", "k"]) byId(id).value = state[id];
-  for (const id of ["special", "punct", "paths", "skip"]) byId(id).checked = state[id];
-  byId("k-label").hidden = !state.paths;
+  byId("shared-label").hidden = state.map !== "metric";
+  for (const id of ["special", "punct", "paths", "skip", "shared"]) byId(id).checked = state[id];
+  const followed = follows(view, state);
+  for (const id of ["paths", "k"]) byId(id).disabled = !followed || (id === "k" && !state.paths);
+  byId("paths").parentElement.title = followed ? "Strongest paths to the chosen token" : "Composed maps only, with every layer in between and all destinations";
+  byId("skip").disabled = !view.spec.layers.some((_, layer) => state.map !== "mlp" && view.past(state.map, layer)?.some((value) => value !== 0));
+  byId("skip").parentElement.title = byId("skip").disabled ? "Nothing bypasses the heads in this map" : "What bypasses the heads: skip connection and bias";
 }
 
 // The slider's steps are finer where thresholds are small.
@@ -278,7 +374,7 @@ function listen() {
   byId("spacing").addEventListener("input", (e) => set({ spacing: Number(e.target.value) }));
   byId("k").addEventListener("change", (e) => set({ k: Number(e.target.value) || DEFAULTS.k }));
   for (const id of ["circle", "orient"]) byId(id).addEventListener("change", (e) => set({ [id]: e.target.value }));
-  for (const id of ["special", "punct", "paths", "skip"]) byId(id).addEventListener("change", (e) => set({ [id]: e.target.checked }));
+  for (const id of ["special", "punct", "paths", "skip", "shared"]) byId(id).addEventListener("change", (e) => set({ [id]: e.target.checked }));
   byId("theme").addEventListener("click", () => set({ theme: document.documentElement.dataset.theme === "dark" ? "light" : "dark" }));
   byId("reset").addEventListener("click", () => set({ ...DEFAULTS }));
   byId("help-button").addEventListener("click", toggleHelp);
@@ -290,6 +386,8 @@ function listen() {
   byId("graph").addEventListener("click", clickGraph);
   byId("graph").addEventListener("pointermove", hoverGraph);
   byId("graph").addEventListener("pointerleave", hideTip);
+  byId("graph").addEventListener("scroll", () => (hideTip(), keepLabels(roomOf(byId("graph")))));
+  addEventListener("scroll", hideTip);
   byId("large").addEventListener("pointermove", hoverLarge);
   byId("large").addEventListener("pointerleave", hideTip);
   document.addEventListener("keydown", pressKey);

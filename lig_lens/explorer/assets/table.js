@@ -1,7 +1,8 @@
 // The table of edges: of the chosen node, or of the current layer; sortable, and to be copied as CSV.
 
-const MOST_ROWS = 300; // kept, and written as CSV
+const MOST_ROWS = 4000; // kept, and written as CSV
 const SHOWN_ROWS = 60;
+const HEAD_NAMES = { past: "skip and bias", all: "all heads" };
 const COLUMNS = [
   ["layer", "block", (r) => r.layer],
   ["head", "head", (r) => r.head],
@@ -9,7 +10,7 @@ const COLUMNS = [
   ["dst", "destination", (r) => r.dst],
   ["value", "value", (r) => r.value],
   ["size", "size", (r) => Math.abs(r.value)],
-  ["share", "share", (r) => r.share],
+  ["share", "share", (r) => (r.share === r.share ? r.share : 0)],
   ["gap", "gap", (r) => r.gap ?? -1],
 ];
 
@@ -29,11 +30,13 @@ function tableRows(view, state, scene) {
       all++;
       const size = Math.abs(value);
       if (size <= kept.floor) return;
-      const certain = view.certainty(state.map, layer, typeof head === "number" ? head : null, c);
-      const share = divisor === 0 ? 0 : value / divisor;
+      const certain = view.certainty(state.map, layer, head === "all" ? null : head, c);
+      const share = divisor === 0 ? NaN : value / divisor;
       kept.add(size, { layer: number, head, src, dst, value, share, gap: certain?.gap, converged: certain?.converged });
     };
-    for (const head of view.heads(state.map).filter((h) => state.head === null || h === null || h === state.head)) {
+    const alone = headIn(view, state, layer);
+    if (state.head !== null && alone === null) return; // a head alone is one of the block that is shown
+    for (const head of alone === null ? view.heads(state.map) : [alone]) {
       const matrix = view.headsMatrix(state.map, layer, head);
       const divisors = view.divisors(state.map, layer, head);
       const n = view.nColumns;
@@ -47,7 +50,7 @@ function tableRows(view, state, scene) {
         }
       }
     }
-    const past = state.head === null ? view.past(state.map, layer) : null;
+    const past = alone === null ? view.past(state.map, layer) : null;
     if (past) {
       const divisors = view.divisors(state.map, layer);
       past.forEach((value, c) => consider("past", view.destinations[c], c, value, divisors[c]));
@@ -76,7 +79,7 @@ function fillTable(table, view, rows, state, sortBy) {
       const on = state.sort === key || (key === "value" && state.sort === "size");
       cell.scope = "col";
       cell.ariaSort = on ? (state.down ? "descending" : "ascending") : "none";
-      button.textContent = label + (on ? (state.down ? " ↓" : " ↑") : "") + (key === "value" && state.sort === "size" ? " |·|" : "");
+      button.textContent = label + (on ? (state.down ? " ↓" : " ↑") : "") + (key === "value" && state.sort === "size" ? " (by size)" : "");
       button.dataset.key = key;
       button.addEventListener("click", () => sortBy(key));
       cell.append(button);
@@ -88,11 +91,12 @@ function fillTable(table, view, rows, state, sortBy) {
   const body = document.createDocumentFragment();
   for (const row of sortRows(rows, state.sort, state.down).slice(0, SHOWN_ROWS)) {
     const line = document.createElement("tr");
-    const cells = [row.layer, row.head, name(row.src), name(row.dst), exact(view, row.value), percent(row.share), gapText(row)];
+    const cells = [row.layer, HEAD_NAMES[row.head] ?? row.head, name(row.src), name(row.dst), exact(view, row.value), percent(row.share), gapText(row)];
+    const shown = state.scale === "share" ? row.share : row.value; // as the picture has it
     cells.forEach((text, i) => {
       const cell = document.createElement("td");
       cell.textContent = text;
-      if (i === 4) cell.className = row.value < 0 ? "negative" : "positive";
+      if (i === (state.scale === "share" ? 5 : 4) && shown === shown) cell.className = shown < 0 ? "negative" : "positive";
       if (i === 6 && row.converged === false) cell.className = "open";
       line.append(cell);
     });
@@ -111,6 +115,7 @@ function exact(view, value) {
 }
 
 function percent(share) {
+  if (share !== share) return "–"; // of nothing
   const size = Math.abs(share) * 100;
   const text = size >= 10 ? size.toFixed(0) : size >= 0.1 || size === 0 ? size.toFixed(1) : size >= 1e-4 ? size.toPrecision(1) : size.toExponential(0);
   return `${share < 0 ? "−" : ""}${text}%`;
@@ -126,7 +131,7 @@ function csvOf(view, rows, state) {
   const quote = (text) => `"${(/^[=+\-@\t\r]/.test(text) ? `'${text}` : text).replace(/"/g, '""')}"`;
   const token = (i) => quote(view.sample.tokens[i].text);
   const lines = sortRows(rows, state.sort, state.down).map((row) =>
-    [row.layer, row.head, row.src, token(row.src), row.dst, token(row.dst), row.value, row.share, row.gap ?? "", row.converged ?? ""].join(",")
+    [row.layer, row.head, row.src, token(row.src), row.dst, token(row.dst), row.value, row.share === row.share ? row.share : "", row.gap ?? "", row.converged ?? ""].join(",")
   );
   return ["layer,head,src,src_token,dst,dst_token,value,share,gap,converged", ...lines].join("\n") + "\n";
 }
