@@ -25,8 +25,8 @@ _MARKS = {"Ġ": "·", "▁": "·", " ": "·", "\u00a0": "·", "Ċ": "↵", "\n":
 def show_token(token: str, longest: int = 40) -> str:
     """Write a token for people: spaces (also `Ġ` and `▁`) as `·`, line breaks as `↵`, the rest as it is.
 
-    The result is plain text. BERT's `##ing`, which continues a word, is written with a (non-breaking) hyphen, characters
-    that do not print as their escapes.
+    The result is plain text. BERT's `##ing`, which continues a word, is written with a (non-breaking) hyphen, and
+    characters that do not print as their escapes.
 
     >>> show_token("Ġcat"), show_token("##ing"), show_token("")
     ('·cat', '‑ing', '∅')
