@@ -14,12 +14,12 @@ flow = ll.attribute(model, "The cat sat because it was tired.", progress=False)
 print(flow)
 
 # %% [markdown]
-# A *Flow* holds three maps of every block. `flow.attn[l, h, i, j]` is how much source token *i* contributes to what
-# head *h* of layer *l* puts out at destination *j*. (Sources first. TransformerLens' patterns are the other way
+# A *Flow* holds three maps of every block. `flow.attn[l, h, i, j]` is how much source token *i* contributes to the
+# output of head *h* of layer *l* at destination *j*. (Sources come first; TransformerLens' patterns are the other way
 # round.)
 #
-# The printed line ends with the first thing to look at: how far the contributions are from adding up. The worst
-# column of all maps misses its sum by 0.015 %.
+# The end of the printed line is the first thing to look at: how far the contributions fall short of their exact sum.
+# The worst column of all maps misses its sum by 0.015 %.
 #
 # ## Where does 'it' get its content?
 
@@ -32,9 +32,9 @@ for edge in edges[:6]:
     )
 
 # %% [markdown]
-# In the last layer 'it' takes over what head 11 brings from 'cat', in early layers what others bring from 'tired'.
-# The contribution is in units of that head's output. The share is its part of all that reaches this head at this
-# token, and can be compared between heads.
+# In the last layer 'it' takes up what head 11 brings from 'cat', in early layers what other heads bring from 'tired'.
+# The contribution is in units of that head's output. The share is the contribution's part of everything that reaches
+# this head at this token, and can be compared between heads.
 #
 # ## All heads at a glance
 
@@ -42,14 +42,15 @@ for edge in edges[:6]:
 head_grid(flow, layers=[0, 1, 5])
 
 # %% [markdown]
-# One panel per head. Destinations stand down, sources across, as in attention patterns. Red pushes the head's output
-# the way it went, blue against it. Three patterns stand out:
+# There is one panel per head. Rows are destinations, columns are sources, as in attention patterns. Red pushes the
+# head's output the way it went, blue against it. Three patterns stand out:
 #
-# - Layer 0, head 2: a line below the diagonal. Each token gets what the token *before* it holds.
-# - Layer 1, head 7: two dark cells, from 'tired' to 'it' and to 'was'.
-# - Layer 5, head 11: a dark column. 'cat' goes to every other token.
+# - L0H2: a line below the diagonal. Each token gets what the token *before* it holds.
+# - L1H7: two dark cells, from 'tired' to 'it' and to 'was'.
+# - L5H11: a dark column. 'cat' goes to every other token.
 #
-# The diagonal is empty by construction: the default baseline `itb` asks what the *other* tokens change.
+# The diagonal is empty by construction: the default baseline `itb` starts every position from the destination's own
+# vector, and so asks what the *other* tokens change.
 #
 # ## One head
 
@@ -60,13 +61,13 @@ head_map(flow, layer=1, head=7)
 head_map(flow, layer=1, head=7, share=True)
 
 # %% [markdown]
-# The same head in raw units and as shares of each row. Raw, the two cells at 'tired' stand out: here the head moves
-# most. Shares say that this is more than half of what moves it there, and that [CLS] gives about 60 % at 'cat' and at
-# 'tired'.
+# The same head in raw units and as shares of each row. Raw, the two cells at 'tired' stand out: this is where the head
+# moves most. The shares say that this is more than half of what moves it there, and that [CLS] gives about 60 % at
+# 'cat' and at 'tired'.
 #
-# Mind the row of [CLS]. Raw, its numbers hardly show: the head hardly moves there. Divided by a sum near 0 they
-# become shares of more than 100 % of either sign, which mean nothing. Shares say *where from*, raw numbers *whether
-# it matters*.
+# Note the row of [CLS]. Raw, its numbers hardly show: the head hardly moves there. Divided by a sum near 0 they become
+# shares of more than 100 % of either sign, which mean nothing. Shares say *where from*, raw numbers *whether it
+# matters*.
 #
 # ## Which heads matter?
 
@@ -74,10 +75,10 @@ head_map(flow, layer=1, head=7, share=True)
 importance(flow)
 
 # %% [markdown]
-# How far each head's output moves when the other tokens' vectors come in, mean over destinations, relative to the
-# layer's largest. Compare within a row only. In this model most heads move more than half as far as the first of
-# their layer, so *how far* says little, and *where from* is what tells heads apart. With a metric as target this
-# figure says more: [02_circuits](02_circuits.ipynb).
+# This shows how far each head's output moves when the other tokens' vectors come in, as the mean over destinations,
+# relative to the layer's largest. Compare within a row only. In this model most heads move more than half as far as the
+# first of their layer, so *how far* says little, and *where from* is what tells heads apart. With a metric as target
+# this figure says more: see [02_circuits](02_circuits.ipynb).
 #
 # ## Through all layers
 
@@ -93,9 +94,11 @@ whole = ll.attribute(
 rollout_map(whole)
 
 # %% [markdown]
-# Shares of both maps multiplied through all layers: whose content is in each token's last vector? A row adds up to
-# 100 %. 'cat', 'sat' and 'tired' keep most of themselves. The other tokens end up mostly as 'cat', with some 'sat'
-# and 'tired'.
+# Shares of both maps are multiplied through all layers: whose content is in each token's last vector? The `attn` map
+# starts from `itb_map_ratio`, which is `itb` with a share for the token itself, taken from the attention pattern. The
+# `mlp` map starts from `zero` (all vectors 0), so that what a token keeps through the skip connection counts. Each row
+# adds up to 100 %. 'cat', 'sat' and 'tired' keep most of themselves. The other tokens end up mostly as 'cat' ('because'
+# as 'cat' and 'sat' alike), with some 'sat' and 'tired'.
 #
 # **Caveat.** Shares are signed, and products of them may exceed 100 %. This Flow starts from `itb_map_ratio`, which
 # leaves each token a share of its own. From plain `itb` the row of [CLS] above, a small sum of large parts, would be
@@ -116,7 +119,8 @@ flow.explore()
 
 # %% [markdown]
 # Rows are the residual stream between blocks, layers upwards. A line goes from a source token to a destination token
-# through a block. Without a choice, a circle is as large as what its token gives to the next row: [CLS] gives most to
-# blocks 1 to 4, 'cat', 'sat' and 'tired' give most in the last. Click 'it' at the top, and circles below say how much
-# of it comes from them. `flow.explore().save("page.html")` writes the same page as a file that loads nothing from
-# elsewhere.
+# through a block. With nothing chosen, a circle is as large as what its token gives to the next row: [CLS] gives most
+# to blocks 1 to 4, 'cat', 'sat' and 'tired' give most in the last. Click 'it' at the top, and the circles below say how
+# much of it comes from them. *Map*, at the top of the page, chooses the map: the page opens with `conserving`, which
+# combines `attn` and `mlp`, while `flow.top` above lists edges of `attn`. `flow.explore().save("page.html")` writes the
+# same page as a file that loads nothing from elsewhere.

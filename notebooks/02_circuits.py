@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Which heads make the prediction?
 #
-# First a model whose circuit is known, then one whose circuit has to be found. The question is put by a *metric*: a
-# number made of the logits. Contributions then are in its units, and add up to its change at every layer.
+# We start with a model whose circuit is known, then turn to one whose circuit has to be found. The question is put by a
+# *metric*: a number computed from the logits. Contributions are then in its units, and add up to its change at every
+# layer.
 
 # %%
 import lig_lens as ll
@@ -16,8 +17,8 @@ print("corrupted", pair.corrupted, "→", pair.wrong)
 # %% [markdown]
 # ## Induction
 #
-# In the clean prompt 'egg leaf' came before, so 'egg' is to be followed by 'leaf'. In the corrupted prompt 'egg' and
-# 'farm' have changed places, so that it is to be followed by 'bell'. The metric is the difference of the two logits.
+# In the clean prompt 'egg leaf' came before, so 'egg' should be followed by 'leaf'. In the corrupted prompt 'egg' and
+# 'farm' are swapped, so that 'egg' should be followed by 'bell'. The metric is the difference of the two logits.
 
 # %%
 metric = ll.logit_difference(pair.answer, pair.wrong)
@@ -28,14 +29,14 @@ for row, layer in enumerate(flow.layers):
     print(f"layer {layer}: heads {flow.attn[row].sum():+.2f}, past the heads {flow.skip[row].sum():+.2f}")
 
 # %% [markdown]
-# Both layers explain all of the difference: what the second layer does, it does with what the first one has put
-# there. Hardly anything passes by the heads in either layer.
+# Both layers explain all of the difference: the second layer works with what the first one has put there. Hardly
+# anything bypasses the heads in either layer.
 
 # %%
 importance(flow)
 
 # %% [markdown]
-# Layer 0 is head 0 alone. In layer 1 head 2 carries most, and the three others some of it. What do they move?
+# Layer 0 is L0H0 alone. In layer 1, L1H2 carries most, and the three others carry some of it. What do they move?
 
 # %%
 for edge in flow.top(4):
@@ -49,27 +50,28 @@ print("planted:", pair.edges)
 head_grid(flow)
 
 # %% [markdown]
-# Head 0.0 carries each of the two swapped words to the place behind it: to 'bell' and to 'leaf'. Head 1.2 carries
-# what stands there to the last position. These are the four edges that the task was built on. The other heads of
-# layer 1 help a little on the same two edges, and nothing else is to be seen.
+# L0H0 carries each of the two swapped words to the next position: to 'bell' and to 'leaf'. L1H2 carries what is now
+# held there to the last position. These are the four edges that the task was built on. The other heads of layer 1 help
+# a little on the same two edges; nothing else is visible.
 #
-# Is it true? Take each head's output away, by putting in its mean over other prompts:
+# Is it true? Take each head's output away by replacing it with its mean over other prompts:
 
 # %%
 others = [other.clean for other in ll.induction_pairs(12, seed=1)]
 effects_map(ll.patching.ablate(model, pair.clean, metric, others, progress=False))
 
 # %% [markdown]
-# Heads 0.0 and 1.2 cost the metric more than 12 each, the others less than 1. Contributions and ablations agree on
-# the circuit, and not on every number: heads 1.1 and 1.3 contribute more than 3 each and cost 0.6. Contributions
-# share out the way from the corrupted prompt to the clean one. Ablation asks what the clean prompt loses.
-# [03_patching](03_patching.ipynb) goes into that.
+# Values are positive where what is left in raises the metric (clean - ablated). Ablating L0H0 or L1H2 costs more than
+# 12 of the metric each, the other heads less than 1. Contributions and ablations agree on the circuit, but not on every
+# number: L1H1 and L1H3 contribute more than 3 each and cost 0.6. Contributions divide up the whole way from the
+# corrupted prompt to the clean one. Ablation asks what the clean prompt loses. [03_patching](03_patching.ipynb) goes
+# into that.
 #
 # ## Indirect objects
 #
-# SmolLM2 with 30 layers completes 'When Mary and John went to the store, John gave a drink to' with ' Mary'. In the
-# corrupted prompt Mary gives. Every third layer is enough for a first look. (With another model the layer numbers
-# below are others.)
+# SmolLM2, with 30 layers, completes 'When Mary and John went to the store, John gave a drink to' with ' Mary'. In the
+# corrupted prompt it is Mary who gives. Every third layer is enough for a first look. (With another model, the layer
+# numbers below will differ.)
 
 # %%
 model = ll.load_model("smollm2")  # with a network: ll.load_model("gpt2")
@@ -82,8 +84,8 @@ flow = ll.attribute(
 importance(flow)
 
 # %% [markdown]
-# Every row adds up to 10.3, the change of the metric. Up to layer 14 nearly all of it passes the heads by, at layer
-# 23 hardly anything does. Blue heads work against the answer. *Where* does it pass?
+# Every row adds up to 10.3, the change of the metric. Up to layer 14 nearly all of it bypasses the heads; at layer 23
+# hardly anything does. Blue heads work against the answer. *Where* does it bypass them?
 
 # %%
 for row, layer in enumerate(flow.layers):
@@ -91,7 +93,7 @@ for row, layer in enumerate(flow.layers):
     print(f"layer {layer:2d}: {float(flow.skip[row, at]):6.2f} past the heads at {flow.tokens[at]!r} ({at})")
 
 # %% [markdown]
-# Up to layer 14 it stands in the vector of the second name (10). Between layers 17 and 23 heads carry it to the last
+# Up to layer 14 it is in the vector of the second name (10). Between layers 17 and 23 heads carry it to the last
 # position (14), where it stays. Which heads?
 
 # %%
@@ -107,12 +109,13 @@ head_grid(flow, layers=[17, 20, 23], heads=[0, 3, 4], tokens=[2, 4, 10, 14])
 # %% [markdown]
 # Four positions are drawn: the first two names, the second 'John' and the last 'to'.
 #
-# 1. Head 17.4 works at the second name, from itself to itself.
-# 2. Heads 20.0 and 23.3 carry the second name to the last position.
-# 3. Head 23.0 works at the last position, mostly from itself to itself; so do 29.1 and 29.0 in the list above.
+# 1. L17H4 acts at the second name, along the edge from that position to itself.
+# 2. L20H0 and L23H3 carry the second name to the last position.
+# 3. L23H0 acts at the last position, mostly along the edge from that position to itself; so do L29H1 and L29H0 in the
+#    list above.
 #
-# By default an edge says what moves *because its source token moves*, and a token that moves takes its own query
-# along. What the head then reads is another question. Split by message:
+# By default an edge says what moves *because its source token moves*, and a token that moves takes its own query along.
+# What the head then reads is another question. Split by message instead:
 
 # %%
 by_message = ll.attribute(
@@ -127,8 +130,8 @@ for layer, head, dst in ((17, 4, 10), (23, 0, 14)):
     )
 
 # %% [markdown]
-# Head 17.4 is an induction head: at the second name it reads the word *behind* that name's first mention, which is '
-# went' for John and ' and' for Mary. Head 23.0 at the end reads the two names themselves, as name movers do.
+# L17H4 is an induction head: at the second name it reads the word *after* that name's first mention, which is ' went'
+# for John and ' and' for Mary. L23H0, at the last position, reads the two names themselves, as name movers do.
 #
 # **Caveat.** A contribution is relative to the corrupted prompt. What both prompts have in common (that a name is due
 # at all, say) contributes nothing here, however much the prediction needs it.

@@ -1,8 +1,8 @@
 # %% [markdown]
-# # Do contributions foretell interventions?
+# # Do contributions predict interventions?
 #
-# Activation patching puts one activation of the clean run into the corrupted run and asks what the metric does. It is
-# exact and costs a run for each activation. Here its results are laid beside contributions, on the packaged induction
+# Activation patching puts one activation of the clean run into the corrupted run and measures what the metric does. It
+# is exact and costs one run per activation. Here its results are compared with contributions, on the packaged induction
 # model and on SmolLM2. Where do they disagree, and why?
 
 # %%
@@ -22,8 +22,9 @@ print(heads)
 effects_map(heads)
 
 # %% [markdown]
-# Three cells matter most: head 0.0 behind each of the two swapped words, and head 1.2 at the end, with some help from
-# 1.1 and 1.3.
+# Values are positive where the patched-in clean output raises the metric (patched - corrupted). Three cells matter
+# most: L0H0 at the position after each of the two swapped words, and L1H2 at the end, with some help from L1H1 and
+# L1H3.
 
 # %%
 columns = ["spearman", "pearson", "average_precision"]
@@ -37,9 +38,9 @@ agreement_scatter(ll.scores(*prompts, on="heads_by_pos")["attribution_patching"]
 
 # %% [markdown]
 # LIG lies nearly on a line (Pearson 1.00 in the table). Attribution patching is one gradient, taken in the corrupted
-# run. It is right about layer 1 and far off for head 0.0: 0 and less where the effects are 15 and 16. A gradient
-# knows nothing of what happens on the way. All other places have effects near 0, and rank correlations, which count
-# them all alike, are low for every score.
+# run. It is right about layer 1 and far off for L0H0: 0 and less where the effects are 15 and 16. A gradient knows
+# nothing of what happens on the way. All other places have effects near 0, and rank correlations, which count all
+# places alike, are low for every score.
 #
 # ## Edges
 #
@@ -57,9 +58,9 @@ ll.compare_table(scores, zeroed)[columns].round(2)
 ll.compare_table(scores, patched)[columns].round(2)
 
 # %% [markdown]
-# Against messages of the corrupted run (second table) LIG by message comes first by Pearson and average precision.
-# Against zeroed edges (first table) LIG has the highest Pearson and ranks poorly. Gradient times pattern ranks best
-# there: it is the first-order value of just that intervention, taken in the clean run.
+# Against messages of the corrupted run (second table), LIG by message comes first by Pearson and average precision.
+# Against zeroed edges (first table), LIG has the highest Pearson but ranks poorly. Gradient times pattern ranks best
+# there: it is the first-order value of exactly that intervention, taken in the clean run.
 #
 # What disagrees most?
 
@@ -71,18 +72,18 @@ for index, effect in patched.top(4):
     print(f"{patched.label(index):34} patched {effect:+6.2f}  by message {by_message.attn[index]:+6.2f}")
 
 # %% [markdown]
-# - Zeroing 'gold' → 'egg' in head 0.0 changes the metric, and the edge contributes nothing: both prompts have it
-#   alike, so it carries nothing of their *difference*.
-# - 'farm' → 'bell' contributes as much as 'egg' → 'leaf', and is not among the edges whose zeroing matters. In the
-#   clean run what stands at 'bell' is not looked for. Put in what the corrupted run sends there, and it is: 12 of the
-#   metric.
+# - Zeroing 'gold' → 'egg' in L0H0 changes the metric, but the edge contributes nothing: it is the same in both prompts,
+#   so it carries nothing of their *difference*.
+# - 'farm' → 'bell' contributes as much as 'egg' → 'leaf', but is not among the edges whose zeroing matters. In the
+#   clean run the second layer does not look for what 'bell' holds. With the corrupted run's message put in there it
+#   does, and that costs 12 of the metric.
 #
-# The counterfactual decides. Ask what it takes to turn one prompt into the other, and contributions and patching
-# agree; ask what the clean run cannot do without, and take knock-outs.
+# It depends on the counterfactual. If you ask what it takes to turn one prompt into the other, contributions and
+# patching agree; if you ask what the clean run cannot do without, use knock-outs.
 #
 # ## A larger model
 #
-# Heads of four layers of SmolLM2 on the indirect-object task of [02_circuits](02_circuits.ipynb):
+# These are heads of four layers of SmolLM2, on the indirect-object task of [02_circuits](02_circuits.ipynb):
 
 # %%
 model = ll.load_model("smollm2")  # with a network: ll.load_model("gpt2")
@@ -98,8 +99,8 @@ ll.compare_table({"LIG": flow, **ll.scores(*prompts, on="heads_by_pos", **chosen
 agreement_scatter(flow, heads)
 
 # %% [markdown]
-# LIG has the better Pearson correlation, attribution patching the better rank correlation: nearly all places have
-# small effects, and for small effects one gradient is the right answer. The few large ones are where they part.
+# LIG has the better Pearson correlation, attribution patching the better rank correlation: nearly all places have small
+# effects, and for small effects one gradient is the right answer. The two scores differ on the few large ones.
 #
-# **Caveat.** One pair of prompts. `benchmarks/README.md` has the means over 24 pairs and all layers, with the same
-# tendency.
+# **Caveat.** This is one pair of prompts. `benchmarks/README.md` has the means over 24 pairs and all layers, with the
+# same tendency.

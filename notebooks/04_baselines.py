@@ -25,12 +25,12 @@ table = pandas.DataFrame({name: flow.shares()[0, 7, :, it] for name, flow in flo
 table.round(2)
 
 # %% [markdown]
-# Shares of what head 7 of layer 1 puts out at 'it':
+# Shares of the output of L1H7 at 'it':
 #
-# - `itb`: what do the *other* tokens change? 'it' itself has 0 by construction.
-# - `itb_map_ratio`, `itb_zero_ratio`: the same, with a share for 'it' taken from the attention pattern, or from
-#   `zero`.
-# - `zero`: what is there at all, compared with no vectors?
+# - `itb` starts every position from the destination's own vector: what do the *other* tokens change? 'it' itself has 0
+#   by construction.
+# - `itb_map_ratio`, `itb_zero_ratio`: the same, with a share for 'it' taken from the attention pattern, or from `zero`.
+# - `zero` starts from zero vectors: what is there at all, compared with nothing?
 
 # %%
 head_map(flows["itb"], layer=1, head=7, share=True)
@@ -45,8 +45,9 @@ head_map(flows["zero"], layer=1, head=7, share=True)
 #
 # ## Which baselines fit together?
 #
-# The paper's test: compose the `attn` and `mlp` maps of a block and compare the result with the `block` map, which is
-# measured directly. Four sentences here; `benchmarks/consistency.py` takes twenty.
+# This is the paper's test: compose the `attn` and `mlp` maps of a block and compare the result with the `block` map,
+# which is measured directly. For the `mlp` map, `att_itb_a0` asks what the heads add: they start as at the start of the
+# `itb` path, and the skip connection is kept. Four sentences are used here; `benchmarks/consistency.py` takes twenty.
 
 # %%
 sentences = (
@@ -73,23 +74,23 @@ mean.head(8).round(2)
 
 # %% [markdown]
 # As in the paper, `itb` with `att_itb_a0` comes nearest to the block map of `itb`. The two rules correlate with it
-# about alike. But the difference of the product is nearly three times as long as the block map itself
-# (`l2_normalised`): it multiplies two lengths, so its units are wrong. The conserving rule, with shares for the
-# heads' sources, leaves 17 %. No composition comes as near to the block map of `zero`.
+# about equally well. But for the product, the difference from the block map is nearly three times as long as the block
+# map itself (`l2_normalised`): the product multiplies two lengths, so its units are wrong. The conserving rule, with
+# shares for the heads' sources, leaves 17 %. No composition comes as near to the block map of `zero`.
 
 # %%
 together = ll.attribute(model, sentences[0], progress=False)  # itb, att_itb_a0, itb: the defaults
 consistency_plot([together.consistency(rule=rule) for rule in ("product", "conserving")])
 
 # %% [markdown]
-# One sentence, layer by layer. Points are means over destinations, bars hold the middle half of them. The conserving
-# rule is at least about as good in every layer, and both are above 0.94 on the mean. The bars of layer 3 go down to
-# 0.9: the mean of a table hides such spread.
+# One sentence, layer by layer. Points are means over destinations, bars span the middle half of them. The conserving
+# rule is at least about as good in every layer, and both are above 0.94 on average. The bars of layer 3 go down to 0.9:
+# the mean of a table hides such spread.
 #
 # ## A path along which fixed steps go wrong
 #
 # SmolLM2, block 5, the last token, baseline `zero`. Along the path all residual vectors grow from 0. L(a) is how far
-# the block's output has moved by then. This cell uses TransformerLens alone.
+# the block's output has moved by then. The fixed-step numbers below use only TransformerLens' hooks.
 
 # %%
 model = ll.load_model("smollm2")
@@ -144,21 +145,22 @@ figure.update_layout(template="plotly_white", width=760, height=420, title="Smol
 figure
 
 # %% [markdown]
-# By completeness all of these should be 83.5. Fixed nodes give numbers of the wrong sign, and the better rule the
+# By completeness all of these should be 83.5. Fixed nodes give numbers of the wrong sign, and the better rule gives the
 # worse one.
 #
-# The figure says why. L rises to 257 and is on its way down again before the first midpoint is reached. A norm
-# divides by sqrt(var + eps), so it turns on where a is about sqrt(eps / var): 0.001 for the last token, as printed.
-# The norm before the MLP sees what the first one makes of the residual, and turns on earlier still, where L first
-# rises. Such layers need nodes where they are, spread on a logarithmic scale. `lig_lens` lays them out so
+# The figure shows why. L rises to 257 and is already falling again before the first midpoint is reached. A norm divides
+# by sqrt(var + eps), so it turns on where a is about sqrt(eps / var): 0.001 for the last token, as printed. The norm
+# before the MLP sees what the first one makes of the residual, and turns on earlier still, where L first rises. Such
+# layers need nodes where they are, spread on a logarithmic scale. `lig_lens` lays them out that way
 # ([how](../docs/integration.md)).
 
 # %%
 gap_map(flow)
 
 # %% [markdown]
-# The gap of every destination, on a logarithmic scale up to the tolerance: the worst misses its total by 0.02 %.
+# This is the gap of every destination, on a logarithmic scale up to the tolerance: the worst misses its total by
+# 0.02 %.
 #
-# **Caveat.** A sum that is right does not make its parts right. `flow.converged` therefore also asks for an estimate
-# of the worst single contribution, and is no proof. And no integral makes a baseline the right one: that is yours to
-# choose.
+# **Caveat.** A correct sum does not make its parts correct. `flow.converged` therefore also uses an estimate of the
+# error of the worst single contribution, which is no proof. And no integral makes a baseline the right one: that choice
+# is yours.
