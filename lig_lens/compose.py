@@ -148,7 +148,8 @@ def _warn_of_cancelling(flow: Flow, times: Float[Tensor, "layer dst"], rows: Seq
         f"In {count} of {times.numel()} steps to a destination what its sources contribute nearly cancels; most of "
         f"all in layer {flow.layers[rows[row]]} at {flow.tokens[where]!r} ({where}), where its size is "
         f"{float(times.max()):.0f} times the sum. Shares there, and of what passes through, are large and of both "
-        "signs. Other baselines may not cancel, such as mlp_baseline='itb_map_ratio' (here: attn_baseline="
+        "signs. Other baselines may cancel less: attn_baseline='itb_map_ratio', or mlp_baseline="
+        "'att_itb_a0', which leaves out what tokens keep (here: attn_baseline="
         f"{flow.settings.get('attn_baseline')!r}, mlp_baseline={flow.settings.get('mlp_baseline')!r}).",
         CancellationWarning,
         stacklevel=5,

@@ -24,11 +24,11 @@ print(flow)
 # ## Where does 'it' get its content?
 
 # %%
-it = flow.tokens.index("it")
+it = [token.strip() for token in flow.tokens].index("it")
 edges = [edge for edge in flow.top(3000) if edge.dst == it]
 for edge in edges[:6]:
     print(
-        f"layer {edge.layer} head {edge.head:2d}  {edge.src_token:>6} → it  {edge.contribution:+.2f}  {edge.share:.0%}"
+        f"L{edge.layer}H{edge.head:<2d}  {edge.src_token.strip():>6} → it  {edge.contribution:+.2f}  {edge.share:.0%}"
     )
 
 # %% [markdown]
@@ -115,12 +115,15 @@ print(again.tokens == flow.tokens, again.settings["attn_baseline"], again.settin
 # ## Explore it
 
 # %%
-flow.explore()
+ll.explore({"with what tokens keep": whole, "what other tokens change": flow})
 
 # %% [markdown]
 # Rows are the residual stream between blocks, layers upwards. A line goes from a source token to a destination token
-# through a block. With nothing chosen, a circle is as large as what its token gives to the next row: [CLS] gives most
-# to blocks 1 to 4, 'cat', 'sat' and 'tired' give most in the last. Click 'it' at the top, and the circles below say how
-# much of it comes from them. *Map*, at the top of the page, chooses the map: the page opens with `conserving`, which
-# combines `attn` and `mlp`, while `flow.top` above lists edges of `attn`. `flow.explore().save("page.html")` writes the
-# same page as a file that loads nothing from elsewhere.
+# through a block, dashed where it is the skip connection. With nothing selected, a circle is as large as what its token
+# gives to the next row. Click 'it' below the picture: circles now say how much of the last vector of 'it' comes from
+# each token in each layer, and the strongest paths are drawn and listed with their heads. Click a head to see it alone.
+#
+# *Flow*, at the top of the page, chooses between the two results. The page opens with the map `conserving`, which
+# combines `attn` and `mlp`; the edges of `flow.top` above are those of the map `attn` of the second. Followed through
+# all layers, the second would leave out what tokens keep, and the page says so. `ll.explore(...).save("page.html")`
+# writes a file that loads nothing from elsewhere.

@@ -97,14 +97,17 @@ for row, layer in enumerate(flow.layers):
 # position (14), where it stays. Which heads?
 
 # %%
-for edge in flow.top(7):
+strongest = flow.top(6)
+for edge in strongest:
     print(
-        f"head {edge.layer}.{edge.head}: {edge.src_token!r} ({edge.src}) → {edge.dst_token!r} ({edge.dst}) "
+        f"L{edge.layer}H{edge.head}: {edge.src_token!r} ({edge.src}) → {edge.dst_token!r} ({edge.dst}) "
         f"{edge.contribution:+.2f}"
     )
 
 # %%
-head_grid(flow, layers=[17, 20, 23], heads=[0, 3, 4], tokens=[2, 4, 10, 14])
+layers, heads = (sorted({getattr(edge, name) for edge in strongest}) for name in ("layer", "head"))
+names = [at for at, token in enumerate(flow.tokens) if token.strip() in ("Mary", "John")]
+head_grid(flow, layers=layers, heads=heads, tokens=[*names, -1])
 
 # %% [markdown]
 # Four positions are drawn: the first two names, the second 'John' and the last 'to'.
@@ -119,15 +122,16 @@ head_grid(flow, layers=[17, 20, 23], heads=[0, 3, 4], tokens=[2, 4, 10, 14])
 
 # %%
 by_message = ll.attribute(
-    model, clean, corrupted=corrupted, target=metric, layers=[17, 23], tol=1e-2, split="message", progress=False
+    model, clean, corrupted=corrupted, target=metric, layers=layers, tol=1e-2, split="message", progress=False
 )
-for layer, head, dst in ((17, 4, 10), (23, 0, 14)):
-    column = by_message.attn[by_message.layers.index(layer), head, :, dst]
-    strongest = column.abs().topk(2).indices.tolist()
-    print(
-        f"head {layer}.{head} at {flow.tokens[dst]!r} reads:",
-        ", ".join(f"{flow.tokens[i]!r} ({i}) {column[i]:+.2f}" for i in strongest),
-    )
+for edge in strongest:
+    if edge.src == edge.dst:
+        column = by_message.attn[by_message.layers.index(edge.layer), edge.head, :, edge.dst]
+        read = column.abs().topk(2).indices.tolist()
+        print(
+            f"L{edge.layer}H{edge.head} at {edge.dst_token!r} reads:",
+            ", ".join(f"{flow.tokens[i]!r} ({i}) {column[i]:+.2f}" for i in read),
+        )
 
 # %% [markdown]
 # L17H4 is an induction head: at the second name it reads the word *after* that name's first mention, which is ' went'

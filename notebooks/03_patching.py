@@ -90,7 +90,7 @@ model = ll.load_model("smollm2")  # with a network: ll.load_model("gpt2")
 clean = "When Mary and John went to the store, John gave a drink to"
 corrupted = "When Mary and John went to the store, Mary gave a drink to"
 prompts = (model, clean, corrupted, ll.logit_difference(" Mary", " John"))
-chosen = {"layers": [17, 20, 23, 29]}
+chosen = {"layers": [int(depth * model.cfg.n_layers) for depth in (0.57, 0.67, 0.77, 0.97)]}
 flow = ll.attribute(model, clean, corrupted=corrupted, target=prompts[3], tol=1e-2, progress=False, **chosen)
 heads = ll.patching.patch(*prompts, progress=False, **chosen)
 ll.compare_table({"LIG": flow, **ll.scores(*prompts, on="heads_by_pos", **chosen)}, heads)[columns].round(2)

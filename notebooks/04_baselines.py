@@ -13,14 +13,14 @@ import torch
 import lig_lens as ll
 from lig_lens.plots import consistency_plot, gap_map, head_map
 
-model = ll.load_model("minilm")
+model = ll.load_model("minilm")  # with a network: ll.load_model("gpt2")
 sentence = "The cat sat because it was tired."
 baselines = ("itb", "itb_map_ratio", "itb_zero_ratio", "zero")
 flows = {
     name: ll.attribute(model, sentence, maps="attn", layers=[1], attn_baseline=name, tol=1e-2, progress=False)
     for name in baselines
 }
-it = flows["itb"].tokens.index("it")
+it = [token.strip() for token in flows["itb"].tokens].index("it")
 table = pandas.DataFrame({name: flow.shares()[0, 7, :, it] for name, flow in flows.items()}, flows["itb"].tokens)
 table.round(2)
 
@@ -51,10 +51,26 @@ head_map(flows["zero"], layer=1, head=7, share=True)
 
 # %%
 sentences = (
-    "The ferry left the harbour before sunrise.",
-    "She keeps the spare key under a flower pot.",
-    "If the bread is stale, make toast of it.",
-    "My uncle sold the boat that he had built.",
+    "The old fisherman repaired his net before the tide came in.",
+    "She forgot where she had parked the car last night.",
+    "Nobody in the village knew why the bells were ringing.",
+    "The committee will publish its report early next month.",
+    "My brother plays the cello in a small orchestra.",
+    "Heavy rain washed the bridge away two years ago.",
+    "The recipe asks for three eggs and a cup of sugar.",
+    "He answered every question without looking at his notes.",
+    "The museum that we wanted to visit was closed on Monday.",
+    "A good map is worth more than a fast horse.",
+    "The price of copper fell again after the strike ended.",
+    "Children were building a castle out of wet sand.",
+    "The letter arrived a week after she had moved out.",
+    "Our train stopped twice in the middle of the forest.",
+    "The doctor who treated him has retired since then.",
+    "They painted the kitchen yellow and the door green.",
+    "An unknown artist carved the statue from a single stone.",
+    "The dog barked at the postman, but it never bit him.",
+    "Scientists measured the ice at both ends of the lake.",
+    "If the engine is cold, it needs a minute to start.",
 )
 tables = []
 for text in sentences:
@@ -93,7 +109,7 @@ consistency_plot([together.consistency(rule=rule) for rule in ("product", "conse
 # the block's output has moved by then. The fixed-step numbers below use only TransformerLens' hooks.
 
 # %%
-model = ll.load_model("smollm2")
+model = ll.load_model("smollm2")  # with a network: ll.load_model("gpt2")
 text = "When Mary and John went to the store, John gave a drink to"
 layer, tokens = 5, model.to_tokens(text)
 

@@ -99,10 +99,25 @@ def screenshot(page: str, width: int, height: int, browser: str, link: str = "")
         flags += [f"--screenshot={picture}", f"--window-size={width},{height}", file.as_uri() + link]
         subprocess.run([browser, *flags], check=True, capture_output=True, timeout=120)
         image = Image.open(picture).convert("RGB")
-    # A quarter of the bytes, and no difference to be seen.
     small = io.BytesIO()
-    image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    image.quantize(palette=_palette(image), dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return small.getvalue()
+
+
+def _palette(image: Any) -> Any:
+    """256 colours for a third of the bytes: the 128 most frequent as they are, so that no 0 gets a tint, and 128 more."""
+    from PIL import Image
+
+    colours = [rgb for _, rgb in sorted(image.getcolors(image.width * image.height), reverse=True)]
+    kept, others = colours[:128], colours[128:]
+    values = [channel for rgb in kept for channel in rgb]
+    if others:
+        rest = Image.new("RGB", (len(others), 1))
+        rest.putdata(others)
+        values += rest.quantize(128, dither=Image.Dither.NONE).getpalette() or []
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(values)
+    return palette
 
 
 def main(names: list[str]) -> None:

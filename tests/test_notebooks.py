@@ -1,6 +1,7 @@
 """The notebooks run, print what is shown, stay small, and are in step with their sources."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -8,10 +9,15 @@ from typing import Any
 
 import nbformat
 import pytest
+import torch
+import transformers
 from test_docs import assert_same_text
+
+import lig_lens
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+PLOTLY = "application/vnd.plotly.v1+json"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +35,17 @@ def shown(path: Path) -> Any:
 
 
 def printed(cell: Any) -> str:
-    return "".join(out["text"] for out in cell.get("outputs", []) if out["output_type"] == "stream")
+    """What a cell prints, its tables as text, and the titles of its figures."""
+    parts = []
+    for out in cell.get("outputs", []):
+        data = out.get("data", {})
+        if out["output_type"] == "stream":
+            parts.append(out["text"])
+        elif PLOTLY in data:
+            parts.append(data[PLOTLY]["layout"]["title"]["text"])
+        elif "<table" in data.get("text/html", ""):
+            parts.append(data["text/plain"])
+    return "\n".join(parts)
 
 
 def test_there_are_notebooks() -> None:
@@ -48,7 +64,7 @@ def test_in_step_with_its_source(path: Path, build: ModuleType) -> None:
 def test_outputs_are_shown_and_small(path: Path, build: ModuleType) -> None:
     assert path.with_suffix(".ipynb").stat().st_size < build.LARGEST
     figures = [out["data"] for cell in shown(path).cells for out in cell.get("outputs", []) if "data" in out]
-    figures = [data for data in figures if "application/vnd.plotly.v1+json" in data]
+    figures = [data for data in figures if PLOTLY in data]
     assert figures and all("image/png" in data for data in figures)
 
 
@@ -59,3 +75,23 @@ def test_runs_and_prints_what_is_shown(path: Path, build: ModuleType, monkeypatc
     assert len(nbformat.writes(notebook).encode()) < build.LARGEST
     for number, (found, kept) in enumerate(zip(notebook.cells, shown(path).cells, strict=True)):
         assert_same_text(printed(found), printed(kept), f"{path.name}, cell {number}")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_one_line_switches_the_model(
+    path: Path, build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As `gpt2` would: 12 layers, 12 heads, tokens that begin with a space; only that weights are random."""
+    load, tokenizer = lig_lens.load_model, lig_lens.load_model("smollm2").tokenizer
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=12, n_head=12, n_embd=48, vocab_size=len(tokenizer))
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    monkeypatch.setattr(lig_lens, "load_model", lambda name: load(str(tmp_path / name) if name == "gpt2" else name))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    switch = re.compile(r"= .*  # with a network: (.*)")
+    cells = [cell.source for cell in build.read(path).cells if cell.cell_type == "code"]
+    assert any(switch.search(cell) for cell in cells)
+    for cell in cells:
+        exec(compile(switch.sub(r"= \1", cell), path.name, "exec"), names)

@@ -183,7 +183,7 @@ function warningOf(view) {
   if (view.forgets && (state.map === "product" || state.map === "conserving")) {
     warnings.push(
       "What a token keeps of itself is not part of this flow: on this path of the mlp map the skip connection does not move. " +
-        "To follow content through blocks, compute with mlp_baseline='itb_map_ratio'."
+        "To follow content through blocks, compute with attn_baseline='itb_map_ratio', mlp_baseline='zero'."
     );
   }
   const cancelling = scene.cone ? view.spec.layers.reduce((sum, _, layer) => sum + stepTotals(view, state.map, layer).cancels, 0) : 0;
