@@ -32,7 +32,10 @@ def main() -> None:
         exec(compile(block["code"], "pictures.md", "exec"), names)
         if block["picture"]:
             page = names.get("page")
-            picture = build.screenshot(page.html, 1300, 900, browser, "#node=6,5&layer=5") if page else build.draw(names["figure"], browser)
+            if page:
+                picture = build.screenshot(page.html, 1300, 900, browser, "#node=6,5&layer=5")
+            else:
+                picture = build.draw(names["figure"], browser)
             (DOCS / block["picture"]).write_bytes(picture)
             print(f"{block['picture']}: {len(picture) / 1e3:.0f} kB")
     readme = DOCS / "img" / "explorer_ioi.png"
