@@ -122,7 +122,7 @@ function drawLabels(out, view, state, scene, g, palette) {
   for (const [name, row] of ends) {
     const [x, y] = g.at(row, scene.positions[0]);
     if (g.upward) blocks.push(`<text x="8" y="${short(y + 4)}" ${quiet}>${name}</text>`);
-    else if (name === "output") blocks.push(`<text x="${short(x)}" y="${short(g.height - 14)}" text-anchor="middle" ${quiet}>out</text>`);
+    else if (name === "output") blocks.push(`<text x="${short(x)}" y="${short(g.height - 14)}" text-anchor="start" ${quiet}>out</text>`);
   }
   if (!g.upward) {
     const x = g.at(0, scene.positions[0])[0];
@@ -184,7 +184,7 @@ function drawPaths(out, view, scene, g, palette) {
       .map(([x, y]) => (g.upward ? [x + shift, y] : [x, y + shift]));
     const byHead = step.head !== null && step.head >= 0;
     const colour = byHead ? headColour(step.head) : palette.skip;
-    if (byHead) names.push({ size: Math.abs(step.weight), text: headName(view, step.layer, step.head), at: ends[0].map((one, i) => (one + ends[1][i]) / 2), colour });
+    if (byHead) names.push({ size: Math.abs(step.weight), text: headName(view, step.layer, step.head), at: ends[0].map((one, i) => (one + ends[1][i]) / 2) });
     const size = Math.sqrt(Math.min(1, Math.abs(step.weight)));
     const dash = step.weight < 0 ? ' stroke-dasharray="6 4"' : "";
     out.push(
@@ -194,11 +194,11 @@ function drawPaths(out, view, scene, g, palette) {
   });
   names.sort((a, b) => b.size - a.size);
   const taken = [];
-  for (const { text, at: [x, y], colour } of names) {
+  for (const { text, at: [x, y] } of names) {
     if (taken.length === MOST_NAMES || taken.some(([a, b]) => Math.abs(a - x) < 44 && Math.abs(b - y) < 13)) continue;
     taken.push([x, y]);
     out.push(
-      `<text x="${short(x)}" y="${short(y + 3.5)}" text-anchor="middle" font-size="10" font-weight="600" fill="${colour}" ` +
+      `<text x="${short(x)}" y="${short(y + 3.5)}" text-anchor="middle" font-size="10" font-weight="600" fill="${palette.ink}" ` +
         `stroke="${palette.surface}" stroke-width="3" paint-order="stroke" pointer-events="none">${text}</text>`
     );
   }

@@ -26,7 +26,10 @@ function colourTop(view, state, heads) {
     for (const layer of layers) {
       for (const head of heads) {
         const values = headWeights(view, { ...state, layer }, head);
-        for (const value of values) largest = Math.max(largest, Math.abs(value));
+        for (let i = 0; i < values.length; i++) {
+          const size = Math.abs(values[i]);
+          if (size > largest) largest = size;
+        }
         for (let i = 0; i < values.length; i += stride) if (values[i]) sizes[count++] = Math.abs(values[i]);
       }
     }

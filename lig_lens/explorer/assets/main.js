@@ -199,6 +199,7 @@ function showKey(view) {
   const weight = state.scale === "share" || scene.cone ? "share" : "contribution";
   const circles = scene.cone
     ? "circles: below, how much of the chosen token comes from there; above, how much of it comes from the chosen token"
+    : state.map === "mlp" ? `circles: ${weight} of what comes through the heads`
     : state.node && state.map !== "metric" ? `circles: ${weight} exchanged with the chosen token` : `circles: what a token gives to the next row, ${weight}`;
   byId("key").replaceChildren(
     ...[
@@ -430,8 +431,16 @@ requestAnimationFrame(() => requestAnimationFrame(() => {
 
 /** What a first click needs of every layer, one after the other while the page is at rest. */
 function prepareLayer(view, layer) {
-  if (layer >= view.nLayers || !follows(view, state)) return;
-  stepShares(view, state.map, layer);
-  bestWays(view, state.map, layer + 1, state.k);
-  setTimeout(() => prepareLayer(view, layer + 1), 0);
+  if (layer < view.nLayers) {
+    if (follows(view, state)) {
+      stepShares(view, state.map, layer);
+      bestWays(view, state.map, layer + 1, state.k);
+    }
+    if (view.byHead(state.map) && state.map !== "mlp") colourTop(view, { ...state, layer }, view.heads(state.map));
+    setTimeout(() => prepareLayer(view, layer + 1), 0);
+  } else if (!state.node) {
+    // As a click would, without showing it: code that has run once runs faster.
+    const chosen = { ...state, node: { row: rowsOf(view).labels.length - 1, pos: shownPositions(view, state)[0] } };
+    tableRows(view, chosen, sceneOf(view, chosen));
+  }
 }
