@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lig_lens.axes import head_name
 from lig_lens.config import MAPS
 from lig_lens.errors import CancellationWarning, InputError, check_choice, check_whole, optional
 from lig_lens.flow import Flow
@@ -57,7 +58,7 @@ class Path:
         # Steps past the heads move nothing, and there are many of them.
         by_heads = [step for step in self.steps if step.head is not None]
         places = [f"{self.steps[0].src_token!r} ({self.steps[0].src})"]
-        places += [f"{step.layer}.{step.head} → {step.dst_token!r} ({step.dst})" for step in by_heads]
+        places += [f"{head_name(step.layer, step.head)} → {step.dst_token!r} ({step.dst})" for step in by_heads]
         return f"{self.weight:+.3g}: " + " ".join(places if by_heads else [*places, "skip"])
 
 

@@ -20,10 +20,10 @@ def test_one_panel_per_layer_and_head_with_destinations_down():
     assert len(figure.data) == 6
     np.testing.assert_array_equal(figure.data[4].z, flow.attn[1, 1].T.numpy())
     captions = [note.text for note in figure.layout.annotations]
-    assert captions[4] == "L3 · H1" and {"source token", "destination token"} <= set(captions)
+    assert captions[4] == "L3H1" and {"source token", "destination token"} <= set(captions)
     low, high = figure.layout.yaxis.range
     assert low > high  # the first destination is on top
-    assert "layer 3, head 1" in figure.data[4].hovertemplate
+    assert "<b>L3H1</b>" in figure.data[4].hovertemplate
 
 
 def test_equal_tokens_keep_their_places():

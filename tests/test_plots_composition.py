@@ -237,7 +237,7 @@ def test_circuitsvis_gets_shares_of_heads_with_destinations_first(given):
     flow = make_flow(tokens=HOSTILE)
     assert to_circuitsvis(flow, 3, heads=[2, 0]) == "html"
     torch.testing.assert_close(given["attention"], flow.shares()[1, [2, 0]].mT)
-    assert given["attention_head_names"] == ["L3 H2", "L3 H0"] and given["mask_upper_tri"] is False
+    assert given["attention_head_names"] == ["L3H2", "L3H0"] and given["mask_upper_tri"] is False
     assert given["min_value"] == -given["max_value"] == -1.0
     assert not any("</" in token or "<script" in token for token in given["tokens"])
     assert given["tokens"][1] == "\"quoted\"·&·'more'" and given["tokens"][-1] == "↵"
@@ -253,7 +253,7 @@ def test_circuitsvis_itself():
     package = pytest.importorskip("circuitsvis", reason="pip install circuitsvis")
     shown = to_circuitsvis(make_flow(tokens=HOSTILE), 0)
     assert isinstance(shown, package.utils.render.RenderedHTML)
-    assert shown.local_src.count("</script>") == 1 and "L0 H2" in shown.cdn_src
+    assert shown.local_src.count("</script>") == 1 and "L0H2" in shown.cdn_src
 
 
 def test_circuitsvis_that_cannot_be(monkeypatch):

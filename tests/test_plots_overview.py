@@ -34,7 +34,7 @@ def test_one_head_with_positions_and_printed_values():
     assert ticks(figure, "yaxis")[0] == "the <span style='color:#6e7781'>1</span>"
     assert len(ticks(figure, "xaxis")) == 7
     assert panel.text[0][3].replace(MINUS, "-") == f"{float(flow.attn[1, 2, 3, 0]):.1f}"
-    assert "Layer 3, head 2" in heading(figure) and "target l2" in heading(figure)
+    assert "<b>L3H2</b>: source tokens → heads" in heading(figure) and "target l2" in heading(figure)
     low, high = figure.layout.yaxis.range
     assert low > high
 

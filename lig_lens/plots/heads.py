@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from lig_lens.axes import axis_places
+from lig_lens.axes import axis_places, head_name
 from lig_lens.config import MAPS
 from lig_lens.errors import InputError, check_choice
 from lig_lens.flow import Flow
@@ -86,9 +86,9 @@ def head_grid(
         Panel(
             panel,
             scales[number],
-            hover=_where(layer, head),
+            hover=head_name(layer, head),
             value=given.hover,
-            caption=f"layer {layer}" if head is None else f"L{layer} · H{head}",
+            caption=head_name(layer, head),
         )
         for number, layer in enumerate(layers)
         for head, panel in zip(heads_of_rows, values[number], strict=True)
@@ -134,15 +134,11 @@ def head_map(
     shown = pick("head_map", flow, tokens)
     values = _values(given, shown, place, head)
     down, across = _axes(flow, given, shown, numbered=True)
-    where = _where(layer, head)
+    where = head_name(layer, head)
     texts = printed(values, given.share, given.minus) if max(values.shape) <= PRINTED else None
     panel = Panel(values, _scale(flow, given, [values]), hover=where, value=given.hover, texts=texts)
-    heading = f"<b>{where.capitalize()}</b>: {_TITLES[map].lower()}, {given.what}"
+    heading = f"<b>{where[0].upper()}{where[1:]}</b>: {_TITLES[map].lower()}, {given.what}"
     return draw([panel], down, across, heading, given.facts, cell=large_cells(*values.shape))
-
-
-def _where(layer: int, head: int | None) -> str:
-    return f"layer {layer}" + ("" if head is None else f", head {head}")
 
 
 def _values(given: Drawn, shown: Positions, place: int, head: int | None) -> Values:

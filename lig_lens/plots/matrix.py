@@ -103,7 +103,8 @@ def strongest(*values: Values, cut: bool = True) -> float:
 class Panel:
     """One heatmap: `values[y, x]`, their colours, the caption above, and the first and last line of the hover.
 
-    `texts` stand in the cells, `notes` before the value in their hover.
+    `texts` stand in the cells, `notes` before the value in their hover; `value` may show `name` as `%{fullData.name}`,
+    as it is.
     """
 
     values: Values
@@ -113,6 +114,7 @@ class Panel:
     caption: str = ""
     texts: Sequence[Sequence[str]] | None = None
     notes: Sequence[Sequence[str]] | None = None
+    name: str | None = None
 
 
 def draw(
@@ -168,6 +170,7 @@ def draw(
                 texttemplate=None if panel.texts is None else "%{text}",
                 textfont={"size": 10},
                 hovertext=panel.notes,
+                name=panel.name,
                 hovertemplate=_hover(panel, lines),
             ),
             row=place // n_columns + 1,
