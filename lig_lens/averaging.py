@@ -152,5 +152,5 @@ def _effects(effects: Sequence[Effects]) -> AverageEffects:
         replace(first, values=value, tokens=tokens, metric=metric, reference=reference, settings=settings)
         for value in (mean, error)
     ]
-    of_error = {key: f"standard error of {getattr(first, key)}" for key in ("name", "measures")}
-    return AverageEffects(len(effects), both[0], replace(both[1], **of_error))
+    name, measures = (f"standard error of {of}" for of in (first.name, first.measures))
+    return AverageEffects(len(effects), both[0], replace(both[1], name=name, measures=measures))

@@ -1,7 +1,7 @@
 // Flow across layers: shares of each step multiplied along the way, and the strongest paths. Needs a chained View.
 
 // As in compose.py: a sum nearly cancels where its terms are this many times larger.
-const CANCELS = 10;
+const CANCELS = 5;
 
 /**
  * What reaches each token in one step, and whether that is nothing beyond rounding: `total` and `rests` [destination];
