@@ -30,7 +30,7 @@ from lig_lens.plots.style import (
     token_label,
 )
 
-_SIZE = (600.0, 500.0)  # of the scatter plot, in pixels
+_SIZE, _RIGHT = (600.0, 500.0), 90.0  # of the scatter plot, and its margin, into which names may reach; in pixels
 _OUTLYING, _NEAR = 0.2, 0.01  # shares of the largest: from the one on dots are named, below the other they count as 0
 
 
@@ -175,7 +175,7 @@ def agreement_scatter(
     )
     sizes = np.maximum(_relative(x), _relative(y))
     outliers = [int(place) for place in np.argsort(-sizes, kind="stable") if sizes[place] >= _OUTLYING]
-    placed = place_names(pixels, plain, outliers, labels, on_line, _SIZE)
+    placed = place_names(pixels, plain, outliers, labels, on_line, (_SIZE[0] + _RIGHT, _SIZE[1]))
     figure = go.Figure(
         go.Scatter(
             x=x,
@@ -208,7 +208,7 @@ def agreement_scatter(
         figure.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, layer="below", line=dashes)
         facts.append("equal on the dashed line")
     heading = f"<b>{short(title)}</b> against {short(effects.name, 80)}"
-    set_frame(figure, heading, facts, width=_SIZE[0], height=_SIZE[1], left=80.0, above=28.0)
+    set_frame(figure, heading, facts, width=_SIZE[0], height=_SIZE[1], left=80.0, right=_RIGHT, above=28.0)
     return figure.update_layout(plot_bgcolor="white", showlegend=False)
 
 

@@ -52,7 +52,7 @@ def place_names(
         wanted: dots to name, the most important first.
         count: names to place at most.
         line: points along a line, as close as a name is high; empty where there is none.
-        size: width and height of the plot.
+        size: width and height within which names stay, from the lower left corner of the plot.
 
     Returns:
         plotly's `textposition` of each dot that is named.
