@@ -139,7 +139,7 @@ def _flows(flows: Sequence[Flow]) -> AverageFlow:
 
 
 def _effects(effects: Sequence[Effects]) -> AverageEffects:
-    _same(effects, ("on", "name", "layers"))
+    _same(effects, ("on", "name", "measures", "layers"))
     shapes = sorted({tuple(effect.values.shape) for effect in effects})
     if len(shapes) > 1:
         raise InputError(f"average: the Effects have the shapes {shapes}: average those of one model.")
@@ -152,4 +152,5 @@ def _effects(effects: Sequence[Effects]) -> AverageEffects:
         replace(first, values=value, tokens=tokens, metric=metric, reference=reference, settings=settings)
         for value in (mean, error)
     ]
-    return AverageEffects(len(effects), both[0], replace(both[1], name=f"standard error of {first.name}"))
+    name, measures = (f"standard error of {of}" for of in (first.name, first.measures))
+    return AverageEffects(len(effects), both[0], replace(both[1], name=name, measures=measures))

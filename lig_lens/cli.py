@@ -259,7 +259,7 @@ def view(
     html: Annotated[str | None, _option("--html", default="beside the first file", help="Write the page here.")] = None,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
 ) -> None:
-    """Make a page to explore saved Flows in: several prompts, or several baselines of one."""
+    """Open saved Flows in the explorer: several prompts, or several baselines of one."""
     page = html if html is not None else str(Path(flows[0]).with_suffix(".html"))
     check_writable(page, "--html")
     from lig_lens.explorer import write_explorer

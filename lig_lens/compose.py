@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lig_lens.axes import head_name
 from lig_lens.config import MAPS
 from lig_lens.errors import CancellationWarning, InputError, check_choice, check_whole, optional
 from lig_lens.flow import Flow
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 RULES = ("product", "conserving")
 # A sum is said to nearly cancel where its terms are this many times larger. Shares amplify what is uncertain in the
-# terms as much. The default baselines stay below 4 on the packaged models, `zero` for the mlp map goes up to 200.
+# terms as much. Steps with the default baselines stay below 4 on the packaged models, `zero` for the mlp map goes up to
+# 200. Figures leave shares of such sums grey.
 CANCELS = 10.0
 
 
@@ -57,7 +59,7 @@ class Path:
         # Steps past the heads move nothing, and there are many of them.
         by_heads = [step for step in self.steps if step.head is not None]
         places = [f"{self.steps[0].src_token!r} ({self.steps[0].src})"]
-        places += [f"{step.layer}.{step.head} → {step.dst_token!r} ({step.dst})" for step in by_heads]
+        places += [f"{head_name(step.layer, step.head)} → {step.dst_token!r} ({step.dst})" for step in by_heads]
         return f"{self.weight:+.3g}: " + " ".join(places if by_heads else [*places, "skip"])
 
 

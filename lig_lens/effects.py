@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lig_lens.axes import head_name
 from lig_lens.errors import InputError, optional
 from lig_lens.files import write_atomic
 
@@ -28,14 +29,15 @@ class Effects:
     """A number for each head, position or edge of a prompt.
 
     Attributes:
-        values: in units of the metric; NaN where nothing was measured.
+        values: in units of the metric (scores may have others); NaN where nothing was measured.
         on: what the axes are, a key of `effects.AXES`: `heads` [layer, head], `heads_by_pos` [layer, head, pos],
             `positions` [layer, pos] or `edges` [layer, head, src, dst].
         name: what was done, such as "activation patching of hook_z".
         tokens: one string per position.
         layers: block numbers that the layer axis stands for.
         metric: name of the metric.
-        reference: the metric without the intervention.
+        measures: what a positive value means, such as "metric lost: clean - ablated"; `score` where nothing was done.
+        reference: the metric without any intervention.
         settings: what else was asked for; JSON-able.
 
     Raises:
@@ -48,6 +50,7 @@ class Effects:
     tokens: tuple[str, ...]
     layers: tuple[int, ...]
     metric: str
+    measures: str = "score"
     reference: float = float("nan")
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -69,9 +72,9 @@ class Effects:
         return AXES[self.on]
 
     def label(self, index: tuple[int, ...]) -> str:
-        """One entry of `top` in words, such as `9.6 at ' to' (14)` or `3.0 ' Mary' (1) → ' to' (14)`."""
+        """One entry of `top` in words, such as `L9H6 at ' to' (14)` or `L3H0 ' Mary' (1) → ' to' (14)`."""
         at = dict(zip(self.axes, index, strict=True))
-        words = f"{at['layer']}" + (f".{at['head']}" if "head" in at else "")
+        words = head_name(at["layer"], at.get("head"))
         if "pos" in at:
             words += f" at {self.tokens[at['pos']]!r} ({at['pos']})"
         if "src" in at:
@@ -118,7 +121,8 @@ class Effects:
             {"index": [self.layers[place[0]], *place[1:]], "value": float(f"{value:.9g}")}
             for place, value in zip(places.tolist(), self.values[tuple(places.T)].tolist(), strict=True)
         ]
-        labels = {name: getattr(self, name) for name in ("on", "name", "tokens", "layers", "metric", "settings")}
+        kept = ("on", "name", "tokens", "layers", "metric", "measures", "settings")
+        labels = {name: getattr(self, name) for name in kept}
         reference = None if self.reference != self.reference else self.reference
         document = {"schema": "lig_lens.effects", "schema_version": 1, **labels, "reference": reference}
         document |= {"axes": self.axes, "shape": list(self.values.shape), "entries": entries}

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lig_lens.axes import head_name
 from lig_lens.block import prepared
 from lig_lens.circuit import CircuitRun, read_pair
 from lig_lens.config import MAX_BATCH_TOKENS, PATCHED_NODES
@@ -70,7 +71,7 @@ def patch(
         progress: show a progress bar.
 
     Returns:
-        f(patched) - f(corrupted), or the other with `noising`.
+        f(patched) - f(corrupted), or with `noising` f(clean) - f(patched).
 
     Raises:
         InputError: prompts of different lengths, an unknown node, a metric that gives no number, or `resid_mid` in a
@@ -110,10 +111,12 @@ def patch(
     return Effects(
         values=values,
         on=on,
-        name=f"activation patching of {at}" + (", noising" if noising else ""),
+        name=f"activation patching of {'head outputs (hook_z)' if at == 'hook_z' else at}"
+        + (", noising" if noising else ""),
         tokens=first.tokens,
         layers=chosen,
         metric=ready.name,
+        measures="metric lost: clean - patched" if noising else "metric gained: patched - corrupted",
         reference=before,
         settings={"clean": _ids(first), "corrupted": _ids(second), "at": at, "noising": noising},
     )
@@ -233,6 +236,7 @@ def knock_out(
         tokens=read.tokens,
         layers=chosen,
         metric=ready.name,
+        measures=f"metric lost: clean - {'knocked out' if second is None else 'patched'}",
         reference=before,
         settings={
             "prompt": _ids(read),
@@ -287,7 +291,7 @@ def _asked(run: CircuitRun, other: CircuitRun | None, layer: int, wanted: list[I
             )
         if not bool(visible[head, src, dst]):
             raise InputError(
-                f"Edge {(layer, head, src, dst)} does not exist: head {layer}.{head} cannot see source {src} from "
+                f"Edge {(layer, head, src, dst)} does not exist: {head_name(layer, head)} cannot see source {src} from "
                 f"destination {dst}" + (" (attention is causal)." if src > dst else " (its pattern is 0 there).")
             )
         places.append((head, src, dst))
@@ -359,6 +363,7 @@ def ablate(
         tokens=read.tokens,
         layers=chosen,
         metric=ready.name,
+        measures="metric lost: clean - ablated",
         reference=before,
         settings={"prompt": _ids(read), "others": [_ids(one) for one in other], "by": by},
     )

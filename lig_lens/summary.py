@@ -177,11 +177,11 @@ def summarize_effects(effects: Effects, k: int, width: int | None = None) -> str
         width: of the terminal; None for text that is piped.
     """
     table = _table("where")
-    table.add_column("effect", justify="right", no_wrap=True)
+    table.add_column(effects.measures, justify="right", no_wrap=True)
     for index, value in effects.top(k):
         table.add_row(Text(effects.label(index)), Text(f"{value:+#.3g}"))
     measured = int((~effects.values.isnan()).sum())
-    title = f"{effects.name}, {effects.metric}: {measured:,} measured; without it {effects.reference:+.4g}"
+    title = f"{effects.name}: {measured:,} measured; {effects.metric} without it {effects.reference:+.4g}"
     return "\n".join([title, "", _render(table, width)])
 
 

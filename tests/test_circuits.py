@@ -1,5 +1,6 @@
 """Scores, effects, their averages and their comparison."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -118,14 +119,15 @@ def test_effects():
     values = torch.tensor([[1.0, -3.0, torch.nan], [0.5, 2.0, 0.0]])
     effects = made(values, "positions", layers=(4, 7))
     assert effects.top(2) == [((4, 1), -3.0), ((7, 1), 2.0)] and len(effects.top(99)) == 5
-    assert effects.label((7, 2)) == "7 at 'c' (2)"
+    assert effects.label((7, 2)) == "layer 7 at 'c' (2)"
     frame = effects.to_dataframe()
     assert frame.columns.tolist() == ["layer", "pos", "pos_token", "effect"] and len(frame) == 5
     assert frame.iloc[1].tolist() == [4, 1, "b", -3.0]
     document = json.loads(effects.to_json())
     assert document["entries"][1] == {"index": [4, 1], "value": -3.0} and document["reference"] is None
+    assert document["measures"] == effects.measures == "score"
     edges = made(torch.zeros(2, 3, 3, 3), "edges")
-    assert edges.label((1, 2, 0, 2)) == "1.2 'a' (0) → 'c' (2)"
+    assert edges.label((1, 2, 0, 2)) == "L1H2 'a' (0) → 'c' (2)"
     assert "made on edges [2, 3, 3, 3], 54 measured" in repr(edges)
 
 
@@ -189,6 +191,9 @@ def test_average_of_effects():
     assert found.mean.values.tolist() == [[4.0, 3.0]]
     expected = np.std(values.numpy()[:, 0], axis=0, ddof=1) / 3**0.5
     assert found.stderr.values[0].tolist() == pytest.approx(expected.tolist())
+    assert found.mean.measures == "score" and found.stderr.measures == "standard error of score"
+    with pytest.raises(lig_lens.InputError, match="differ in their measures, score and metric lost"):
+        lig_lens.average([effects[0], dataclasses.replace(effects[1], measures="metric lost")])
 
 
 def test_average_of_flows():
@@ -330,12 +335,12 @@ def test_figures():
     figure = effects_map(effects)
     assert figure.data[0].zmin == -figure.data[0].zmax == -4 and np.asarray(figure.data[0].z)[0, 1] == -4
     by_position = effects_map(made(torch.rand(2, 5, 3), "heads_by_pos"))
-    assert np.asarray(by_position.data[0].z).shape == (10, 3) and by_position.layout.yaxis.ticktext[6] == "1.1"
+    assert np.asarray(by_position.data[0].z).shape == (10, 3) and by_position.layout.yaxis.ticktext[6] == "L1H1"
     for on, shape in (("heads", (2, 5)), ("positions", (2, 3))):
         assert np.asarray(effects_map(made(torch.rand(shape), on)).data[0].z).shape == shape
     scatter = agreement_scatter(effects, effects, name="<script>", labels=1)
-    assert scatter.layout.title.text.startswith("&lt;script&gt; against made")
-    assert sorted(set(scatter.data[0].text)) == ["", "0.1 '&lt;b&gt;' (0) → 'c' (2)"]
+    assert scatter.layout.title.text.startswith("<b>&lt;script&gt;</b> against made")
+    assert sorted(set(scatter.data[0].text)) == ["", "L0H1 '&lt;b&gt;' (0) → 'c' (2)"]
     assert len(scatter.data[0].x) == 54
     flow = lig_lens.attribute(
         bridge("gpt2"), [5, 12, 30], corrupted=[5, 11, 30], target=lig_lens.metric(curved), progress=False

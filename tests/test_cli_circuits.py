@@ -30,7 +30,8 @@ def test_patch(capsys, tmp_path):
     files = ["--json", str(tmp_path / "p.json"), "--html", str(tmp_path / "p.html")]
     assert run(["patch", *PROMPTS, *ANSWERS, "--top", "3", *files]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("activation patching of hook_z, logit_difference('leaf', 'bell'): 136 measured")
+    assert lines[0].startswith("activation patching of head outputs (hook_z): 136 measured; logit_difference('leaf',")
+    assert lines[2].split() == ["where", "metric", "gained:", "patched", "-", "corrupted"]
     effects = lig_lens.patching.patch(
         lig_lens.load_model("induction"), *PROMPTS, lig_lens.logit_difference("leaf", "bell"), progress=False
     )
@@ -57,7 +58,12 @@ def test_compare_from_a_config(capsys, tmp_path):
     document = json.loads((tmp_path / "c.json").read_text())
     assert list(document["agreement"]) == ["LIG by message", *lig_lens.scoring.SCORES]
     assert f"{document['agreement']['LIG by message']['pearson']:+.3f}" in out
-    assert "LIG by message against edge knock-out" in (tmp_path / "c.html").read_text()
+    page = (tmp_path / "c.html").read_text()
+    assert (
+        "LIG by message" in page
+        and " against edge knock-out" in page
+        and "metric lost: clean \\u2212 knocked out" in page
+    )
 
 
 @pytest.mark.parametrize("name", ["ioi", "induction"])

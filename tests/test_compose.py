@@ -128,7 +128,7 @@ def test_a_path_in_words():
         return compose.Step(layer, head, src, "abc"[src], dst, "abc"[dst], 0.5)
 
     path = compose.Path(0.25, (step(0, None, 0, 0), step(1, 4, 0, 2), step(2, None, 2, 2)))
-    assert str(path) == "+0.25: 'a' (0) 1.4 → 'c' (2)"
+    assert str(path) == "+0.25: 'a' (0) L1H4 → 'c' (2)"
     assert str(compose.Path(0.5, (step(0, None, 1, 1),))) == "+0.5: 'b' (1) skip"
 
 

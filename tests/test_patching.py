@@ -200,6 +200,31 @@ def test_ablation_by_hooks(by: str):
         )
 
 
+def test_effects_say_what_is_subtracted_from_what():
+    model, options = compatible("gpt2"), {"progress": False, "layers": [1]}
+    clean, corrupted = value(model), value(model, CORRUPTED)
+    one = {"edges": [(1, 0, 2, 4)], "progress": False}
+    for effects, measures, before in (
+        (patching.patch(model, CLEAN, CORRUPTED, curved, **options), "metric gained: patched - corrupted", corrupted),
+        (
+            patching.patch(model, CLEAN, CORRUPTED, curved, noising=True, **options),
+            "metric lost: clean - patched",
+            clean,
+        ),
+        (patching.knock_out(model, CLEAN, curved, **one), "metric lost: clean - knocked out", clean),
+        (
+            patching.knock_out(model, CLEAN, curved, corrupted=CORRUPTED, **one),
+            "metric lost: clean - patched",
+            clean,
+        ),
+        (patching.ablate(model, CLEAN, curved, [CORRUPTED], **options), "metric lost: clean - ablated", clean),
+    ):
+        # That the values are this difference is what the tests above hold against hooks.
+        assert effects.measures == measures and effects.reference == pytest.approx(before, abs=1e-4)
+    found = lig_lens.scores(model, CLEAN, CORRUPTED, curved, layers=[1])
+    assert {score.measures for score in found.values()} == {"score"}
+
+
 def test_under_inference_mode():
     model = compatible("gpt2")
     expected = patching.patch(model, CLEAN, CORRUPTED, curved, progress=False)

@@ -5,9 +5,12 @@ import re
 import numpy as np
 import pytest
 from flows import make_flow
+from plot_cases import metric_flow
 
+from lig_lens.compose import CANCELS
 from lig_lens.errors import InputError
 from lig_lens.plots import head_grid, show_token, write_html
+from lig_lens.plots.matrix import strongest
 
 
 def _alias(figure, axis, position):
@@ -20,10 +23,10 @@ def test_one_panel_per_layer_and_head_with_destinations_down():
     assert len(figure.data) == 6
     np.testing.assert_array_equal(figure.data[4].z, flow.attn[1, 1].T.numpy())
     captions = [note.text for note in figure.layout.annotations]
-    assert captions[4] == "L3 · H1" and {"source token", "destination token"} <= set(captions)
+    assert captions[4] == "L3H1" and {"source token", "destination token"} <= set(captions)
     low, high = figure.layout.yaxis.range
     assert low > high  # the first destination is on top
-    assert "layer 3, head 1" in figure.data[4].hovertemplate
+    assert "<b>L3H1</b>" in figure.data[4].hovertemplate
 
 
 def test_equal_tokens_keep_their_places():
@@ -45,6 +48,7 @@ def test_signed_values_diverge_around_zero_and_shares_run_up_from_it():
     flow = make_flow()
     scale = head_grid(flow, scale="shared").layout.coloraxis
     assert scale.cmin == -scale.cmax and scale.cmax <= float(flow.attn.abs().max())
+    flow.attn.abs_()  # no total cancels
     shares = head_grid(flow, share=True)
     assert shares.layout.coloraxis.cmin == 0 and shares.layout.coloraxis.cmax <= 1
     np.testing.assert_array_equal(shares.data[0].z, flow.shares()[0, 0].T.numpy())
@@ -63,6 +67,57 @@ def test_every_layer_has_its_own_scale_and_the_hover_the_exact_values():
         assert scale.cmin == -scale.cmax
     assert scales[1].cmax > 100 * scales[0].cmax and (scales[0].showscale, scales[1].showscale) == (True, False)
     assert scales[0].colorbar.ticktext[-1] == "1" and scales[0].colorbar.tickvals[-1] == scales[0].cmax
+
+
+def test_layers_of_a_metric_share_one_scale():
+    flow = metric_flow()
+    flow.attn[1] *= 3
+    figure = head_grid(flow)
+    assert {panel.coloraxis for panel in figure.data} == {"coloraxis"}
+    assert figure.layout.coloraxis.cmax == float(flow.attn.abs().max())
+    assert {panel.coloraxis for panel in head_grid(flow, scale="layer").data} == {"coloraxis", "coloraxis2"}
+
+
+def test_colours_end_at_the_strongest_cell_unless_it_stands_alone():
+    values = np.ones(1000)
+    values[0] = -2.5
+    assert strongest(values) == 2.5
+    values[0] = -50.0
+    assert strongest(values) == 3.0 and strongest(values, cut=False) == 50.0
+    flow = make_flow(tokens=tuple("abcdefghijklmnopqrst"))
+    flow.attn.clamp_(-1, 1)[0, 0, 3, 4] = 90.0
+    figure = head_grid(flow, scale="shared")
+    assert figure.layout.coloraxis.cmax == 3.0 and "colours saturate at ±3<" in _heading(figure)
+    assert "colours of some panels saturate" in _heading(head_grid(flow))
+
+
+def test_shares_of_totals_that_nearly_cancel_are_grey():
+    flow = make_flow()
+    flow.attn.abs_()
+    flow.attn[1, 2, 0, 3] -= 0.7 * flow.attn[1, 2, :, 3].sum()  # now the terms are more than five times the sum
+    terms = flow.attn[1, 2, :, 3]
+    assert CANCELS < float(terms.abs().sum() / terms.sum()) < 2 * CANCELS
+    figure = head_grid(flow, share=True)
+    grey = np.stack([np.isnan(panel.z) for panel in figure.data])
+    assert grey[5, 3].all() and grey.sum() == 7
+    assert "1 of 42 totals nearly cancel: shares not shown (grey)" in _heading(figure)
+    assert figure.layout.plot_bgcolor != head_grid(flow).layout.plot_bgcolor
+    assert "cancel" not in _heading(head_grid(flow)) + _heading(head_grid(flow, share=True, layers=[0]))
+    assert "cancel" not in _heading(head_grid(flow, share=True, heads=[0, 1], tokens=[3, 4]))
+    flow.attn[1, 2, :, 3] = 0
+    assert "cancel" not in _heading(head_grid(flow, share=True))  # nothing is divided there
+
+
+def test_a_metric_whose_change_nearly_cancels_has_no_shares():
+    flow = metric_flow()
+    flow.attn.abs_()
+    flow.skip.abs_()
+    flow.total["attn"][:] = flow.attn.sum((1, 2, 3)) + flow.skip.sum(1)
+    assert "cancel" not in _heading(head_grid(flow, share=True))
+    flow.total["attn"][1] *= 0.19
+    figure = head_grid(flow, share=True)
+    assert [bool(np.isnan(panel.z).all()) for panel in figure.data] == [False] * 3 + [True] * 3
+    assert "1 of 2 totals nearly cancel" in _heading(figure)
 
 
 def test_the_other_maps_have_a_panel_per_layer():
@@ -107,6 +162,9 @@ def test_a_flow_is_subtracted():
     assert "difference of contributions" in heading and "attn baseline: itb minus zero" in heading
     assert f"gap {max(flow.worst_gap('attn'), other.worst_gap('attn')):.1e}" in heading
     assert "difference of contributions %{z" in figure.data[0].hovertemplate
+    for side in (flow, other):  # no total cancels
+        for tensor in (side.mlp, side.skip, side.bias):
+            tensor.abs_()
     shares = head_grid(flow, minus=other, share=True, map="mlp")
     np.testing.assert_array_equal(shares.data[0].z, (flow.shares("mlp") - other.shares("mlp"))[0].numpy())
     scale = shares.layout.coloraxis

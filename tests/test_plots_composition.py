@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import sys
 import types
 
@@ -39,6 +40,10 @@ def test_rollout_rows_are_destinations(induction):
     np.testing.assert_allclose(figure.data[0].z.sum(1), 1, rtol=1e-4)
     assert "layer 0" in text_of(figure) and "rule product" in text_of(figure)
     assert "a row adds up to 100%" in text_of(figure)
+    worst = max(flow.worst_gap(name) for name in ("attn", "mlp"))
+    for shown in (text_of(figure), text_of(paths_graph(flow))):
+        assert "attn baseline itb" in shown and f"mlp baseline {flow.settings['mlp_baseline']}" in shown
+        assert f"worst completeness gap {worst:.1e} (tol 0.001)" in shown
 
 
 def test_rollout_of_some_tokens():
@@ -78,12 +83,12 @@ def lines(figure):
     return [trace for trace in figure.data if trace.name]
 
 
-def test_one_line_for_each_result_with_means_and_middle_halves():
+def test_one_line_for_each_result_with_medians_and_interquartile_ranges():
     first = consistent([[0.0, 1.0, 2.0, 5.0], [1.0, math.nan, 3.0, 1.0]])
     second = consistent([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]], rule="conserving")
     figure = consistency_plot([first, second], "l2")
     one, two = lines(figure)
-    np.testing.assert_allclose(one.y, [2, 5 / 3])
+    np.testing.assert_allclose(one.y, [1.5, 1])
     np.testing.assert_allclose(one.customdata[0], [4, 0.75, 2.75])
     assert (one.name, two.name) == ("rule product", "rule conserving")
     assert "attn baseline itb" in text_of(figure) and "rule" not in figure.layout.title.text.split("<br>")[1]
@@ -129,9 +134,9 @@ def test_induction_is_seen(induction):
     widest = sorted(edges(figure), key=lambda trace: -trace.line.width)[:2]
     assert {round(trace.line.width, 6) for trace in widest} == {9.0} or widest[0].line.width > widest[1].line.width
     texts = " ".join(trace.hovertext for trace in widest)
-    assert "layer 0" in texts and "layer 1" in texts and f"({src}) → " in texts and f"({dst})" in texts
+    assert "<b>L0H" in texts and "<b>L1H" in texts and f"({src}) → " in texts and f"({dst})" in texts
     held = sum(path.weight for path in flow.paths(-1, 5))
-    assert f"5 paths, together {held:+.0%} of the weight of all" in figure.layout.title.text
+    assert f"5 paths, together {held:+.0%} of the total" in figure.layout.title.text
 
 
 def test_widths_are_sums_over_paths_and_colours_heads():
@@ -143,7 +148,9 @@ def test_widths_are_sums_over_paths_and_colours_heads():
             key = (step.layer, step.head, step.src, step.dst)
             sums[key] = sums.get(key, 0.0) + path.weight
     assert len(edges(figure)) == len(sums)
-    assert sum(trace.line.dash == "dash" for trace in edges(figure)) == sum(weight < 0 for weight in sums.values()) > 0
+    assert (
+        sum(trace.line.dash == "6px,4px" for trace in edges(figure)) == sum(weight < 0 for weight in sums.values()) > 0
+    )
     widths = sorted(trace.line.width for trace in edges(figure))
     top = max(abs(weight) for weight in sums.values())
     np.testing.assert_allclose(widths, sorted(max(1.2, 9 * abs(weight) / top) for weight in sums.values()), rtol=1e-6)
@@ -154,6 +161,14 @@ def test_widths_are_sums_over_paths_and_colours_heads():
     assert len({next(iter(colours)) for colours in looks.values()}) == len(looks)
     legend = [trace.name for trace in figure.data if trace.showlegend is not False]
     assert set(looks) | {"negative"} == set(legend)
+
+
+def test_heads_are_named_and_what_skips_them():
+    figure = paths_graph(make_flow(layers=(5, 6), n_heads=12), k=20)
+    named = [note.text for note in figure.layout.annotations if note.bordercolor]
+    assert named and all(re.fullmatch(r"L[56]H\d+", name) for name in named)
+    hovers = " ".join(trace.hovertext for trace in edges(figure))
+    assert "<b>L5H" in hovers and set(re.findall(r"<b>layer \d</b>, (.*?)<br>", hovers)) <= {"skip and bias"}
 
 
 def test_nodes_are_where_paths_pass():
@@ -237,7 +252,7 @@ def test_circuitsvis_gets_shares_of_heads_with_destinations_first(given):
     flow = make_flow(tokens=HOSTILE)
     assert to_circuitsvis(flow, 3, heads=[2, 0]) == "html"
     torch.testing.assert_close(given["attention"], flow.shares()[1, [2, 0]].mT)
-    assert given["attention_head_names"] == ["L3 H2", "L3 H0"] and given["mask_upper_tri"] is False
+    assert given["attention_head_names"] == ["L3H2", "L3H0"] and given["mask_upper_tri"] is False
     assert given["min_value"] == -given["max_value"] == -1.0
     assert not any("</" in token or "<script" in token for token in given["tokens"])
     assert given["tokens"][1] == "\"quoted\"·&·'more'" and given["tokens"][-1] == "↵"
@@ -253,7 +268,7 @@ def test_circuitsvis_itself():
     package = pytest.importorskip("circuitsvis", reason="pip install circuitsvis")
     shown = to_circuitsvis(make_flow(tokens=HOSTILE), 0)
     assert isinstance(shown, package.utils.render.RenderedHTML)
-    assert shown.local_src.count("</script>") == 1 and "L0 H2" in shown.cdn_src
+    assert shown.local_src.count("</script>") == 1 and "L0H2" in shown.cdn_src
 
 
 def test_circuitsvis_that_cannot_be(monkeypatch):

@@ -11,6 +11,8 @@ from plot_cases import make_effects, metric_flow
 
 from lig_lens.errors import InputError
 from lig_lens.plots import agreement_scatter, effects_map
+from lig_lens.plots.labels import place_names
+from lig_lens.plots.style import MINUS
 
 WORDS = ("a", "b", "c", "d")
 
@@ -23,14 +25,28 @@ def test_layers_and_heads_are_chosen():
     assert figure.layout.yaxis.labelalias == {"0": "5", "1": "3"}
     scale = figure.layout.coloraxis
     assert scale.cmin == -scale.cmax == figure.data[0].zmin == -float(np.abs(figure.data[0].z).max())
-    assert "in its units" in figure.layout.annotations[0].text
+
+
+def test_the_map_says_what_a_positive_value_means():
+    effects = dataclasses.replace(
+        make_effects("heads", WORDS), measures="metric lost: clean - ablated", reference=3.25, name="mean ablation"
+    )
+    figure = effects_map(effects)
+    expected = f"metric lost: clean {MINUS} ablated"
+    assert figure.layout.coloraxis.colorbar.title.text.strip() == expected == figure.data[0].name
+    assert "%{fullData.name}" in figure.data[0].hovertemplate
+    facts = figure.layout.annotations[0].text
+    assert expected in facts and "metric without any intervention +3.25" in facts
+    scatter = agreement_scatter(make_effects("heads", WORDS, seed=1), effects)
+    assert scatter.layout.yaxis.title.text == expected == scatter.data[0].name
+    assert scatter.layout.xaxis.title.text.endswith("(score)")
 
 
 def test_heads_at_chosen_positions():
     effects = make_effects("heads_by_pos", WORDS)
     figure = effects_map(effects, layers=[1], heads=[0, 2], tokens=[-1, 0])
     np.testing.assert_array_equal(figure.data[0].z, effects.values[1][[0, 2]][:, [3, 0]].numpy())
-    assert figure.layout.yaxis.ticktext == ("1.0", "1.2")
+    assert figure.layout.yaxis.ticktext == ("L1H0", "L1H2")
     assert [label[0] for label in figure.layout.xaxis.ticktext] == ["d", "a"]
 
 
@@ -88,6 +104,45 @@ def test_scatter_says_how_many_and_of_what():
     torch.testing.assert_close(torch.tensor(figure.data[0].y), effects.values.flatten().double())
     assert sum(bool(text) for text in figure.data[0].text) <= 2
     assert not figure.layout.shapes  # a score of another kind need not have the metric's unit
+
+
+def test_scatter_says_how_many_lie_near_0():
+    values = torch.tensor([[3.0, 0.002, 0.0], [0.5, 0.0, 4.0]])
+    effects = dataclasses.replace(make_effects("heads", WORDS), values=values)
+    score = dataclasses.replace(effects, values=torch.tensor([[1.0, 0.005, 0.1], [0.0, 0.0, 1.0]]))
+    facts = agreement_scatter(score, effects).layout.title.text
+    assert "2 of 6 near 0 (within 1% of the largest on both axes)" in facts
+
+
+def test_names_cover_no_dot_no_other_name_and_no_line():
+    generator = np.random.default_rng(0)
+    points = generator.uniform(0, 500, (60, 2))
+    names = [f"L{number}H1 at ' to'" for number in range(60)]
+    line = np.stack([np.linspace(0, 500, 200)] * 2, -1)
+    placed = place_names(points, names, range(60), 15, line, (500.0, 500.0))
+    assert 5 < len(placed) <= 15 and len(set(placed.values())) > 1
+    centres = {"left": -1, "center": 0, "right": 1, "bottom": -1, "middle": 0, "top": 1}
+    boxes = {}
+    for place, side in placed.items():
+        upright, along = side.split()
+        half = np.array([2.8 * len(names[place]), 6.5])
+        middle = points[place] + np.array([centres[along], centres[upright]]) * (half + 5)
+        assert (middle - half > 0).all() and (middle + half < 500).all()
+        for others in (points, line):
+            assert not (np.abs(others - middle) < half).all(1).any()
+        boxes[place] = middle, half
+    for one, (middle, half) in boxes.items():
+        for other, (there, size) in boxes.items():
+            assert one == other or (np.abs(middle - there) >= half + size).any()
+
+
+def test_a_dot_without_room_leaves_its_turn_to_the_next():
+    crowd = np.array([[x, y] for x in range(200, 260, 4) for y in range(200, 260, 4)], dtype=float)
+    points = np.concatenate([[[230.0, 230.0], [400.0, 400.0]], crowd])
+    names = ["name"] * len(points)
+    arguments = (np.empty((0, 2)), (600.0, 500.0))
+    assert place_names(points, names, [0, 1], 1, *arguments) == {1: "middle right"}
+    assert place_names(points, names, [0, 1], 0, *arguments) == {}
 
 
 def test_scatter_says_how_well_they_agree(monkeypatch):

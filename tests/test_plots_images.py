@@ -60,6 +60,11 @@ def test_headings_axes_and_scales_have_titles(name):
     assert figure.layout.template.layout.colorway  # a template of ours, whatever the user's default is
 
 
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_button_sends_a_figure_away(name):
+    assert "sendChartToCloud" in FIGURES[name].layout.modebar.remove
+
+
 def png_size_and_variety(png):
     """Width, height and number of different bytes of the pixels: a blank image has next to none."""
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
@@ -106,6 +111,7 @@ def test_a_browser_draws_every_figure(tmp_path):
         marks = svg.count("<image") if figure.data[0].type == "heatmap" else svg.count('class="trace scatter')
         assert marks >= 1, name
         assert "<script>alert" not in html, name
+        assert 'data-title="Pan"' in html and 'data-title="Share' not in html, name
     # What its reader sees is the token itself.
     assert ">&lt;/script&gt;&lt;scr…" in drawn[0] and HOSTILE[0].startswith("</script><scr")
 

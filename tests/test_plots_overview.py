@@ -34,13 +34,14 @@ def test_one_head_with_positions_and_printed_values():
     assert ticks(figure, "yaxis")[0] == "the <span style='color:#6e7781'>1</span>"
     assert len(ticks(figure, "xaxis")) == 7
     assert panel.text[0][3].replace(MINUS, "-") == f"{float(flow.attn[1, 2, 3, 0]):.1f}"
-    assert "Layer 3, head 2" in heading(figure) and "target l2" in heading(figure)
+    assert "<b>L3H2</b>: source tokens → heads" in heading(figure) and "target l2" in heading(figure)
     low, high = figure.layout.yaxis.range
     assert low > high
 
 
 def test_shares_are_printed_as_percents_on_a_sequential_scale():
     flow = make_flow()
+    flow.attn.abs_()  # no total cancels
     figure = head_map(flow, 0, 1, share=True, tokens=[1, 2, -1])
     shares = flow.shares()[0, 1][[1, 2, 6]][:, [1, 2, 6]].T
     np.testing.assert_array_equal(figure.data[0].z, shares.numpy())
@@ -75,6 +76,8 @@ def test_one_map_of_a_layer(map):
 
 def test_difference_of_one_head():
     flow, other = make_flow(), make_flow(seed=1)
+    for side in (flow, other):  # no total cancels
+        side.attn.abs_()
     figure = head_map(flow, 0, 1, share=True, minus=other)
     np.testing.assert_array_equal(figure.data[0].z, (flow.shares() - other.shares())[0, 1].T.numpy())
     assert figure.layout.coloraxis.cmin == -figure.layout.coloraxis.cmax
@@ -100,26 +103,34 @@ def test_one_head_that_is_not_there(arguments, message):
 # Importance.
 
 
-def test_importance_for_a_metric_adds_up_with_what_passes_the_heads():
+def test_importance_for_a_metric_adds_up_with_skip():
     flow = metric_flow(metric="logit_difference(' a', ' b')")
     figure = importance(flow)
-    values = figure.data[0].z
-    np.testing.assert_allclose(values[1, 2], float(flow.attn[1, 2].sum()), rtol=1e-5)
-    np.testing.assert_allclose(values[0, -1], float(flow.skip[0].sum()), rtol=1e-5)
-    np.testing.assert_allclose(np.nansum(values, 1), flow.total["attn"].numpy(), rtol=1e-4)
-    assert ticks(figure, "xaxis") == ("0", "1", "2", "", "past<br>heads")
-    assert figure.data[0].hovertext[0][-1] == "<b>layer 0, past heads</b>"
+    heads, rest = figure.data
+    np.testing.assert_allclose(heads.z[1, 2], float(flow.attn[1, 2].sum()), rtol=1e-5)
+    np.testing.assert_allclose(rest.z[0, 0], float(flow.skip[0].sum()), rtol=1e-5)
+    np.testing.assert_allclose(heads.z.sum(1) + rest.z[:, 0], flow.total["attn"].numpy(), rtol=1e-4)
+    assert ticks(figure, "xaxis") == ("0", "1", "2", "skip") and rest.x == (3,)
+    assert heads.hovertext[1][2] == "<b>L1H2</b>" and rest.hovertext[0][-1] == "<b>layer 0, skip</b>"
     scale = figure.layout.coloraxis
-    # The scale is that of heads: what passes them would outshine it.
-    assert scale.cmin == -scale.cmax and scale.cmax <= np.abs(values[:, :3]).max()
+    # The scale is that of heads, and skip is grey: it would outshine them.
+    assert scale.cmin == -scale.cmax == -np.abs(heads.z).max()
+    assert rest.coloraxis is None and rest.zmin == -rest.zmax and rest.colorscale[0][1] == rest.colorscale[-1][1]
     assert "in the metric's units" in heading(figure) and f"({MINUS}1.5 → +3)" in heading(figure)
 
 
 def test_importance_as_share_of_the_metrics_change():
     flow = metric_flow()
+    flow.skip[0] += 5  # no total cancels
     figure = importance(flow, share=True)
-    np.testing.assert_allclose(np.nansum(figure.data[0].z, 1), 1, rtol=1e-4)
+    np.testing.assert_allclose(figure.data[0].z.sum(1) + figure.data[1].z[:, 0], 1, rtol=1e-4)
     assert "add up to 100%" in heading(figure) and figure.layout.coloraxis.cmin < 0
+    flow.skip[0] -= (flow.attn[0].sum() + flow.skip[0].sum() - 0.1) / flow.skip.shape[1]
+    figure = importance(flow, share=True)
+    for trace in figure.data:
+        assert np.isnan(trace.z[0]).all() and np.isfinite(trace.z[1]).all()
+    assert "1 of 2 totals nearly cancel: shares not shown (grey)" in heading(figure)
+    assert np.isfinite(importance(flow).data[0].z).all()
 
 
 def test_means_of_several_prompts_say_so():
@@ -127,8 +138,7 @@ def test_means_of_several_prompts_say_so():
     settings = flow.settings | {"averaged": 5, "metric": {"clean": 2.0, "corrupted": None}}
     shown = heading(importance(dataclasses.replace(flow, settings=settings)))
     assert (
-        "mean of 5 prompts" in shown
-        and "all heads of a layer and what goes past them add up to the metric's change<" in shown
+        "mean of 5 prompts" in shown and "all heads of a layer and skip add up to the metric's change</span>" in shown
     )
 
 
@@ -137,8 +147,9 @@ def test_importance_for_the_output_by_hand():
     figure = importance(flow, map="mlp", layers=[3], heads=[2, 0])
     sizes = flow.columns("mlp").abs()[1]
     expected = (sizes / sizes.sum(0)).mean(1)
-    np.testing.assert_allclose(figure.data[0].z[0, [0, 1, 3, 4]], expected[[2, 0, 3, 4]].numpy(), rtol=1e-5)
-    assert ticks(figure, "xaxis") == ("2", "0", "", "skip", "bias") and ticks(figure, "yaxis") == ("3",)
+    np.testing.assert_allclose(figure.data[0].z[0], expected[[2, 0]].numpy(), rtol=1e-5)
+    np.testing.assert_allclose(figure.data[1].z[0], expected[[3, 4]].numpy(), rtol=1e-5)
+    assert ticks(figure, "xaxis") == ("2", "0", "skip", "bias") and ticks(figure, "yaxis") == ("3",)
     assert figure.layout.coloraxis.cmin == 0
     assert "|head| / (sum over heads |head| + |skip| + |bias|), mean over destinations" in heading(figure)
 
@@ -163,8 +174,22 @@ def test_signed_movement_gets_a_signed_scale():
 
 
 def test_many_heads_have_numbers_in_the_hover_alone():
-    texts = importance(make_flow(n_heads=32), map="mlp").data[0].text
-    assert set(texts[0][:32]) == {""} and texts[0][33].endswith("%")
+    heads, rest = importance(make_flow(n_heads=32), map="mlp").data
+    assert heads.text is None and rest.text[0][1].endswith("%")
+
+
+def test_colours_end_at_the_strongest_head_of_many():
+    flow = metric_flow(layers=tuple(range(40)), n_heads=12)
+    flow.attn[7, 3] += 20
+    figure = importance(flow)
+    assert figure.layout.coloraxis.cmax == np.abs(figure.data[0].z).max() and "saturate" not in heading(figure)
+
+
+@pytest.mark.parametrize(("map", "baseline"), [("attn", "itb"), ("mlp", "zero")])
+def test_importance_names_baseline_and_gap(map, baseline):
+    flow = make_flow()
+    shown = heading(importance(flow, map=map))
+    assert f"{map} baseline {baseline}" in shown and f"worst completeness gap {flow.worst_gap(map):.1e}" in shown
 
 
 @pytest.mark.parametrize(
@@ -190,7 +215,7 @@ def test_gaps_of_the_worst_head_on_a_logarithmic_scale():
     figure = gap_map(flow, "attn")
     panel, crosses = figure.data
     np.testing.assert_allclose(10**panel.z, flow.gap["attn"].amax(1).numpy(), rtol=1e-5)
-    assert f"largest in head {int(flow.gap['attn'][1, :, 2].argmax())}<br>" in panel.hovertext[1][2]
+    assert f"largest in L3H{int(flow.gap['attn'][1, :, 2].argmax())}<br>" in panel.hovertext[1][2]
     missed = (~flow.converged["attn"]).any(1)
     marked = set(zip(crosses.y, crosses.x, strict=True))
     assert marked == {tuple(place) for place in missed.nonzero().tolist()} and marked
@@ -201,6 +226,22 @@ def test_gaps_of_the_worst_head_on_a_logarithmic_scale():
         for row, m in zip(panel.text, missed, strict=True)
         for text, miss in zip(row, m, strict=True)
     )
+
+
+def test_marks_fit_into_their_cells():
+    small, large = (gap_map(make_flow(tokens=WORDS * times)).data[1].marker for times in (4, 1))
+    assert small.size < 5 < large.size <= 9
+
+
+@pytest.mark.parametrize("gap", [10**-2.5, 1e-3, 10**-3.2, 10**-2.7, 3.0])
+@pytest.mark.parametrize("tol", [1e-3, 10**-2.6, None])
+def test_the_scale_of_gaps_has_two_ticks_at_least(gap, tol):
+    flow = make_flow()
+    gaps = {name: torch.full_like(value, gap) for name, value in flow.gap.items()}
+    flow = dataclasses.replace(flow, gap=gaps, settings={"target": "l2"} | ({} if tol is None else {"tol": tol}))
+    axis = gap_map(flow, "attn").layout.coloraxis
+    inside = [tick for tick in axis.colorbar.tickvals if axis.cmin <= tick <= axis.cmax]
+    assert len(inside) >= 2
 
 
 def test_gaps_that_are_all_within_tol():

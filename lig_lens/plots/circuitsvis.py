@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lig_lens.axes import axis_places
+from lig_lens.axes import axis_places, head_name
 from lig_lens.errors import InputError, optional
 from lig_lens.flow import Flow
 from lig_lens.plots.style import DIVERGING, show_token
@@ -43,7 +43,7 @@ def to_circuitsvis(flow: Flow, layer: int, heads: Sequence[int] | None = None) -
     return optional("circuitsvis", "to_circuitsvis").attention.attention_heads(
         attention=patterns,
         tokens=[_unbroken(token) for token in flow.tokens],
-        attention_head_names=[f"L{layer} H{head}" for head in rows],
+        attention_head_names=[head_name(layer, head) for head in rows],
         max_value=largest,
         min_value=-largest,
         positive_color=DIVERGING[-1],

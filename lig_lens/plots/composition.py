@@ -10,14 +10,14 @@ from lig_lens.compose import Consistency
 from lig_lens.errors import InputError, check_choice
 from lig_lens.flow import Flow
 from lig_lens.plots.matrix import PRINTED, Panel, Values, draw, large_cells, printed, share_scale, signed_scale
-from lig_lens.plots.select import describe, pick, token_axis
+from lig_lens.plots.select import baselines, describe, pick, token_axis, worst_gap
 from lig_lens.plots.style import FAINT, INK, LINE, QUALITATIVE, plain_text, set_frame, short
 
 _NOTABLE = -0.02  # negative shares from here on get colours of their own
 _MEASURES = {
     "l2": "|difference|, in the block map's units",
-    "l2_normalised": "|difference| / |block map|",
-    "pearson": "correlation over sources",
+    "l2_normalised": "relative difference (0 = perfect agreement)",
+    "pearson": "Pearson correlation (1 = perfect agreement)",
 }
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon")
 
@@ -56,7 +56,9 @@ def rollout_map(
     layers = f"layer {first}" if first == last else f"layers {first} to {last}"
     facts = [
         *describe(flow, target=False),
+        *baselines(flow, ("attn", "mlp")),
         f"rule {rule}",
+        worst_gap([flow], ("attn", "mlp")),
         "a row adds up to 100%"
         if tokens is None
         else f"{len(shown.sources)} of {len(flow.tokens)} source tokens shown",
@@ -72,7 +74,7 @@ def rollout_map(
         ],
         token_axis(flow, shown.destinations, "destination", numbered=True),
         token_axis(flow, shown.sources, "source", numbered=True),
-        f"<b>Whose residual is it?</b> Rollout through {layers}",
+        f"<b>Which input token does each final vector come from?</b> Rollout through {layers}",
         facts,
         cell=large_cells(*values.shape),
     )
@@ -81,7 +83,7 @@ def rollout_map(
 def consistency_plot(results: Consistency | Sequence[Consistency], measure: str = "pearson") -> go.Figure:
     """How far compositions are from the measured block map, layer by layer: one line for each result.
 
-    Points are means over destinations (NaN left out), bars the middle half of the destinations. The legend has the
+    Points are medians over destinations (NaN left out), bars their interquartile range. The legend has the
     labels that differ between results, the subtitle those that all share.
 
     Args:
@@ -125,7 +127,7 @@ def consistency_plot(results: Consistency | Sequence[Consistency], measure: str 
     set_frame(
         figure,
         f"<b>Composition against the block map</b>: {_words(measure)}",
-        [*same, "points are means over destinations, bars their middle half"],
+        [*same, "points are medians over destinations, bars their interquartile range"],
         width=max(420.0, min(900.0, 60.0 * n_layers)),
         height=height,
         left=76.0,
@@ -151,10 +153,11 @@ def _words(key: str) -> str:
 
 
 def _line(values: Values, layers: Sequence[int], name: str, number: int, aside: float) -> list[go.Scatter]:
-    """Means over destinations and the middle half of these; the number picks colour and symbol."""
+    """Medians over destinations and their interquartile range; the number picks colour and symbol."""
     kept = [row[np.isfinite(row)] for row in values]
-    means = [float(row.mean()) if row.size else math.nan for row in kept]
-    low, high = ([float(np.quantile(row, part)) if row.size else math.nan for row in kept] for part in (0.25, 0.75))
+    low, middle, high = (
+        [float(np.quantile(row, part)) if row.size else math.nan for row in kept] for part in (0.25, 0.5, 0.75)
+    )
     places = [layer + aside for layer in layers]
     colour = QUALITATIVE[number % len(QUALITATIVE)]
     bars = go.Scatter(
@@ -169,7 +172,7 @@ def _line(values: Values, layers: Sequence[int], name: str, number: int, aside: 
     )
     line = go.Scatter(
         x=places,
-        y=means,
+        y=middle,
         mode="lines+markers",
         name=name,
         legendgroup=str(number),
@@ -177,6 +180,6 @@ def _line(values: Values, layers: Sequence[int], name: str, number: int, aside: 
         marker={"size": 9, "symbol": _SYMBOLS[number % len(_SYMBOLS)], "line": {"color": "white", "width": 1}},
         customdata=list(zip(layers, low, high, strict=True)),
         hovertemplate="<b>%{fullData.name}</b><br>layer %{customdata[0]}: %{y:.3f}<br>"
-        "middle half %{customdata[1]:.3f} to %{customdata[2]:.3f}<extra></extra>",
+        "interquartile range %{customdata[1]:.3f} to %{customdata[2]:.3f}<extra></extra>",
     )
     return [bars, line]

@@ -10,12 +10,28 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from lig_lens.agreement import compare, points
+from lig_lens.axes import head_name
 from lig_lens.effects import Effects
 from lig_lens.errors import InputError, MissingPackageError
 from lig_lens.flow import Flow
+from lig_lens.plots.labels import place_names
 from lig_lens.plots.matrix import PRINTED, Axis, Panel, Values, draw, printed, row_cells, signed_scale
 from lig_lens.plots.select import averaged, chosen_positions
-from lig_lens.plots.style import DIVERGING, FAINT, LINE, QUIET, plain_text, set_frame, short, signed_number, token_label
+from lig_lens.plots.style import (
+    DIVERGING,
+    FAINT,
+    LINE,
+    MINUS,
+    QUIET,
+    plain_text,
+    set_frame,
+    short,
+    signed_number,
+    token_label,
+)
+
+_SIZE, _RIGHT = (600.0, 500.0), 90.0  # of the scatter plot, and its margin, into which names may reach; in pixels
+_OUTLYING, _NEAR = 0.2, 0.01  # shares of the largest: from the one on dots are named, below the other they count as 0
 
 
 def effects_map(
@@ -26,8 +42,9 @@ def effects_map(
 ) -> go.Figure:
     """Heatmap of effects on a diverging scale centred on 0.
 
-    Layers stand upwards, heads or positions across; heads at positions have one row for each head, edges are shown as
-    the strongest of each head, which the hover names. What was not measured is left grey.
+    The colour bar says what a positive value means. Layers stand upwards, heads or positions across; heads at positions
+    have one row for each head, edges are shown as the strongest of each head, which the hover names. What was not
+    measured is left grey.
 
     Args:
         effects: what an intervention found, or a score.
@@ -56,7 +73,7 @@ def effects_map(
         values, notes = _strongest_edges(effects, values, chosen)
     rows, side = [str(layer) for layer in numbers], Axis("layer", [], "layer")
     if effects.on == "heads_by_pos":
-        rows, side = [f"{layer}.{head}" for layer in numbers for head in chosen["head"]], Axis("head", [], "head")
+        rows, side = [head_name(layer, head) for layer in numbers for head in chosen["head"]], Axis("head", [], "head")
         values = values.reshape(len(rows), -1)
     if effects.on in ("heads", "edges"):
         across = Axis("head", [str(head) for head in chosen["head"]], "head")
@@ -64,17 +81,18 @@ def effects_map(
         labels = [token_label(effects.tokens[at], position=at) for at in chosen["pos"]]
         across = Axis("position", labels, "position")
     few = len(across.labels) <= PRINTED and len(rows) <= 40
-    facts = [short(effects.metric, 100), "change of the metric, in its units"]
+    facts = [short(effects.metric, 100), _measured(effects)]
     facts += [averaged(effects.settings)] if averaged(effects.settings) else []
     if math.isfinite(effects.reference):
-        facts.append(f"without the intervention it is {signed_number(effects.reference)}")
+        facts.append(f"metric without any intervention {signed_number(effects.reference)}")
     missing = int(np.isnan(values).sum())
     return draw(
         [
             Panel(
                 values,
-                signed_scale("change of the metric", values, cut=False),
-                value="effect %{z:+.3g}",
+                signed_scale(_measured(effects), values, cut=False),
+                name=_measured(effects),
+                value="%{fullData.name} %{z:+.3g}",
                 texts=printed(values, percent=False, digits=3) if few else None,
                 notes=notes,
             )
@@ -126,14 +144,14 @@ def agreement_scatter(
 ) -> go.Figure:
     """A score against what an intervention found, one dot for each head, position or edge that was measured.
 
-    Correlations are in the heading where scipy is installed. Contributions to the metric itself have its unit: a dashed
-    line shows where they would equal the effects.
+    Correlations are in the heading where scipy is installed, and how many dots lie near 0, which say little.
+    Contributions to the metric itself have its unit: a dashed line shows where they would equal the effects.
 
     Args:
         score: a Flow or Effects, see `compare`.
         effects: what was measured.
         name: of the score; by default that of the Effects, or "LIG".
-        labels: how many outliers are named at most: the dots that are furthest from 0 on either axis.
+        labels: how many outliers are named at most: the dots that are furthest from 0 on either axis and have room.
 
     Raises:
         InputError: see `compare`.
@@ -141,56 +159,72 @@ def agreement_scatter(
     if labels < 0:
         raise InputError(f"agreement_scatter: labels={labels}: give 0 or more.")
     x, y = (side.numpy() for side in points(score, effects))
-    named = [
-        plain_text(effects.label((effects.layers[layer], *rest)))
-        for layer, *rest in (~effects.values.isnan()).nonzero().tolist()
+    plain = [
+        effects.label((effects.layers[layer], *rest)) for layer, *rest in (~effects.values.isnan()).nonzero().tolist()
     ]
-    shown = _outliers(x, y, named, labels)
+    named = [plain_text(name) for name in plain]
     title = name or (score.name if isinstance(score, Effects) else "LIG")
+    same_unit = isinstance(score, Flow) and score.metric == effects.metric
+    # As far as both axes reach, so that the line does not widen the picture.
+    low, high = min(0.0, max(x.min(), y.min())), max(0.0, min(x.max(), y.max()))
+    line = np.linspace(low, high, 200) if same_unit else np.empty(0)
+    ranges = [_range(x), _range(y)]
+    pixels, on_line = (
+        np.stack([_SIZE[n] * (side - ends[0]) / (ends[1] - ends[0]) for n, (side, ends) in enumerate(both)], -1)
+        for both in (zip((x, y), ranges, strict=True), zip((line, line), ranges, strict=True))
+    )
+    sizes = np.maximum(_relative(x), _relative(y))
+    outliers = [int(place) for place in np.argsort(-sizes, kind="stable") if sizes[place] >= _OUTLYING]
+    placed = place_names(pixels, plain, outliers, labels, on_line, (_SIZE[0] + _RIGHT, _SIZE[1]))
     figure = go.Figure(
         go.Scatter(
             x=x,
             y=y,
             mode="markers+text",
-            text=shown,
-            textposition="top center",
+            name=_measured(effects),
+            text=[named[place] if place in placed else "" for place in range(len(named))],
+            textposition=[placed.get(place, "middle right") for place in range(len(named))],
             textfont={"size": 10, "color": QUIET},
             customdata=named,
-            hovertemplate="%{customdata}<br>score %{x:+.3g}<br>effect %{y:+.3g}<extra></extra>",
+            hovertemplate="%{customdata}<br>score %{x:+.3g}<br>%{fullData.name} %{y:+.3g}<extra></extra>",
             marker={"size": 7, "color": DIVERGING[0], "opacity": 0.6, "line": {"width": 0}},
             cliponaxis=False,
         )
     )
     axis = {"zeroline": True, "zerolinecolor": LINE, "gridcolor": FAINT}
-    figure.update_xaxes(title=f"score: {short(title)}", **axis)
-    figure.update_yaxes(title="effect of the intervention, in the metric's units", **axis)
+    of_score = f" ({_measured(score)})" if isinstance(score, Effects) and score.measures != effects.measures else ""
+    figure.update_xaxes(title=f"{short(title)}{of_score}", range=ranges[0], **axis)
+    figure.update_yaxes(title=_measured(effects), range=ranges[1], **axis)
     facts = [
         short(effects.metric, 100),
         f"{len(x):,} {effects.on.replace('heads_by_pos', 'heads at positions')} measured",
+        f"{int((sizes < _NEAR).sum()):,} of {len(x):,} near 0 (within {_NEAR:.0%} of the largest on both axes)",
     ]
     with contextlib.suppress(MissingPackageError):
         agreement = compare(score, effects)
         facts.append(f"Spearman {agreement.spearman:.2f}, Pearson {agreement.pearson:.2f}")
-    if isinstance(score, Flow) and score.metric == effects.metric:
-        # As far as both axes reach, so that the line does not widen the picture.
-        low, high = min(0.0, max(x.min(), y.min())), max(0.0, min(x.max(), y.max()))
+    if same_unit:
         dashes = {"color": QUIET, "width": 1, "dash": "dash"}
         figure.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, layer="below", line=dashes)
         facts.append("equal on the dashed line")
-    heading = f"{short(title)} against {short(effects.name, 80)}"
-    set_frame(figure, heading, facts, width=600.0, height=500.0, left=80.0, right=80.0, above=28.0)
-    return figure.update_layout(plot_bgcolor="white")
+    heading = f"<b>{short(title)}</b> against {short(effects.name, 80)}"
+    set_frame(figure, heading, facts, width=_SIZE[0], height=_SIZE[1], left=80.0, right=_RIGHT, above=28.0)
+    return figure.update_layout(plot_bgcolor="white", showlegend=False)
 
 
-def _outliers(x: NDArray[np.float64], y: NDArray[np.float64], names: list[str], count: int) -> list[str]:
-    """Names of the dots that are furthest from 0 on either axis; "" for others, and for those too near one of them."""
-    x, y = x / (np.abs(x).max() or 1.0), y / (np.abs(y).max() or 1.0)
-    size = np.maximum(np.abs(x), np.abs(y))
-    shown, placed = [""] * len(names), list[tuple[float, float]]()
-    for place in np.argsort(-size, kind="stable"):
-        if len(placed) == count or size[place] < 0.2:
-            break
-        if all(abs(x[place] - a) > 0.2 or abs(y[place] - b) > 0.05 for a, b in placed):
-            placed.append((x[place], y[place]))
-            shown[place] = names[place]
-    return shown
+def _measured(effects: Effects) -> str:
+    """What positive values mean, as escaped text."""
+    return short(effects.measures, 80).replace(" - ", f" {MINUS} ")
+
+
+def _relative(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Absolute values as shares of the largest."""
+    sizes: NDArray[np.float64] = np.abs(values)
+    return sizes / (sizes.max() or 1.0)
+
+
+def _range(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Ends of an axis: all values and some room for dots at the edge and their names."""
+    low, high = float(values.min()), float(values.max())
+    room = 0.08 * (high - low) or 1.0
+    return low - room, high + room

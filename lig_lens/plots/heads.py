@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from lig_lens.axes import axis_places
+from lig_lens.axes import axis_places, head_name
 from lig_lens.config import MAPS
 from lig_lens.errors import InputError, check_choice
 from lig_lens.flow import Flow
@@ -20,7 +20,7 @@ from lig_lens.plots.matrix import (
     share_scale,
     signed_scale,
 )
-from lig_lens.plots.select import Drawn, Positions, drawn, pick, token_axis, unit, whole
+from lig_lens.plots.select import Drawn, Positions, cancelling_fact, drawn, pick, token_axis, unit, whole
 
 _TITLES = {
     "attn": "Source tokens → heads",
@@ -35,25 +35,27 @@ def head_grid(
     heads: Sequence[int] | None = None,
     map: str = "attn",
     share: bool = False,
-    scale: str = "layer",
+    scale: str | None = None,
     tokens: Sequence[int] | None = None,
     minus: Flow | None = None,
 ) -> go.Figure:
     """Grid of heatmaps, read like attention patterns: destinations down, sources across.
 
     attn has a row of panels per layer and a column per head; block has one panel per layer, and so has mlp,
-    with the heads, skip and bias down and the destinations across. A colour scale is cut at the 99.5th
-    percentile of the absolute values (the hover gives the exact ones). The panels zoom together.
+    with the heads, skip and bias down and the destinations across. Colours end at the strongest cell, at most at three
+    times the 99.5th percentile of the absolute values; then the subtitle says so. The panels zoom together.
 
     Args:
         flow: where the numbers come from: `[layer, head, src, dst]`; a panel is the transpose, `[dst, src]`.
         layers: block numbers, in the order to draw; all layers of the Flow by default.
         heads: head numbers, in the order to draw (attn only); all by default.
         map: attn, block or mlp.
-        share: draw `flow.shares(map)`, without unit, on a sequential scale (negative shares get the colour
-            of 0), rather than signed contributions in units of the target on a diverging scale centred on 0.
+        share: draw `flow.shares(map)`, without unit, on a sequential scale (negative shares are drawn as 0), rather
+            than signed contributions in units of the target on a diverging scale centred on 0. Where what is added up
+            in a total is more than `compose.CANCELS` times as large as the total, shares mean nothing, and are grey.
         scale: `layer` gives every layer its own scale, since vectors grow along a model's layers; `shared` draws
-            all panels on one, in the target's unit. Shares are on one scale always.
+            all panels on one, in the target's unit. By default `shared` for a metric, whose unit all layers share, and
+            `layer` otherwise. Shares are on one scale always.
         tokens: positions to show, as sources and as destinations, in the order to draw; negative ones count from the
             end, and those that are no destination of the Flow are shown as sources only. All by default.
         minus: another Flow of the same tokens, layers and destinations, which is subtracted: the difference of
@@ -64,6 +66,7 @@ def head_grid(
             belong to this one.
     """
     check_choice("map", map, MAPS)
+    scale = ("layer" if flow.metric is None else "shared") if scale is None else scale
     check_choice("scale", scale, ("layer", "shared"))
     given = drawn("head_grid", flow, map, share, minus)
     layers = flow.layers if layers is None else tuple(layers)
@@ -86,16 +89,17 @@ def head_grid(
         Panel(
             panel,
             scales[number],
-            hover=_where(layer, head),
+            hover=head_name(layer, head),
             value=given.hover,
-            caption=f"layer {layer}" if head is None else f"L{layer} · H{head}",
+            caption=head_name(layer, head),
         )
         for number, layer in enumerate(layers)
         for head, panel in zip(heads_of_rows, values[number], strict=True)
     ]
     down, across = _axes(flow, given, shown)
     columns = len(heads_of_rows) if map == "attn" else min(len(panels), 6 if len(across.labels) <= 16 else 3)
-    return draw(panels, down, across, f"<b>{_TITLES[map]}</b>: {given.what}", given.facts, n_columns=columns)
+    facts = [*given.facts, *_cancelling(given, shown, places, heads_of_rows)]
+    return draw(panels, down, across, f"<b>{_TITLES[map]}</b>: {given.what}", facts, n_columns=columns)
 
 
 def head_map(
@@ -134,15 +138,12 @@ def head_map(
     shown = pick("head_map", flow, tokens)
     values = _values(given, shown, place, head)
     down, across = _axes(flow, given, shown, numbered=True)
-    where = _where(layer, head)
+    where = head_name(layer, head)
     texts = printed(values, given.share, given.minus) if max(values.shape) <= PRINTED else None
     panel = Panel(values, _scale(flow, given, [values]), hover=where, value=given.hover, texts=texts)
-    heading = f"<b>{where.capitalize()}</b>: {_TITLES[map].lower()}, {given.what}"
-    return draw([panel], down, across, heading, given.facts, cell=large_cells(*values.shape))
-
-
-def _where(layer: int, head: int | None) -> str:
-    return f"layer {layer}" + ("" if head is None else f", head {head}")
+    heading = f"<b>{where[0].upper()}{where[1:]}</b>: {_TITLES[map].lower()}, {given.what}"
+    facts = [*given.facts, *_cancelling(given, shown, [place], [head])]
+    return draw([panel], down, across, heading, facts, cell=large_cells(*values.shape))
 
 
 def _values(given: Drawn, shown: Positions, place: int, head: int | None) -> Values:
@@ -151,6 +152,16 @@ def _values(given: Drawn, shown: Positions, place: int, head: int | None) -> Val
     terms = terms[..., shown.places]
     chosen: Values = (terms if given.map == "mlp" else terms[shown.sources].T).numpy()
     return chosen
+
+
+def _cancelling(given: Drawn, shown: Positions, places: Sequence[int], heads: Sequence[int | None]) -> list[str]:
+    """How many of the totals that are shown have no shares."""
+    cancels = given.cancels[places]
+    if cancels.ndim == 3:
+        cancels = cancels[:, [head for head in heads if head is not None]]
+    if cancels.ndim > 1:
+        cancels = cancels[..., shown.places]
+    return cancelling_fact(cancels)
 
 
 def _scale(flow: Flow, given: Drawn, values: Sequence[Values], relative: bool = False) -> Scale:

@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 from lig_lens.plots.style import DIVERGING, FAINT, INK, LINE, MINUS, QUIET, SEQUENTIAL, label_width, set_frame
 
 Values = NDArray[np.floating[Any]]
-_QUANTILE = 0.995
+_QUANTILE, _OUTLYING = 0.995, 3.0  # colours end at the largest value, at most at that many times this quantile
 _WIDE = 1200  # pixels that a row of panels aims at
 PRINTED = 16  # cells in a row up to which they hold their values
 ROOMY = 44.0  # pixels that such a cell is wide
@@ -66,9 +66,9 @@ def signed_scale(title: str, *values: Values, percent: bool = False, relative: b
     return Scale(title, -top, top, ".0%" if percent else ".2~g", ticks)
 
 
-def share_scale(title: str, *values: Values) -> Scale:
-    """Colours from 0 to the largest share, at most all of it (shares of next to nothing are huge)."""
-    top = min(strongest(*values), 1.0)
+def share_scale(title: str, *values: Values, cut: bool = True) -> Scale:
+    """Colours from 0 to the largest share, at most all of it (shares of next to nothing are huge); see `strongest`."""
+    top = min(strongest(*values, cut=cut), 1.0)
     return Scale(title, 0.0, top, ".0%" if top >= 0.03 else ".1%")
 
 
@@ -93,17 +93,24 @@ def printed(values: Values, percent: bool, signed: bool = True, digits: int = 2)
 
 
 def strongest(*values: Values, cut: bool = True) -> float:
-    """Absolute value at which the colours of some values end: the largest, or with `cut` the 99.5th percentile."""
+    """Absolute value at which the colours of some values end: the largest.
+
+    With `cut` it is at most three times the 99.5th percentile: a few cells would else leave all others pale.
+    """
     drawn = np.abs(np.concatenate([np.asarray(some, dtype=np.float64).ravel() for some in values]))
     drawn = drawn[np.isfinite(drawn) & (drawn > 0)]  # a causal model's exact zeros say nothing about the scale
-    return float(np.quantile(drawn, _QUANTILE if cut else 1.0)) if drawn.size else 1.0
+    if not drawn.size:
+        return 1.0
+    top, most = float(drawn.max()), float(np.quantile(drawn, _QUANTILE))
+    return min(top, _OUTLYING * most) if cut else top
 
 
 @dataclass(frozen=True)
 class Panel:
     """One heatmap: `values[y, x]`, their colours, the caption above, and the first and last line of the hover.
 
-    `texts` stand in the cells, `notes` before the value in their hover.
+    `texts` stand in the cells, `notes` before the value in their hover; `value` may show `name` as `%{fullData.name}`,
+    as it is.
     """
 
     values: Values
@@ -113,6 +120,7 @@ class Panel:
     caption: str = ""
     texts: Sequence[Sequence[str]] | None = None
     notes: Sequence[Sequence[str]] | None = None
+    name: str | None = None
 
 
 def draw(
@@ -168,6 +176,7 @@ def draw(
                 texttemplate=None if panel.texts is None else "%{text}",
                 textfont={"size": 10},
                 hovertext=panel.notes,
+                name=panel.name,
                 hovertemplate=_hover(panel, lines),
             ),
             row=place // n_columns + 1,
@@ -180,7 +189,8 @@ def draw(
     for number, scale in enumerate(scales):
         axis = _coloraxis(scale, shown=number == 0, raised=22 if size.captions else 8)
         figure.update_layout({"coloraxis" if number == 0 else f"coloraxis{number + 1}": axis})
-    figure.update_layout(plot_bgcolor=FAINT)
+    missing = any(np.isnan(panel.values).any() for panel in panels)
+    figure.update_layout(plot_bgcolor=LINE if missing else FAINT)
     set_frame(
         figure,
         heading,
@@ -201,9 +211,16 @@ def _beyond(panels: Sequence[Panel]) -> list[str]:
     """What a reader has to know of values outside their scales."""
     finite = [(panel.scale, panel.values[np.isfinite(panel.values)]) for panel in panels]
     tops = [(scale, float((np.abs(some) if scale.signed else some).max(initial=-np.inf))) for scale, some in finite]
-    strong = any(scale.high > 0 and top > 1.1 * scale.high for scale, top in tops)
+    cut = {scale.high: scale for scale, top in tops if scale.high > 0 and top > 1.01 * scale.high}
     negative = any(scale.low == 0 and float(some.min(initial=0)) < -0.02 for scale, some in finite)
-    return ["stronger values have the last colour"] * strong + ["negative shares have the colour of 0"] * negative
+    facts = ["negative shares are drawn as 0"] if negative else []
+    if len({scale.high for scale, _ in tops}) > 1 and cut:
+        facts.append("colours of some panels saturate")
+    elif cut:
+        ((end, scale),) = cut.items()
+        number = f"{end:.0%}" if "%" in scale.tickformat else f"{end:.2g}"
+        facts.append(f"colours saturate at {'±' if scale.signed else ''}{number}")
+    return facts
 
 
 def large_cells(n_down: int, n_across: int) -> tuple[float, float]:

@@ -8,7 +8,8 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
-from lig_lens.axes import axis_places
+from lig_lens.axes import axis_places, head_name
+from lig_lens.compose import CANCELS
 from lig_lens.errors import check_choice
 from lig_lens.flow import Flow
 from lig_lens.plots.matrix import (
@@ -22,16 +23,21 @@ from lig_lens.plots.matrix import (
     row_cells,
     share_scale,
     signed_scale,
+    strongest,
 )
-from lig_lens.plots.select import describe, metric_change, token_axis, unit
-from lig_lens.plots.style import INK, MINUS, TIMES, short
+from lig_lens.plots.select import baselines, cancelling_fact, describe, metric_change, token_axis, unit, worst_gap
+from lig_lens.plots.style import INK, LINE, MINUS, QUALITATIVE, TIMES, short
 
+_BESIDE = "beside the heads greys have a scale of their own"
 _DECADES = 5  # that a scale of gaps spans at most
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Numbers of heads, [layer, head], and what stands `beside` them, [layer, ...], in words of the figure."""
+    """Numbers of heads, [layer, head], and what stands `beside` them, [layer, ...], in words of the figure.
+
+    `cancels`, [layer], are the layers without shares, whose numbers are NaN.
+    """
 
     heads: Tensor
     rest: Tensor
@@ -41,6 +47,7 @@ class _Table:
     facts: tuple[str, ...]
     percent: bool = True
     signed: bool = False
+    cancels: Tensor | None = None
 
 
 def importance(
@@ -53,14 +60,14 @@ def importance(
     """How much each head matters: layers upwards, heads across. The subtitle says what is drawn.
 
     - With a metric: the sum of `attn` over sources and destinations, signed, in the metric's units, and beside the
-      heads what passes them by (the sum of `skip`), so that a layer adds up to the metric's change. With `share`
-      divided by that change.
+      heads the sum of `skip`, so that a layer adds up to the metric's change. With `share` divided by that change, or
+      grey where what is added up is more than `compose.CANCELS` times as large.
     - Without, map `mlp`: |mlp| of a head as a share of the absolute values of all heads, skip and bias, mean over
       destinations, with `share` or without.
     - Without, map `attn`: how far a head's output moves (`total["attn"]`, mean over destinations), relative to the
       layer's largest, or with `share` to the sum over the layer's heads.
 
-    Colours end at the strongest head; what stands beside the heads may lie beyond, and has its number in the cell.
+    Colours end at the strongest head; what stands beside the heads has greys of its own, by absolute value.
 
     Args:
         flow: where the numbers come from.
@@ -82,54 +89,77 @@ def importance(
     rows, n_heads = axis_places("layer", layers, flow.layers), table.heads.shape[1]
     columns = axis_places("head", range(n_heads) if heads is None else heads, range(n_heads))
     of_heads, rest = table.heads[rows][:, columns].numpy(), table.rest[rows].numpy()
-    apart = np.full((len(rows), 1 if table.beside else 0), np.nan, dtype=of_heads.dtype)
     if table.signed or bool((of_heads < 0).any()):
-        scale = signed_scale(table.unit, of_heads, percent=table.percent)
+        scale = signed_scale(table.unit, of_heads, percent=table.percent, cut=False)
     else:
-        scale = share_scale(table.unit, of_heads)
-    labels = [str(head) for head in columns] + ([""] if table.beside else []) + list(table.beside)
-    names = [f"head {head}" for head in columns] + labels[len(columns) :]
+        scale = share_scale(table.unit, of_heads, cut=False)
+    labels = [*(str(head) for head in columns), *table.beside]
     roomy = len(labels) <= 20
-    values = np.concatenate([of_heads, apart, rest], 1)
-    texts = printed(values, table.percent, table.signed, digits=3)
-    if not roomy:
-        texts = [[""] * len(columns) + row[len(columns) :] for row in texts]
     number = ("%{z:+.2%}" if table.signed else "%{z:.2%}") if table.percent else "%{z:+.4g}"
     figure = draw(
         [
             Panel(
-                values,
+                of_heads,
                 scale,
                 value=f"{table.unit}: {number}",
-                texts=texts,
-                notes=[[f"<b>layer {layer}, {name.replace('<br>', ' ')}</b>" for name in names] for layer in layers],
+                texts=printed(of_heads, table.percent, table.signed, digits=3) if roomy else None,
+                notes=[[f"<b>{head_name(layer, head)}</b>" for head in columns] for layer in layers],
             )
         ],
         Axis("layer", [str(layer) for layer in layers]),
         Axis("head", labels),
         f"<b>{table.title}</b>",
-        [*describe(flow, target=False), *table.facts],
+        [
+            *describe(flow, target=False),
+            *table.facts,
+            *baselines(flow, [map]),
+            worst_gap([flow], [map]),
+            *([] if table.cancels is None else cancelling_fact(table.cancels[rows])),
+        ],
         cell=(ROOMY if roomy else 26.0, 26.0),
         upwards=True,
     )
-    return figure.update_layout(plot_bgcolor="white")  # between heads and the rest is nothing, not a missing value
+    if table.beside:
+        top = strongest(rest, cut=False)
+        figure.add_trace(
+            go.Heatmap(
+                x=list(range(len(columns), len(labels))),
+                z=rest,
+                colorscale=[LINE, "white", LINE],
+                zmin=-top,
+                zmax=top,
+                showscale=False,
+                hoverongaps=False,
+                xgap=1,
+                ygap=1,
+                text=printed(rest, table.percent, table.signed, digits=3),
+                texttemplate="%{text}",
+                textfont={"size": 10},
+                hovertext=[[f"<b>layer {layer}, {name}</b>" for name in table.beside] for layer in layers],
+                hovertemplate=f"%{{hovertext}}<br>{table.unit}: {number}<extra></extra>",
+            )
+        )
+        figure.add_vline(x=len(columns) - 0.5, line={"color": "white", "width": 6})
+    return figure
 
 
 def _of_metric(flow: Flow, share: bool) -> _Table:
     past = flow.skip if flow.skip is not None else torch.zeros(len(flow.layers), 1)
     heads, rest = flow.columns("attn").sum((2, 3)), past.sum(1, keepdim=True)
+    cancels = torch.zeros(len(flow.layers), dtype=torch.bool)
     if share:
         total = heads.sum(1, keepdim=True) + rest
-        heads, rest = _divided(heads, total), _divided(rest, total)
-    title = f"What each head gives to {short(flow.metric or '', 40)}"
+        cancels = (heads.abs().sum(1) + rest[:, 0].abs()) > CANCELS * total[:, 0].abs()
+        heads, rest = (_divided(part, total).masked_fill(cancels[:, None], torch.nan) for part in (heads, rest))
+    title = f"Contribution of each head to {short(flow.metric or '', 40)}"
     change = f"the metric's change{metric_change(flow)}"
     facts = (
         "sum over sources and destinations" + (f", divided by {change}" if share else ", in the metric's units"),
-        f"all heads of a layer and what goes past them add up to {'100%' if share else change}",
+        f"all heads of a layer and skip add up to {'100%' if share else change}",
+        _BESIDE,
     )
-    return _Table(
-        heads, rest, ("past<br>heads",), title, "share" if share else unit(flow), facts, percent=share, signed=True
-    )
+    of = "share" if share else unit(flow)
+    return _Table(heads, rest, ("skip",), title, of, facts, percent=share, signed=True, cancels=cancels)
 
 
 def _of_output(flow: Flow) -> _Table:
@@ -138,6 +168,7 @@ def _of_output(flow: Flow) -> _Table:
     facts = (
         "|head| / (sum over heads |head| + |skip| + |bias|), mean over destinations",
         "all parts of a layer add up to 100%",
+        _BESIDE,
     )
     title = "How much of each block's output comes through each head"
     return _Table(shares[:, :-2], shares[:, -2:], ("skip", "bias"), title, "absolute share", facts)
@@ -195,7 +226,7 @@ def gap_map(flow: Flow, map: str | None = None, layers: Sequence[int] | None = N
     notes = [
         [
             f"gap {gap:.2e}<br>"
-            + (f"largest in head {worst[row][column]}<br>" if worst is not None else "")
+            + (f"largest in {head_name(layers[row], worst[row][column])}<br>" if worst is not None else "")
             + _convergence(miss, per_head)
             for column, (gap, miss) in enumerate(line)
         ]
@@ -223,9 +254,9 @@ def gap_map(flow: Flow, map: str | None = None, layers: Sequence[int] | None = N
                 mode="markers",
                 marker={
                     "symbol": "x",
-                    "size": 9 if cell[0] >= ROOMY else 7,
-                    "color": INK,
-                    "line": {"color": "white", "width": 1},
+                    "size": max(3.0, min(9.0, 0.5 * cell[0])),
+                    "color": QUALITATIVE[4],
+                    "line": {"color": INK, "width": 1 if cell[0] >= 12 else 0},
                 },
                 hoverinfo="skip",
                 showlegend=False,
@@ -251,7 +282,7 @@ def _log_scale(gaps: Tensor, tol: float | None) -> Scale:
     ends = ([float(positive.max())] if positive.numel() else []) + ([float(np.log10(tol))] if tol else [])
     high = max(ends, default=0.0)
     low = max(float(positive.min()) if positive.numel() else high - 1, high - _DECADES)
-    low = min(float(np.floor(low)), high - 1)
+    low = float(np.floor(min(low, high - 1)))  # so that two ticks at least are on the scale
     ticks = {float(decade): f"1e{decade}" for decade in range(int(np.ceil(low)), int(np.floor(high)) + 1)}
     if tol:
         own = float(np.log10(tol))

@@ -8,9 +8,10 @@ from itertools import accumulate, groupby, pairwise
 import numpy as np
 import plotly.graph_objects as go
 
+from lig_lens.axes import head_name
 from lig_lens.compose import Path
 from lig_lens.flow import Flow
-from lig_lens.plots.select import describe
+from lig_lens.plots.select import baselines, describe, worst_gap
 from lig_lens.plots.style import (
     INK,
     LINE,
@@ -26,11 +27,13 @@ from lig_lens.plots.style import (
 _ALL = 32  # tokens up to which also those are shown that no path visits
 _WIDEST, _THINNEST = 9.0, 1.2  # pixels of an edge
 _STEPS = np.linspace(0.0, 1.0, 25)  # along a curve
-_DASHES = ("solid", "dot", "longdashdot")  # one for each round through the colours
-_PAST = "#b6bdc6"  # colour of what passes the heads
+# In pixels: plotly's named dashes grow with the line's width, and thick ones look like broken lines.
+_DASHES = ("solid", "2px,3px", "12px,4px,2px,4px")  # one for each round through the colours
+_NEGATIVE = "6px,4px"
+_PAST = "#b6bdc6"  # colour of skip and bias
 _NAMED = 0.2  # of the widest edge: from there on an edge has its head's name on it
 _ABOVE, _BELOW = 34.0, 12.0  # pixels beyond the first and the last residual vectors
-_LOW = 9.0  # pixels of a layer that all paths pass beside the heads
+_LOW = 9.0  # pixels of a layer where no path goes through a head
 
 
 @dataclass(eq=False)
@@ -72,9 +75,9 @@ def paths_graph(
 ) -> go.Figure:
     """The k strongest paths to one destination, drawn together: tokens along x, layers upwards.
 
-    A line passes a layer, through a head (coloured, with layer.head on strong ones) or past all of them (grey). Its
-    width is the sum of the weights of the paths through it; where that is negative it is dashed. Of long prompts only
-    the tokens that paths visit are shown, with gaps for the others.
+    A line passes a layer, through a head (coloured, strong ones with its name) or by skip connection and bias (grey).
+    Its width is the sum of the weights of the paths through it; where that is negative it is dashed. Of long prompts
+    only the tokens that paths visit are shown, with gaps for the others.
 
     Args:
         flow: with attn and mlp maps of all destinations.
@@ -95,7 +98,7 @@ def paths_graph(
     canvas = _canvas(len(flow.tokens), range(first, stop), {position for _, position in nodes} | {dst}, links)
     heads = sorted({link.head for link in links if link.head is not None})
     figure = go.Figure()
-    # Past the heads first, and weak ones before strong ones, which so lie on top.
+    # Skip and bias first, and weak ones before strong ones, which so lie on top.
     links.sort(key=lambda link: (link.head is not None, abs(link.weight)))
     curves = [_curve(link, links, canvas) for link in links]
     widest = max((abs(link.weight) for link in links), default=1.0)
@@ -107,7 +110,7 @@ def paths_graph(
                 x=along,
                 y=upwards,
                 mode="lines",
-                line={"color": colour, "dash": "dash" if link.weight < 0 else dash, "width": pixels},
+                line={"color": colour, "dash": _NEGATIVE if link.weight < 0 else dash, "width": pixels},
                 opacity=0.9,
                 name=_name(link.head),
                 showlegend=False,
@@ -127,8 +130,10 @@ def paths_graph(
         f"<b>Strongest paths to {token_label(flow.tokens[dst], flow.special[dst], dst)}</b> through {layers}",
         [
             *describe(flow, target=False),
+            *baselines(flow, ("attn", "mlp")),
             f"rule {rule}",
-            f"{len(paths)} paths, together {signed_percent(held)} of the weight of all (100%)",
+            worst_gap([flow], ("attn", "mlp")),
+            f"{len(paths)} paths, together {signed_percent(held)} of the total",
             "width: weight of the paths through an edge",
         ],
         width=max(canvas.x.values()) + canvas.spacing,
@@ -196,7 +201,7 @@ def _look(head: int | None, heads: Sequence[int]) -> tuple[str, str]:
 
 
 def _name(head: int | None) -> str:
-    return "past the heads" if head is None else f"head {head}"
+    return "skip and bias" if head is None else f"head {head}"
 
 
 def _hover(flow: Flow, link: _Link) -> str:
@@ -204,10 +209,10 @@ def _hover(flow: Flow, link: _Link) -> str:
     count = f"{len(link.weights)} path{'s' if len(link.weights) > 1 else ''}"
     return "<br>".join(
         [
-            f"<b>layer {link.layer}, {_name(link.head)}</b>",
+            f"<b>{head_name(link.layer, link.head)}</b>" + (f", {_name(None)}" if link.head is None else ""),
             " → ".join(ends) if link.head is not None else ends[0],
             f"{signed_percent(link.share)} of this step",
-            f"{count} through it, together {signed_percent(link.weight)}",
+            f"{count} through it, together {signed_percent(link.weight)} of the total",
         ]
     )
 
@@ -248,7 +253,7 @@ def _add_names(
     curves: Sequence[tuple[list[float], list[float]]],
     heads: Sequence[int],
 ) -> None:
-    """Write layer.head on strong edges, where there is room."""
+    """Write the heads' names on strong edges, where there is room."""
     taken: list[tuple[float, float]] = []
     widest = max((abs(link.weight) for link in links), default=0.0)
     for link, (along, upwards) in reversed(list(zip(links, curves, strict=True))):
@@ -256,12 +261,12 @@ def _add_names(
             continue
         for point in (12, 8, 16, 5, 19):
             x, y = along[point], upwards[point]
-            if all(abs(x - a) > 32 or abs(y - b) > 17 for a, b in taken):
+            if all(abs(x - a) > 42 or abs(y - b) > 17 for a, b in taken):
                 taken.append((x, y))
                 figure.add_annotation(
                     x=x,
                     y=y,
-                    text=f"{link.layer}.{link.head}",
+                    text=head_name(link.layer, link.head),
                     showarrow=False,
                     font={"size": 10, "color": INK},
                     bgcolor="rgba(255,255,255,0.9)",
@@ -276,7 +281,7 @@ def _add_legend(figure: go.Figure, links: Sequence[_Link], heads: Sequence[int])
     if any(link.head is None for link in links):
         entries.append((_name(None), *_look(None, heads)))
     if any(link.weight < 0 for link in links):
-        entries.append(("negative", QUIET, "dash"))
+        entries.append(("negative", QUIET, _NEGATIVE))
     for name, colour, dash in entries:
         figure.add_trace(
             go.Scatter(x=[None], y=[None], mode="lines", name=name, line={"color": colour, "dash": dash, "width": 3})

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lig_lens.compose import CANCELS
 from lig_lens.errors import InputError, check_whole
 from lig_lens.flow import Flow
 from lig_lens.plots.matrix import Axis
@@ -77,7 +78,10 @@ def whole(flow: Flow) -> str:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Terms of a map to be drawn: `columns` or `shares`, or their difference from those of another Flow."""
+    """Terms of a map to be drawn: `columns` or `shares`, or their difference from those of another Flow.
+
+    Shares are NaN where `cancels` (one entry for each total, see `cancelling`).
+    """
 
     map: str
     terms: torch.Tensor
@@ -86,6 +90,7 @@ class Drawn:
     what: str
     hover: str
     facts: list[str]
+    cancels: torch.Tensor
 
     @property
     def signed(self) -> bool:
@@ -99,24 +104,63 @@ def drawn(call: str, flow: Flow, map: str, share: bool, minus: Flow | None) -> D
     Raises:
         InputError: the map is missing, or the Flows do not belong together.
     """
-    terms = flow.shares(map) if share else flow.columns(map)
+    terms, cancels = _terms(flow, map, share)
     what = f"share of each {whole(flow)}" if share else "signed contribution"
     value = "%{z:+.2%}" if share and minus is not None else "%{z:.2%}" if share else "%{z:+.4g}"
     words = f"share of the {whole(flow)}" if share else "contribution"
     facts = describe(flow)
-    baseline = flow.settings.get(f"{map}_baseline")
-    gap = flow.worst_gap(map)
-    if minus is not None:
+    if minus is None:
+        facts += [*baselines(flow, [map]), worst_gap([flow], [map])]
+    else:
         _check_alike(call, flow, minus, map, share)
-        terms = terms - (minus.shares(map) if share else minus.columns(map))
-        gap = max(gap, minus.worst_gap(map))
+        others, cancel_too = _terms(minus, map, share)
+        terms, cancels = terms - others, cancels | cancel_too
         what = words = "difference of shares" if share else "difference of contributions"
-        facts.append(_difference(flow, minus, map))
-    elif baseline:
-        facts.append(f"baseline {short(str(baseline))}")
-    tol = flow.settings.get("tol")
-    facts.append(f"worst completeness gap {gap:.1e}" + (f" (tol {tol:g})" if isinstance(tol, float) else ""))
-    return Drawn(map, terms, share, minus is not None, what, f"{words} {value}", facts)
+        facts += [_difference(flow, minus, map), worst_gap([flow, minus], [map])]
+    return Drawn(map, terms, share, minus is not None, what, f"{words} {value}", facts, cancels)
+
+
+def _terms(flow: Flow, map: str, share: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Contributions or shares of a map, and of which totals these cannot be shares."""
+    if not share:
+        terms = flow.columns(map)
+        return terms, torch.zeros_like(flow.total[map], dtype=torch.bool)
+    terms, cancels = flow.shares(map), cancelling(flow, map)
+    spread = cancels.reshape(-1, 1, 1, 1) if flow.metric is not None else cancels.unsqueeze(-2)
+    return terms.masked_fill(spread, torch.nan), cancels
+
+
+def cancelling(flow: Flow, map: str) -> torch.Tensor:
+    """Which totals nearly cancel: what is added up is more than `CANCELS` times as large.
+
+    Returns:
+        as `flow.total[map]`. What `shares` gives as 0 does not count: nothing is divided there.
+    """
+    terms, shares = flow.columns(map), flow.shares(map)
+    if flow.metric is not None:
+        skip = torch.zeros(1) if flow.skip is None else flow.skip
+        size, total = terms.abs().sum((1, 2, 3)) + skip.abs().sum(-1), flow.total[map]
+        return (size > CANCELS * total.abs()) & (total != 0)
+    size, total = terms.abs().sum(-2), terms.sum(-2)
+    return (size > CANCELS * total.abs()) & (shares != 0).any(-2)
+
+
+def cancelling_fact(cancels: torch.Tensor) -> list[str]:
+    """What a reader has to know of shares that are not shown."""
+    count = int(cancels.sum())
+    return [f"{count:,} of {cancels.numel():,} totals nearly cancel: shares not shown (grey)"] if count else []
+
+
+def baselines(flow: Flow, maps: Sequence[str]) -> list[str]:
+    """Where the paths of some maps start, as escaped text."""
+    named = [(map, flow.settings.get(f"{map}_baseline")) for map in maps]
+    return [f"{map} baseline {short(str(baseline))}" for map, baseline in named if baseline]
+
+
+def worst_gap(flows: Sequence[Flow], maps: Sequence[str]) -> str:
+    """The largest completeness gap of some maps, beside the tolerance."""
+    gap, tol = max(flow.worst_gap(map) for flow in flows for map in maps), flows[0].settings.get("tol")
+    return f"worst completeness gap {gap:.1e}" + (f" (tol {tol:g})" if isinstance(tol, float) else "")
 
 
 def describe(flow: Flow, target: bool = True) -> list[str]:
@@ -145,7 +189,9 @@ def metric_change(flow: Flow) -> str:
 
 def unit(flow: Flow) -> str:
     """What contributions are measured in, as escaped text."""
-    return "in the target's unit" if flow.metric is None else "in the metric's units"
+    if flow.metric is not None:
+        return "in the metric's units"
+    return "in units of vector length (l2)" if flow.settings.get("target") == "l2" else "in the target's unit"
 
 
 def _check_alike(call: str, flow: Flow, minus: Flow, map: str, share: bool) -> None:
