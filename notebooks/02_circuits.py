@@ -26,7 +26,7 @@ flow = ll.attribute(model, pair.clean, corrupted=pair.corrupted, target=metric, 
 clean, corrupted = flow.settings["metric"]["clean"], flow.settings["metric"]["corrupted"]
 print(f"f(clean) {clean:+.2f}, f(corrupted) {corrupted:+.2f}, difference {clean - corrupted:.2f}")
 for row, layer in enumerate(flow.layers):
-    print(f"layer {layer}: heads {flow.attn[row].sum():+.2f}, past the heads {flow.skip[row].sum():+.2f}")
+    print(f"layer {layer}: heads {flow.attn[row].sum():+.2f}, skip {flow.skip[row].sum():+.2f}")
 
 # %% [markdown]
 # Both layers explain all of the difference: the second layer works with what the first one has put there. Hardly
@@ -41,7 +41,7 @@ importance(flow)
 # %%
 for edge in flow.top(4):
     print(
-        f"head {edge.layer}.{edge.head}: {edge.src_token} ({edge.src}) → {edge.dst_token} ({edge.dst}) "
+        f"L{edge.layer}H{edge.head}: {edge.src_token} ({edge.src}) → {edge.dst_token} ({edge.dst}) "
         f"{edge.contribution:+.1f}"
     )
 print("planted:", pair.edges)
@@ -90,7 +90,7 @@ importance(flow)
 # %%
 for row, layer in enumerate(flow.layers):
     at = int(flow.skip[row].abs().argmax())
-    print(f"layer {layer:2d}: {float(flow.skip[row, at]):6.2f} past the heads at {flow.tokens[at]!r} ({at})")
+    print(f"layer {layer:2d}: {float(flow.skip[row, at]):6.2f} bypasses the heads at {flow.tokens[at]!r} ({at})")
 
 # %% [markdown]
 # Up to layer 14 it is in the vector of the second name (10). Between layers 17 and 23 heads carry it to the last

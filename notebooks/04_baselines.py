@@ -47,7 +47,7 @@ head_map(flows["zero"], layer=1, head=7, share=True)
 #
 # This is the paper's test: compose the `attn` and `mlp` maps of a block and compare the result with the `block` map,
 # which is measured directly. For the `mlp` map, `att_itb_a0` asks what the heads add: they start as at the start of the
-# `itb` path, and the skip connection is kept. Four sentences are used here; `benchmarks/consistency.py` takes twenty.
+# `itb` path, and the skip connection is kept. Twenty sentences, as in the paper's study.
 
 # %%
 sentences = (
@@ -99,7 +99,7 @@ together = ll.attribute(model, sentences[0], progress=False)  # itb, att_itb_a0,
 consistency_plot([together.consistency(rule=rule) for rule in ("product", "conserving")])
 
 # %% [markdown]
-# One sentence, layer by layer. Points are means over destinations, bars span the middle half of them. The conserving
+# One sentence, layer by layer. Points are medians over destinations, bars their interquartile range. The conserving
 # rule is at least about as good in every layer, and both are above 0.94 on average. The bars of layer 3 go down to 0.9:
 # the mean of a table hides such spread.
 #
@@ -155,7 +155,7 @@ figure = go.Figure()
 figure.add_scatter(x=a, y=length, mode="lines", name="L(a)")
 with torch.no_grad():
     figure.add_scatter(x=midpoints, y=moved(midpoints), mode="markers", name="32 midpoints")
-figure.update_xaxes(type="log", title="a, logarithmic")
+figure.update_xaxes(type="log", title="a, logarithmic", exponentformat="power")
 figure.update_yaxes(title="L(a), length of the movement")
 figure.update_layout(template="plotly_white", width=760, height=420, title="SmolLM2, block 5, last token, from zero")
 figure

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
+from lig_lens.axes import axis_places
 from lig_lens.compose import Consistency
 from lig_lens.errors import InputError, check_choice
 from lig_lens.flow import Flow
@@ -80,7 +81,9 @@ def rollout_map(
     )
 
 
-def consistency_plot(results: Consistency | Sequence[Consistency], measure: str = "pearson") -> go.Figure:
+def consistency_plot(
+    results: Consistency | Sequence[Consistency], measure: str = "pearson", layers: Sequence[int] | None = None
+) -> go.Figure:
     """How far compositions are from the measured block map, layer by layer: one line for each result.
 
     Points are medians over destinations (NaN left out), bars their interquartile range. The legend has the
@@ -89,9 +92,10 @@ def consistency_plot(results: Consistency | Sequence[Consistency], measure: str 
     Args:
         results: of `Flow.consistency`, one or several.
         measure: l2, l2_normalised (0 is perfect) or pearson (1 is perfect).
+        layers: block numbers to show; all by default.
 
     Raises:
-        InputError: an unknown measure, or no result.
+        InputError: an unknown measure, no result, or a layer that a result does not have.
     """
     check_choice("measure", measure, tuple(_MEASURES))
     listed = [results] if isinstance(results, Consistency) else list(results)
@@ -100,16 +104,18 @@ def consistency_plot(results: Consistency | Sequence[Consistency], measure: str 
     keys = list(dict.fromkeys(key for result in listed for key in result.labels))
     apart = [key for key in keys if len({result.labels.get(key) for result in listed}) > 1]
     figure = go.Figure()
-    taken: dict[str, int] = {}
+    taken, drawn = dict[str, int](), set[int]()
     for number, result in enumerate(listed):
         name = ", ".join(f"{_words(key)} {short(str(result.labels.get(key)))}" for key in apart) or "result"
         taken[name] = taken.get(name, 0) + 1
         # Beside each other, so that bars of several results are told apart.
         aside = (number - (len(listed) - 1) / 2) * min(0.1, 0.6 / len(listed))
-        values = getattr(result, measure).double().numpy()
+        shown = result.layers if layers is None else tuple(sorted(layers))
+        values = getattr(result, measure).double().numpy()[axis_places("layer", shown, result.layers)]
         named = name if taken[name] == 1 else f"{name} ({taken[name]})"
-        figure.add_traces(_line(values, result.layers, named, number, aside))
-    first, last = min(min(result.layers) for result in listed), max(max(result.layers) for result in listed)
+        figure.add_traces(_line(values, shown, named, number, aside))
+        drawn |= set(shown)
+    first, last = min(drawn), max(drawn)
     n_layers = last - first + 1
     common = {"zeroline": False, "gridcolor": FAINT, "linecolor": LINE, "showline": True, "ticks": ""}
     figure.update_xaxes(

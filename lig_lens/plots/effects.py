@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+import torch
 from numpy.typing import NDArray
 
 from lig_lens.agreement import compare, points
@@ -55,17 +56,7 @@ def effects_map(
     Raises:
         InputError: a layer, head or position that is missing, or a selection on an axis that the Effects do not have.
     """
-    chosen = {"layer": _places(effects, "layers", layers, effects.layers)}
-    if "head" in effects.axes:
-        chosen["head"] = _places(effects, "heads", heads, range(effects.values.shape[1]))
-    elif heads is not None:
-        raise _no_axis(effects, "heads", heads)
-    if effects.on == "heads":
-        if tokens is not None:
-            raise _no_axis(effects, "tokens", tokens)
-    else:
-        positions = chosen_positions("effects_map", tokens, len(effects.tokens))
-        chosen |= dict.fromkeys(("pos", "src", "dst"), positions)
+    chosen = _chosen("effects_map", effects, layers, heads, tokens)
     values = effects.values.numpy()[np.ix_(*(chosen[axis] for axis in effects.axes))]
     numbers = [effects.layers[place] for place in chosen["layer"]]
     notes = None
@@ -106,21 +97,45 @@ def effects_map(
     )
 
 
-def _places(effects: Effects, what: str, wanted: Sequence[int] | None, present: Sequence[int]) -> list[int]:
+def _chosen(
+    call: str,
+    effects: Effects,
+    layers: Sequence[int] | None,
+    heads: Sequence[int] | None,
+    tokens: Sequence[int] | None,
+) -> dict[str, list[int]]:
+    """Places along each axis of some effects that a figure shows.
+
+    Raises:
+        InputError: a layer, head or position that is missing, or a selection on an axis that there is not.
+    """
+    chosen = {"layer": _places(call, "layers", layers, effects.layers)}
+    if "head" in effects.axes:
+        chosen["head"] = _places(call, "heads", heads, range(effects.values.shape[1]))
+    elif heads is not None:
+        raise _no_axis(call, effects, "heads", heads)
+    if effects.on != "heads":
+        chosen |= dict.fromkeys(("pos", "src", "dst"), chosen_positions(call, tokens, len(effects.tokens)))
+    elif tokens is not None:
+        raise _no_axis(call, effects, "tokens", tokens)
+    return chosen
+
+
+def _places(call: str, what: str, wanted: Sequence[int] | None, present: Sequence[int]) -> list[int]:
     """Where the wanted layers or heads stand on their axis."""
     wanted = present if wanted is None else wanted
     missing = [number for number in wanted if number not in present]
     if missing or len(wanted) == 0:
         raise InputError(
-            f"effects_map: {what}={list(wanted)}: use some of {list(present)}"
+            f"{call}: {what}={list(wanted)}: use some of {list(present)}"
             + (f", which has no {missing[0]}." if missing else ", or leave it out for all.")
         )
     return [list(present).index(number) for number in wanted]
 
 
-def _no_axis(effects: Effects, what: str, given: Sequence[int]) -> InputError:
+def _no_axis(call: str, effects: Effects, what: str, given: Sequence[int]) -> InputError:
     return InputError(
-        f"effects_map: {what}={list(given)} selects on an axis that effects on {effects.on.replace('_', ' ')} do not "
+        f"{call}: {what}={list(given)} selects on an axis that effects on {effects.on.replace('_', ' ')} do not "
         f"have ({', '.join(effects.axes)}): leave it out."
     )
 
@@ -140,7 +155,14 @@ def _strongest_edges(effects: Effects, values: Values, chosen: dict[str, list[in
 
 
 def agreement_scatter(
-    score: Flow | Effects, effects: Effects, *, name: str | None = None, labels: int = 8
+    score: Flow | Effects,
+    effects: Effects,
+    *,
+    name: str | None = None,
+    labels: int = 8,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
 ) -> go.Figure:
     """A score against what an intervention found, one dot for each head, position or edge that was measured.
 
@@ -152,12 +174,19 @@ def agreement_scatter(
         effects: what was measured.
         name: of the score; by default that of the Effects, or "LIG".
         labels: how many outliers are named at most: the dots that are furthest from 0 on either axis and have room.
+        layers: block numbers whose dots are drawn, and counted in all numbers of the heading; all by default.
+        heads: the same for heads.
+        tokens: the same for positions; of edges both ends have to be among them.
 
     Raises:
-        InputError: see `compare`.
+        InputError: see `compare` and `effects_map`.
     """
     if labels < 0:
         raise InputError(f"agreement_scatter: labels={labels}: give 0 or more.")
+    chosen = _chosen("agreement_scatter", effects, layers, heads, tokens)
+    kept = torch.zeros_like(effects.values, dtype=torch.bool)
+    kept[np.ix_(*(chosen[axis] for axis in effects.axes))] = True
+    effects = dataclasses.replace(effects, values=effects.values.masked_fill(~kept, torch.nan))
     x, y = (side.numpy() for side in points(score, effects))
     plain = [
         effects.label((effects.layers[layer], *rest)) for layer, *rest in (~effects.values.isnan()).nonzero().tolist()

@@ -347,6 +347,7 @@ def _style_axes(figure: go.Figure, size: _Geometry, n_panels: int, down: Axis, a
             range=ends,
             **more,
         )
+    figure.update_layout(xaxis_matches=None, yaxis_matches=None)  # the first, which all others match
     for number in range(n_panels):
         row, column = number // size.n_columns + 1, number % size.n_columns + 1
         if column == 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lig_lens.axes import axis_places, head_name
 from lig_lens.compose import CANCELS
-from lig_lens.errors import check_choice
+from lig_lens.errors import InputError, check_choice
 from lig_lens.flow import Flow
 from lig_lens.plots.matrix import (
     PRINTED,
@@ -25,7 +25,16 @@ from lig_lens.plots.matrix import (
     signed_scale,
     strongest,
 )
-from lig_lens.plots.select import baselines, cancelling_fact, describe, metric_change, token_axis, unit, worst_gap
+from lig_lens.plots.select import (
+    baselines,
+    cancelling_fact,
+    describe,
+    metric_change,
+    pick,
+    token_axis,
+    unit,
+    worst_gap,
+)
 from lig_lens.plots.style import INK, LINE, MINUS, QUALITATIVE, TIMES, short
 
 _BESIDE = "beside the heads greys have a scale of their own"
@@ -56,6 +65,7 @@ def importance(
     heads: Sequence[int] | None = None,
     map: str = "attn",
     share: bool = False,
+    tokens: Sequence[int] | None = None,
 ) -> go.Figure:
     """How much each head matters: layers upwards, heads across. The subtitle says what is drawn.
 
@@ -75,16 +85,18 @@ def importance(
         heads: head numbers, in the order to draw; all by default.
         map: attn or mlp.
         share: see above.
+        tokens: destinations over which the sum or mean goes, and for `skip` the positions; all by default.
 
     Raises:
-        InputError: a map, layer or head that the Flow does not have.
+        InputError: a map, layer, head or position that the Flow does not have.
     """
     check_choice("map", map, ("attn", "mlp"))
     flow.columns(map)
+    shown = pick("importance", flow, tokens)
     if flow.metric is not None:
-        table = _of_metric(flow, share)
+        table = _of_metric(flow, share, shown.places, shown.sources)
     else:
-        table = _of_output(flow) if map == "mlp" else _of_movement(flow, share)
+        table = _of_output(flow, shown.places) if map == "mlp" else _of_movement(flow, share, shown.places)
     layers = flow.layers if layers is None else tuple(layers)
     rows, n_heads = axis_places("layer", layers, flow.layers), table.heads.shape[1]
     columns = axis_places("head", range(n_heads) if heads is None else heads, range(n_heads))
@@ -112,6 +124,7 @@ def importance(
         [
             *describe(flow, target=False),
             *table.facts,
+            *([] if tokens is None else [f"{len(shown.places)} of {len(flow.destinations)} destinations"]),
             *baselines(flow, [map]),
             worst_gap([flow], [map]),
             *([] if table.cancels is None else cancelling_fact(table.cancels[rows])),
@@ -143,27 +156,28 @@ def importance(
     return figure
 
 
-def _of_metric(flow: Flow, share: bool) -> _Table:
-    past = flow.skip if flow.skip is not None else torch.zeros(len(flow.layers), 1)
-    heads, rest = flow.columns("attn").sum((2, 3)), past.sum(1, keepdim=True)
+def _of_metric(flow: Flow, share: bool, places: Sequence[int], positions: Sequence[int]) -> _Table:
+    past = flow.skip if flow.skip is not None else torch.zeros(len(flow.layers), len(flow.tokens))
+    heads, rest = flow.columns("attn")[..., places].sum((2, 3)), past[:, positions].sum(1, keepdim=True)
     cancels = torch.zeros(len(flow.layers), dtype=torch.bool)
     if share:
-        total = heads.sum(1, keepdim=True) + rest
-        cancels = (heads.abs().sum(1) + rest[:, 0].abs()) > CANCELS * total[:, 0].abs()
+        all_heads, all_past = flow.columns("attn").sum((2, 3)), past.sum(1)
+        total = all_heads.sum(1, keepdim=True) + all_past[:, None]
+        cancels = (all_heads.abs().sum(1) + all_past.abs()) > CANCELS * total[:, 0].abs()
         heads, rest = (_divided(part, total).masked_fill(cancels[:, None], torch.nan) for part in (heads, rest))
     title = f"Contribution of each head to {short(flow.metric or '', 40)}"
     change = f"the metric's change{metric_change(flow)}"
     facts = (
         "sum over sources and destinations" + (f", divided by {change}" if share else ", in the metric's units"),
-        f"all heads of a layer and skip add up to {'100%' if share else change}",
+        f"all heads of a layer and skip, at all positions, add up to {'100%' if share else change}",
         _BESIDE,
     )
     of = "share" if share else unit(flow)
     return _Table(heads, rest, ("skip",), title, of, facts, percent=share, signed=True, cancels=cancels)
 
 
-def _of_output(flow: Flow) -> _Table:
-    sizes = flow.columns("mlp").abs()
+def _of_output(flow: Flow, places: Sequence[int]) -> _Table:
+    sizes = flow.columns("mlp")[..., places].abs()
     shares = _divided(sizes, sizes.sum(1, keepdim=True)).mean(2)
     facts = (
         "|head| / (sum over heads |head| + |skip| + |bias|), mean over destinations",
@@ -174,8 +188,8 @@ def _of_output(flow: Flow) -> _Table:
     return _Table(shares[:, :-2], shares[:, -2:], ("skip", "bias"), title, "absolute share", facts)
 
 
-def _of_movement(flow: Flow, share: bool) -> _Table:
-    moved = flow.total["attn"].mean(2)
+def _of_movement(flow: Flow, share: bool, places: Sequence[int]) -> _Table:
+    moved = flow.total["attn"][..., places].mean(2)
     whole = moved.sum(1, keepdim=True) if share else moved.abs().amax(1, keepdim=True)
     what = "share of the sum over the layer's heads" if share else "relative to the layer's largest"
     target = short(str(flow.settings.get("target", "the target")))
@@ -188,7 +202,13 @@ def _divided(part: Tensor, total: Tensor) -> Tensor:
     return torch.where(total == 0, 0.0, part / total.masked_fill(total == 0, 1.0))
 
 
-def gap_map(flow: Flow, map: str | None = None, layers: Sequence[int] | None = None) -> go.Figure:
+def gap_map(
+    flow: Flow,
+    map: str | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
+) -> go.Figure:
     """Where the integral is least certain: the relative completeness gap, layers upwards and destinations across.
 
     Of the attn map the head with the largest gap is shown; a Flow with a metric has one gap for each layer. The scale
@@ -198,15 +218,30 @@ def gap_map(flow: Flow, map: str | None = None, layers: Sequence[int] | None = N
         flow: where the gaps come from.
         map: attn, mlp or block; by default the one with the worst gap.
         layers: block numbers, from the bottom upwards; all by default.
+        heads: of the attn map, those among which the worst is shown; all by default.
+        tokens: positions of destinations to show; see `head_grid`.
 
     Raises:
-        InputError: a map or layer that the Flow does not have.
+        InputError: a map, layer, head or position that the Flow does not have, or heads or tokens where gaps are not
+            those of single ones.
     """
     map = max(flow.maps, key=flow.worst_gap) if map is None else map
     flow.columns(map)
     layers = flow.layers if layers is None else tuple(layers)
     rows = axis_places("layer", layers, flow.layers)
     gaps, missed = flow.gap[map][rows], ~flow.converged[map][rows]
+    shown = pick("gap_map", flow, tokens)
+    if (flow.metric is not None and tokens is not None) or (gaps.ndim < 3 and heads is not None):
+        raise InputError(
+            f"gap_map: the gaps of this {map} map are those of whole {'layers' if gaps.ndim == 1 else 'destinations'}: "
+            f"leave out {'tokens and heads' if gaps.ndim == 1 else 'heads'}."
+        )
+    numbers = [*range(gaps.shape[1])] if gaps.ndim == 3 else []
+    if heads is not None:
+        numbers = axis_places("head", heads, numbers)
+        gaps, missed = gaps[:, numbers], missed[:, numbers]
+    if flow.metric is None:
+        gaps, missed = gaps[..., shown.places], missed[..., shown.places]
     tol = flow.settings.get("tol")
     within = f"tol {tol:g}" if isinstance(tol, float) else "the tolerance"
     counted = "columns" if flow.metric is None else "layers"
@@ -214,7 +249,7 @@ def gap_map(flow: Flow, map: str | None = None, layers: Sequence[int] | None = N
     if missed.any():
         count = f"{int(missed.sum()):,} of {missed.numel():,} {counted} miss {within} ({TIMES})"
     if flow.metric is None:
-        across, cell = token_axis(flow, flow.destinations, "destination"), row_cells(gaps.shape[-1])
+        across, cell = token_axis(flow, shown.destinations, "destination"), row_cells(gaps.shape[-1])
     else:
         across, cell = Axis("", ["all heads and destinations"]), (200.0, 26.0)
     per_head = gaps.ndim == 3
@@ -226,7 +261,7 @@ def gap_map(flow: Flow, map: str | None = None, layers: Sequence[int] | None = N
     notes = [
         [
             f"gap {gap:.2e}<br>"
-            + (f"largest in {head_name(layers[row], worst[row][column])}<br>" if worst is not None else "")
+            + (f"largest in {head_name(layers[row], numbers[worst[row][column]])}<br>" if worst is not None else "")
             + _convergence(miss, per_head)
             for column, (gap, miss) in enumerate(line)
         ]
