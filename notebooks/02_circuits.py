@@ -135,7 +135,8 @@ for edge in strongest:
 
 # %% [markdown]
 # L17H4 is an induction head: at the second name it reads the word *after* that name's first mention, which is ' went'
-# for John and ' and' for Mary. L23H0, at the last position, reads the two names themselves, as name movers do.
+# for John and ' and' for Mary. L23H0, at the last position, reads the two names themselves, as name movers do. L29H1
+# and L29H0 read the last position itself, where the name has arrived by then.
 #
 # **Caveat.** A contribution is relative to the corrupted prompt. What both prompts have in common (that a name is due
 # at all, say) contributes nothing here, however much the prediction needs it.

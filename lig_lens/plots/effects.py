@@ -90,7 +90,7 @@ def effects_map(
         ],
         dataclasses.replace(side, labels=rows),
         across,
-        f"<b>{short(effects.name, 80)}</b>" + (", strongest edge of each head" if effects.on == "edges" else ""),
+        f"<b>{short(effects.name[:1].upper() + effects.name[1:], 80)}</b>" + (", strongest edge of each head" if effects.on == "edges" else ""),
         [*facts, *([f"{missing:,} not measured (grey)"] if missing else [])],
         cell=row_cells(len(across.labels), 26.0 if len(rows) <= 40 else 10.0),
         upwards=True,
