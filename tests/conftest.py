@@ -7,7 +7,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from browser_pages import Page, launched
 from hypothesis import HealthCheck, settings
+
+from lig_lens.explorer import write_explorer
 
 # Model runs have no natural time limit; examples are few because each is a whole attribution.
 settings.register_profile(
@@ -25,3 +28,28 @@ def ids() -> torch.Tensor:
 @pytest.fixture
 def corrupted_ids() -> torch.Tensor:
     return torch.tensor([8, 31, 12, 25, 6, 17])
+
+
+# Not for the whole session: while it lives, an event loop runs that others could not start theirs beside.
+@pytest.fixture(scope="module")
+def browser():
+    driver, chromium = launched()
+    with driver as started:
+        found = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def open_page(browser, tmp_path):
+    """Opens explorer pages of Flows; at the end none of them may have noted anything wrong."""
+    opened = []
+
+    def opening(flows, link=""):
+        opened.append(Page(browser, write_explorer(flows, tmp_path / f"{len(opened)}.html"), link))
+        return opened[-1]
+
+    yield opening
+    for page in opened:
+        page.page.close()
+        assert page.wrong == []

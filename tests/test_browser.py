@@ -1,98 +1,20 @@
 """The explorer in a real browser: its numbers are the tensors', its controls do what they say, text stays text."""
 
 import collections
-import importlib
 import json
-import os
-import shutil
 import time
 
 import pytest
 import torch
+from browser_pages import chained
+from drawn import everything_is_told
 from flows import HOSTILE, make_flow
 from plot_cases import metric_flow
 
 import lig_lens
-from lig_lens.explorer import write_explorer
 
-if not os.environ.get("CI"):
-    pytest.importorskip("playwright.sync_api", reason='install it with: pip install -e ".[dev]"')
-playwright = importlib.import_module("playwright.sync_api")
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
 # 12 layers, 12 heads, 128 tokens; tests allow ten times as much, since other work may slow them.
 FIRST_PAINT_MS, CLICK_MS = 2000, 100
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        hint = "no Chromium found: install it, on Debian with apt-get install chromium"
-        if os.environ.get("CI"):
-            pytest.fail(hint)
-        pytest.skip(hint)
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
-
-
-class Page:
-    """An explorer page that notes everything that goes wrong in it."""
-
-    def __init__(self, browser, path, link=""):
-        self.page = browser.new_page(viewport={"width": 1500, "height": 1000}, accept_downloads=True)
-        self.wrong: list[str] = []
-        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.page.on("console", lambda message: self.wrong.append(message.text))
-        self.page.on("request", self._request)
-        self.page.goto(f"{path.as_uri()}{link}")
-        # Not wait_for_function, which evaluates text in the page: its security policy forbids that.
-        until = time.monotonic() + 30
-        while not self("performance.getEntriesByName('lig_lens first paint').length"):
-            assert time.monotonic() < until, "nothing was painted"
-            self.page.wait_for_timeout(20)
-
-    def _request(self, request):
-        if not request.url.startswith(("file:", "data:", "blob:")):
-            self.wrong.append(f"request to {request.url}")
-
-    def __call__(self, script, argument=None):
-        return self.page.evaluate(script, argument)
-
-    def set(self, **changes):
-        self("changes => ligLens.set(changes)", changes)
-
-    def state(self, key):
-        return self(f"ligLens.state.{key}")
-
-    def click_node(self, row, pos):
-        # Not by the mouse: what stands outside the window could not be clicked.
-        place = self("([row, pos]) => ligLens.placeOf(row, pos)", [row, pos])
-        at = {"clientX": place["x"], "clientY": place["y"], "bubbles": True}
-        self.page.locator("#graph").dispatch_event("click", at)
-
-    def matrix(self, map, layer, head=None):
-        values = self("([m, l, h]) => Array.from(ligLens.view.matrix(m, l, h))", [map, layer, head])
-        return torch.tensor(values, dtype=torch.float64)
-
-
-@pytest.fixture
-def open_page(browser, tmp_path):
-    opened = []
-
-    def opening(flows, link=""):
-        opened.append(Page(browser, write_explorer(flows, tmp_path / f"{len(opened)}.html"), link))
-        return opened[-1]
-
-    yield opening
-    for page in opened:
-        page.page.close()
-        assert page.wrong == []
-
-
-def chained(seed=0, n_layers=3, maps=("attn", "mlp", "block")):
-    return make_flow(layers=tuple(range(n_layers)), seed=seed, maps=maps)
 
 
 def close(found, expected):
@@ -342,7 +264,7 @@ def test_a_head_alone_is_one_of_its_block(open_page):
     for edge in page("ligLens.scene.edges.filter(edge => edge.layer === 1)"):
         share = float(flow.shares()[1, 2, edge["src"], edge["dst"]])
         assert edge["value"] == pytest.approx(share, rel=1e-4)
-    everything_is_told(page)
+    everything_is_told(page, flow)
     page.set(layer=2)
     assert page.state("head") is None  # another block's head 2 is another head
 
@@ -412,50 +334,6 @@ def test_the_link_holds_the_state(open_page):
     assert broken.state("map") == "conserving" and broken.state("layer") == 0 and broken.state("node") is None
 
 
-def test_the_table_sorts_and_leaves_as_csv(open_page):
-    flow = chained()
-    page = open_page(flow)
-    page.set(map="block")
-    column = "() => [...document.querySelectorAll('#table tbody tr')].map(r => Number(r.dataset.value))"
-    sizes = [abs(value) for value in page(column)]
-    assert sizes == sorted(sizes, reverse=True)
-    page.page.get_by_role("button", name="value").click()
-    assert page(column) == sorted(page(column), reverse=True)
-    page.page.get_by_role("button", name="source").click()
-    names = page("() => [...document.querySelectorAll('#table tbody tr')].map(r => r.cells[2].textContent)")
-    places = [int(name.split()[-1]) for name in names]
-    assert places == sorted(places)
-    with page.page.expect_download() as waiting:
-        page.page.click("#save-csv")
-    lines = open(waiting.value.path(), encoding="utf-8").read().splitlines()
-    assert lines[0] == "layer,head,src,src_token,dst,dst_token,value,share,gap,converged" and len(lines) == 50
-    first = lines[1].split(",")
-    assert float(first[6]) == pytest.approx(float(flow.block[0, int(first[2]), int(first[4])]), rel=1e-6)
-
-
-def test_pictures_are_saved(open_page, tmp_path):
-    page = open_page(chained())
-    for button, start in (("#save-svg", b"<svg"), ("#save-png", b"\x89PNG")):
-        with page.page.expect_download() as waiting:
-            page.page.click(button)
-        data = open(waiting.value.path(), "rb").read()
-        assert data.startswith(start) and len(data) > 3000
-        if start == b"<svg":  # says what it is
-            assert b"composed: conserving" in data and b"threshold" in data and b"worst gap" in data
-            assert b'transform="translate' not in data
-        assert waiting.value.suggested_filename.startswith("lig_lens-tiny-conserving.")
-
-
-def everything_is_told(page):
-    """Put the pointer on every edge and path, and look at the rest; what goes wrong is noted by the page."""
-    page("""() => {
-        for (const e of document.querySelectorAll("#graph path[data-edge], #graph path[data-path]")) {
-            e.dispatchEvent(new PointerEvent("pointermove", { bubbles: true, clientX: -9, clientY: -9 }));
-            if (!document.querySelector("#tip").textContent) throw new Error("nothing told");
-        }
-    }""")
-
-
 # What is odd.
 
 
@@ -469,7 +347,7 @@ def test_a_destination_that_rests(open_page):
         found = torch.tensor(page("Array.from(ligLens.scene.cone[0])"), dtype=torch.float64)
         expected = flow.rollout(rule=rule)[:, 0]
         torch.testing.assert_close(found, expected.double(), rtol=1e-3, atol=1e-4)
-        everything_is_told(page)
+        everything_is_told(page, flow)
         page.set(node=None)
 
 
@@ -540,13 +418,14 @@ def test_hostile_text_stays_text(open_page):
 
 
 def test_missing_layers_and_destinations(open_page):
-    page = open_page(make_flow(layers=(0, 3, 4), destinations=(2, 5)))
+    flow = make_flow(layers=(0, 3, 4), destinations=(2, 5))
+    page = open_page(flow)
     assert page("ligLens.scene.rows.low") == [0, 2, 3] and page("ligLens.scene.rows.high") == [1, 3, 4]
     page.click_node(3, 5)
     assert "every layer in between and all destinations" in page.page.inner_text("#path-list")
     for name in ("attn", "mlp", "block", "product", "conserving"):
         page.set(map=name)
-        everything_is_told(page)
+        everything_is_told(page, flow)
     assert page("ligLens.scene.cone") is None
 
 
@@ -570,7 +449,7 @@ def test_no_single_heads(open_page, monkeypatch):
             close(page.matrix(name, layer), expected[layer])
         assert {row["head"] for row in page("ligLens.rows")} <= {"all", "past"}
         page.set(threshold=0)
-        everything_is_told(page)
+        everything_is_told(page, flow)
 
 
 def test_speed_at_12_layers_12_heads_128_tokens(open_page, capsys):

@@ -76,7 +76,7 @@ def effects_map(
     facts += [averaged(effects.settings)] if averaged(effects.settings) else []
     if math.isfinite(effects.reference):
         facts.append(f"metric without any intervention {signed_number(effects.reference)}")
-    missing = int(np.isnan(values).sum())
+    missing, name = int(np.isnan(values).sum()), short(effects.name[:1].upper() + effects.name[1:], 80)
     return draw(
         [
             Panel(
@@ -90,7 +90,7 @@ def effects_map(
         ],
         dataclasses.replace(side, labels=rows),
         across,
-        f"<b>{short(effects.name[:1].upper() + effects.name[1:], 80)}</b>" + (", strongest edge of each head" if effects.on == "edges" else ""),
+        f"<b>{name}</b>" + (", strongest edge of each head" if effects.on == "edges" else ""),
         [*facts, *([f"{missing:,} not measured (grey)"] if missing else [])],
         cell=row_cells(len(across.labels), 26.0 if len(rows) <= 40 else 10.0),
         upwards=True,
