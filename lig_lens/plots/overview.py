@@ -167,9 +167,10 @@ def _of_metric(flow: Flow, share: bool, places: Sequence[int], positions: Sequen
         heads, rest = (_divided(part, total).masked_fill(cancels[:, None], torch.nan) for part in (heads, rest))
     title = f"Contribution of each head to {short(flow.metric or '', 40)}"
     change = f"the metric's change{metric_change(flow)}"
+    everywhere = "" if len(places) == len(flow.destinations) else ", at all positions,"
     facts = (
         "sum over sources and destinations" + (f", divided by {change}" if share else ", in the metric's units"),
-        f"all heads of a layer and skip, at all positions, add up to {'100%' if share else change}",
+        f"all heads of a layer and skip{everywhere} add up to {'100%' if share else change}",
         _BESIDE,
     )
     of = "share" if share else unit(flow)
