@@ -275,7 +275,7 @@ TIPS = """() => {
     return cells.rows.map((_, i) => cells.columns.map((_, j) => {
         const clientX = frame.left + box.x + (j + 0.5) * cellWidth;
         const clientY = frame.top + box.y + (i + 0.5) * cellHeight;
-        tip.textContent = "";
+        tip.textContent = "told before";
         canvas.dispatchEvent(new PointerEvent("pointermove", { bubbles: true, clientX, clientY }));
         return tip.textContent;
     }));
