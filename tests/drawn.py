@@ -20,7 +20,7 @@ READ = """([count, told]) => {
     const [svg, tip] = [document.querySelector("#graph svg"), document.querySelector("#tip")];
     const hover = (target, clientX, clientY) => {
         if (!told) return "";
-        [tip.textContent, tip.hidden] = ["", true];
+        [tip.textContent, tip.hidden] = ["told before", true];
         target.dispatchEvent(new PointerEvent("pointermove", { bubbles: true, clientX, clientY }));
         return tip.hidden ? "" : tip.textContent;
     };
