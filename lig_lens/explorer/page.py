@@ -63,8 +63,10 @@ def explore(
         height: of the frame in a notebook, in pixels.
 
     Up to a million numbers of a Flow are written as float32, more as float16 (three digits), relative to the largest
-    of their layer. Above eight million, single heads are left out of Flows that have the attn and mlp maps, and the
-    page says so.
+    of their layer. Above eight million, single heads are left out where a Flow has them, and the page says so.
+
+    The page opens with the composed map `conserving`; where that leaves out what tokens keep (the mlp map's baseline is
+    `att_itb_a0`), or cannot be made, with the first map of the Flow.
 
     Raises:
         InputError: no Flow, or one that is too large for a page.
