@@ -33,6 +33,7 @@ RULES = ("product", "conserving")
 # terms as much. Steps with the default baselines stay below 4 on the packaged models, `zero` for the mlp map goes up to
 # 200. Figures leave shares of such sums grey.
 CANCELS = 10.0
+_STEADIER = {"attn_baseline": "itb_map_ratio", "mlp_baseline": "att_itb_a0"}  # with which the least cancels
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,14 @@ def _warn_of_cancelling(flow: Flow, times: Float[Tensor, "layer dst"], rows: Seq
         return
     row, column = divmod(int(times.argmax()), times.shape[1])
     where = flow.destinations[column]
+    used = {name: flow.settings.get(name) for name in ("attn_baseline", "mlp_baseline")}
+    others = [f"{name}={value!r}" for name, value in _STEADIER.items() if used[name] != value]
     warnings.warn(
         f"In {count} of {times.numel()} steps to a destination what its sources contribute nearly cancels; most of "
         f"all in layer {flow.layers[rows[row]]} at {flow.tokens[where]!r} ({where}), where its size is "
         f"{float(times.max()):.0f} times the sum. Shares there, and of what passes through, are large and of both "
-        "signs. Other baselines may cancel less: attn_baseline='itb_map_ratio', or mlp_baseline="
-        "'att_itb_a0', which leaves out what tokens keep (here: attn_baseline="
-        f"{flow.settings.get('attn_baseline')!r}, mlp_baseline={flow.settings.get('mlp_baseline')!r}).",
+        f"signs (baselines: attn {used['attn_baseline']!r}, mlp {used['mlp_baseline']!r})."
+        + (f" Less may cancel with {' or '.join(others)}." if others else ""),
         CancellationWarning,
         stacklevel=5,
     )

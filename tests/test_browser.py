@@ -13,6 +13,8 @@ from plot_cases import metric_flow
 
 import lig_lens
 
+pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
+
 # 12 layers, 12 heads, 128 tokens; tests allow ten times as much, since other work may slow them.
 FIRST_PAINT_MS, CLICK_MS = 2000, 100
 
@@ -272,11 +274,11 @@ def test_a_head_alone_is_one_of_its_block(open_page):
 def test_flow_that_forgets_what_tokens_keep(open_page):
     flow = chained()
     page = open_page(flow)
-    assert page.state("map") == "conserving" and not page.page.inner_text("#warning")
+    assert page.state("map") == "conserving" and "keeps" not in page.page.inner_text("#warning")
     flow.skip.zero_()
     flow.bias.zero_()
     page = open_page(flow)
-    assert page.state("map") == "attn" and not page.page.inner_text("#warning")
+    assert page.state("map") == "attn" and "keeps" not in page.page.inner_text("#warning")
     page.set(map="conserving")
     assert "What a token keeps of itself is not part" in page.page.inner_text("#warning")
     assert page("document.querySelector('#skip').disabled")
@@ -391,6 +393,27 @@ def test_a_hidden_token_is_no_choice(open_page):
     page.click_node(3, 0)
     page.set(special=True)
     assert page.state("node") is None and "2 tokens hidden" in page.page.inner_text("#status")
+
+
+def test_a_hidden_token_sets_no_scale(open_page):
+    flow = chained()
+    flow.block[:, 0, :] = 1e3  # of [CLS]
+    page = open_page(flow)
+    page.set(map="block", scale="absolute", special=True)
+    shown = flow.block[0][1:6][:, 1:6].abs()
+    assert page("ligLens.large.top") == pytest.approx(float(shown.max()), rel=1e-5)
+    drawn = [edge for edge in page("ligLens.scene.edges") if edge["layer"] == 0]
+    assert len(drawn) == int((shown >= page.state("threshold") * shown.max()).sum()) > 0
+
+
+def test_followed_shares_look_alike_on_both_scales(open_page):
+    page = open_page(chained())
+    page.click_node(3, 5)
+    pictures = []
+    for scale in ("share", "absolute"):
+        page.set(scale=scale, threshold=0.02)
+        pictures.append(page("[...document.querySelectorAll('#graph [data-edge]')].map(e => e.outerHTML)"))
+    assert pictures[0] == pictures[1] and len(pictures[0]) > 20
 
 
 def test_sorting_keeps_the_focus(open_page):

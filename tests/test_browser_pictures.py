@@ -11,6 +11,8 @@ from drawn import BLUE, GREY, RED, WHITE, everything_is_told, is_percent, named,
 from flows import make_flow
 from plot_cases import metric_flow
 
+pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
+
 WORDS = ("the", "cat", "sat", "on", "a", "mat")
 MAPS = ("attn", "mlp", "block", "product", "conserving", "metric")
 
@@ -60,7 +62,8 @@ def test_lines_are_the_tensors(open_page, map: str):
 def _grow_with_size(lines, choice):
     """Whether lines are from 0.5 to 6 wide, evenly, and the darker the larger; other than what is chosen is pale."""
     top = max(size for size, _ in lines)
-    top = min(1.0, top) if choice.scale == "share" else top
+    followed = choice.node is not None and choice.map in ("product", "conserving")  # then on either scale in shares
+    top = min(1.0, top) if choice.scale == "share" or followed else top
     opacities = {True: [], False: []}
     for size, line in sorted(lines, key=lambda pair: pair[0]):
         assert line.width == pytest.approx(0.5 + 5.5 * min(1.0, size / top), abs=0.06)

@@ -14,6 +14,8 @@ from drawn import BLUE, RED, is_gap, is_percent, named, number_in
 from PIL import Image
 from plot_cases import metric_flow
 
+pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
+
 HEADS = {"skip and bias": "past", "all heads": None}
 CSV_HEADS = {"past": "past", "all": None}
 
@@ -153,7 +155,7 @@ def test_the_saved_svg_says_what_it_shows(open_page):
     page.set(map="attn", scale="absolute", layer=2, head=1, node={"row": 3, "pos": 4}, threshold=0.5)
     *_, first, second = (text.text for text in ElementTree.fromstring(page.saved("#save-svg")[1]).iter(TEXT))
     assert first == f"{prompt}, ‘the’ (4) leaving block 2 chosen, head 1 of block 2"
-    assert second.startswith("attn: sources → heads · in units of vector length (l2) · threshold 50% · ")
+    assert second.startswith("attn: sources → heads · in units of vector length (l2) · threshold 50% of max · ")
 
 
 def test_the_saved_svg_is_the_picture(open_page):

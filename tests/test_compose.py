@@ -13,6 +13,8 @@ from tiny_models import tiny_bridge
 import lig_lens
 from lig_lens import compose
 
+pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
+
 IDS = [5, 12, 30, 7]
 random_flow = functools.partial(make_flow, layers=(4, 5))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from flows import HOSTILE, make_flow
+from plot_cases import metric_flow
 
 import lig_lens
 from lig_lens.cli import run
@@ -176,3 +177,12 @@ def test_a_metric_has_the_total_of_every_layer():
     effects = lig_lens.patching.patch(model, pair.clean, pair.corrupted, target, at="resid_pre", progress=False)
     with pytest.raises(lig_lens.InputError, match="use split='source' to compare positions"):
         lig_lens.compare(by_message, effects)
+
+
+def test_a_metric_without_a_corrupted_run():
+    flow = metric_flow(("a", "b"), metric="m")
+    ends = header_of(explore(flow).html)["samples"][0]["views"][0]["facts"]
+    assert "metric m (\u22121.5 \u2192 +3)" in ends
+    settings = flow.settings | {"metric": {"clean": 3.0, "corrupted": None}}
+    facts = header_of(explore(replace(flow, settings=settings)).html)["samples"][0]["views"][0]["facts"]
+    assert "metric m \u00b7" in facts

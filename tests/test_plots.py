@@ -12,6 +12,8 @@ from lig_lens.errors import InputError
 from lig_lens.plots import head_grid, show_token, write_html
 from lig_lens.plots.matrix import strongest
 
+pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
+
 
 def _alias(figure, axis, position):
     return getattr(figure.layout, axis).labelalias[str(position)]

@@ -17,6 +17,8 @@ from lig_lens.compose import Consistency
 from lig_lens.errors import InputError, MissingPackageError
 from lig_lens.plots import consistency_plot, paths_graph, rollout_map, to_circuitsvis
 
+pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
+
 
 @pytest.fixture(scope="module")
 def induction():

@@ -14,6 +14,8 @@ from plot_cases import HOSTILE, every_figure
 
 from lig_lens.plots import write_html
 
+pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
+
 FIGURES = dict(every_figure())
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 HAS_KALEIDO = importlib.util.find_spec("kaleido") is not None

@@ -12,6 +12,8 @@ from lig_lens.errors import InputError
 from lig_lens.plots import gap_map, head_map, importance
 from lig_lens.plots.style import MINUS
 
+pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
+
 WORDS = tuple(f"w{number}" for number in range(40))
 
 
@@ -121,11 +123,13 @@ def test_importance_for_a_metric_adds_up_with_skip():
 
 def test_importance_as_share_of_the_metrics_change():
     flow = metric_flow()
-    flow.skip[0] += 5  # no total cancels
+    flow.skip.add_(20)  # no total cancels
+    flow.total["attn"][:] = flow.attn.sum((1, 2, 3)) + flow.skip.sum(1)
     figure = importance(flow, share=True)
     np.testing.assert_allclose(figure.data[0].z.sum(1) + figure.data[1].z[:, 0], 1, rtol=1e-4)
     assert "add up to 100%" in heading(figure) and figure.layout.coloraxis.cmin < 0
     flow.skip[0] -= (flow.attn[0].sum() + flow.skip[0].sum() - 0.1) / flow.skip.shape[1]
+    flow.total["attn"][0] = 0.1
     figure = importance(flow, share=True)
     for trace in figure.data:
         assert np.isnan(trace.z[0]).all() and np.isfinite(trace.z[1]).all()

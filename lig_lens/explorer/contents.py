@@ -15,6 +15,7 @@ from torch import Tensor
 from lig_lens.compose import RULES
 from lig_lens.errors import InputError
 from lig_lens.flow import Flow
+from lig_lens.plots.select import metric_change
 from lig_lens.plots.style import QUALITATIVE, show_token
 
 # Numbers of one Flow: up to the first they are written as float32, up to the second a page holds them at all.
@@ -146,9 +147,7 @@ def _facts(flow: Flow) -> str:
     if "averaged" in flow.settings:
         facts.append(f"mean of {flow.settings['averaged']} prompts")
     if flow.metric is not None:
-        ends = flow.settings.get("metric")
-        moves = f", {ends['corrupted']:.4g} → {ends['clean']:.4g}" if isinstance(ends, dict) else ""
-        facts.append(f"metric {flow.metric}{_split(flow)}{moves}")
+        facts.append(f"metric {flow.metric}{_split(flow)}{metric_change(flow)}")
     tol = flow.settings.get("tol")
     facts.append(f"worst gap {flow.worst_gap():.0e}" + (f" (tol {tol:g})" if isinstance(tol, float) else ""))
     if flow.converged_share() < 1:

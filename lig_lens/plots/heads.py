@@ -19,6 +19,7 @@ from lig_lens.plots.matrix import (
     printed,
     share_scale,
     signed_scale,
+    strongest,
 )
 from lig_lens.plots.select import Drawn, Positions, cancelling_fact, drawn, pick, token_axis, unit, whole
 
@@ -82,7 +83,9 @@ def head_grid(
         heads_of_rows = list(axis_places("head", range(n_heads) if heads is None else heads, range(n_heads)))
     values = [[_values(given, shown, place, head) for head in heads_of_rows] for place in places]
     if scale == "layer" and not share:
-        scales = [_scale(flow, given, row, relative=True) for row in values]
+        cut = any(strongest(*row) < strongest(*row, cut=False) for row in values)
+        relative = "relative to where each layer's colours end" if cut else "relative to each layer's strongest"
+        scales = [_scale(flow, given, row, relative) for row in values]
     else:
         scales = [_scale(flow, given, [panel for row in values for panel in row])] * len(layers)
     panels = [
@@ -164,12 +167,12 @@ def _cancelling(given: Drawn, shown: Positions, places: Sequence[int], heads: Se
     return cancelling_fact(cancels)
 
 
-def _scale(flow: Flow, given: Drawn, values: Sequence[Values], relative: bool = False) -> Scale:
+def _scale(flow: Flow, given: Drawn, values: Sequence[Values], relative: str = "") -> Scale:
     if not given.signed:
         return share_scale(f"share of the {whole(flow)}", *values)
     if given.share:
         return signed_scale(f"difference of shares of the {whole(flow)}", *values, percent=True)
-    return signed_scale("relative to each layer's strongest" if relative else unit(flow), *values, relative=relative)
+    return signed_scale(relative or unit(flow), *values, relative=bool(relative))
 
 
 def _axes(flow: Flow, given: Drawn, shown: Positions, numbered: bool = False) -> tuple[Axis, Axis]:

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lig_lens.plots.style import LETTER
+
 Points = NDArray[np.float64]  # in pixels, [point, x and y], upwards
 
-_LETTER, _HEIGHT, _AWAY = 5.6, 13.0, 5.0  # pixels: width of a letter, height of a line, from a dot's centre to its name
+_HEIGHT, _AWAY = 13.0, 5.0  # pixels: height of a line, from a dot's centre to its name
+_RADIUS = 3.5  # of a dot
 # Where a name may stand, most legible first: plotly's word, and where its box's centre is, in half sizes of the box.
 _SIDES = {
     "middle right": (1, 0),
@@ -34,9 +37,10 @@ class _Box:
             self.left < other.right and other.left < self.right and self.bottom < other.top and other.bottom < self.top
         )
 
-    def holds_any(self, points: Points) -> bool:
+    def holds_any(self, points: Points, radius: float = 0.0) -> bool:
         x, y = points.T
-        return bool(((x > self.left) & (x < self.right) & (y > self.bottom) & (y < self.top)).any())
+        across = (x > self.left - radius) & (x < self.right + radius)
+        return bool((across & (y > self.bottom - radius) & (y < self.top + radius)).any())
 
 
 def place_names(
@@ -65,7 +69,8 @@ def place_names(
         for side, at in _SIDES.items():
             box = _box(points[place], len(names[place]), at)
             inside = box.left > 0 and box.bottom > 0 and box.right < size[0] and box.top < size[1]
-            covers = box.holds_any(points) or box.holds_any(line) or any(box.overlaps(other) for other in taken)
+            on_dots = box.holds_any(points, _RADIUS) or box.holds_any(line)
+            covers = on_dots or any(box.overlaps(other) for other in taken)
             if inside and not covers:
                 found[place] = side
                 taken.append(box)
@@ -75,7 +80,7 @@ def place_names(
 
 def _box(point: Points, n_letters: int, at: tuple[int, int]) -> _Box:
     """What a name covers on one side of its dot."""
-    half_width, half_height = _LETTER * n_letters / 2, _HEIGHT / 2
+    half_width, half_height = LETTER * n_letters / 2, _HEIGHT / 2
     x = float(point[0]) + at[0] * (half_width + _AWAY)
     y = float(point[1]) + at[1] * (half_height + _AWAY)
     return _Box(x - half_width, y - half_height, x + half_width, y + half_height)

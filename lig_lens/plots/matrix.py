@@ -63,13 +63,18 @@ def signed_scale(title: str, *values: Values, percent: bool = False, relative: b
     top = strongest(*values, cut=cut)
     top = min(top, 1.0) if percent else top
     ticks = ([-top, -top / 2, 0.0, top / 2, top], [f"{MINUS}1", f"{MINUS}0.5", "0", "0.5", "1"]) if relative else None
-    return Scale(title, -top, top, ".0%" if percent else ".2~g", ticks)
+    return Scale(title, -top, top, _percents(top) if percent else ".2~g", ticks)
 
 
 def share_scale(title: str, *values: Values, cut: bool = True) -> Scale:
     """Colours from 0 to the largest share, at most all of it (shares of next to nothing are huge); see `strongest`."""
     top = min(strongest(*values, cut=cut), 1.0)
-    return Scale(title, 0.0, top, ".0%" if top >= 0.03 else ".1%")
+    return Scale(title, 0.0, top, _percents(top))
+
+
+def _percents(top: float) -> str:
+    """How ticks up to `top` are written, so that no two are alike."""
+    return ".0%" if top >= 0.03 or not top else f".{1 - math.floor(math.log10(100 * top))}%"
 
 
 def printed(values: Values, percent: bool, signed: bool = True, digits: int = 2) -> list[list[str]]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lig_lens.axes import axis_places, head_name
-from lig_lens.compose import CANCELS
 from lig_lens.errors import InputError, check_choice
 from lig_lens.flow import Flow
 from lig_lens.plots.matrix import (
@@ -27,6 +26,7 @@ from lig_lens.plots.matrix import (
 )
 from lig_lens.plots.select import (
     baselines,
+    cancelling,
     cancelling_fact,
     describe,
     metric_change,
@@ -163,7 +163,7 @@ def _of_metric(flow: Flow, share: bool, places: Sequence[int], positions: Sequen
     if share:
         all_heads, all_past = flow.columns("attn").sum((2, 3)), past.sum(1)
         total = all_heads.sum(1, keepdim=True) + all_past[:, None]
-        cancels = (all_heads.abs().sum(1) + all_past.abs()) > CANCELS * total[:, 0].abs()
+        cancels = cancelling(flow, "attn")
         heads, rest = (_divided(part, total).masked_fill(cancels[:, None], torch.nan) for part in (heads, rest))
     title = f"Contribution of each head to {short(flow.metric or '', 40)}"
     change = f"the metric's change{metric_change(flow)}"
@@ -277,7 +277,7 @@ def gap_map(
         Axis("layer", [str(layer) for layer in layers], "layer"),
         across,
         f"<b>Completeness gaps</b> of the {map} map" + (", the worst head of each cell" if per_head else ""),
-        [*describe(flow), f"|sum of contributions {MINUS} total| / |total|", count],
+        [*describe(flow), *baselines(flow, [map]), f"|sum of contributions {MINUS} total| / |total|", count],
         cell=cell,
         upwards=True,
     )

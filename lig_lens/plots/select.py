@@ -116,7 +116,9 @@ def drawn(call: str, flow: Flow, map: str, share: bool, minus: Flow | None) -> D
         others, cancel_too = _terms(minus, map, share)
         terms, cancels = terms - others, cancels | cancel_too
         what = words = "difference of shares" if share else "difference of contributions"
-        facts += [_difference(flow, minus, map), worst_gap([flow, minus], [map])]
+        same = flow.settings.get(f"{map}_baseline") == minus.settings.get(f"{map}_baseline")
+        facts += [*(baselines(flow, [map]) if same else []), _difference(flow, minus, map)]
+        facts += [worst_gap([flow, minus], [map])]
     return Drawn(map, terms, share, minus is not None, what, f"{words} {value}", facts, cancels)
 
 

@@ -17,7 +17,7 @@ QUALITATIVE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9",
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 INK, QUIET, LINE, FAINT = "#24292f", "#6e7781", "#d0d7de", "#f3f4f6"
 MINUS, TIMES, JOINS = "\u2212", "\u00d7", "\u2011"
-_LETTER = 5.6  # pixels that a letter of a label is wide, on average
+LETTER = 5.6  # pixels that a letter of a label is wide, on average
 _EDGE = 12  # pixels between the heading and the figure's edges
 _MARKS = {"Ġ": "·", "▁": "·", " ": "·", "\u00a0": "·", "Ċ": "↵", "\n": "↵", "\r": "↵", "\t": "⇥", "ĉ": "⇥"}
 
@@ -67,7 +67,7 @@ def token_label(token: str, special: bool = False, position: int | None = None, 
 
 def label_width(labels: Sequence[str]) -> float:
     """Pixels that the longest of some labels takes, about."""
-    return _LETTER * max(len(_bare(line)) for label in labels for line in label.split("<br>"))
+    return LETTER * max(len(_bare(line)) for label in labels for line in label.split("<br>"))
 
 
 def _bare(markup: str) -> str:

@@ -10,7 +10,7 @@ const CANCELS = 10;
 function stepTotals(view, map, layer) {
   return view.remember(`totals ${map} ${layer}`, () => {
     const n = view.nTokens;
-    const total = columnSums(view.matrix(map, layer), n);
+    const total = map in view.spec.arrays ? view.sums(map, layer) : columnSums(view.matrix(map, layer), n);
     const size = new Float64Array(n);
     const past = view.past(map, layer);
     if (past) past.forEach((value, c) => (size[c] += Math.abs(value)));
@@ -30,7 +30,7 @@ function stepShares(view, map, layer, head = null) {
   return view.remember(`shares ${map} ${layer} ${head}`, () => {
     const n = view.nTokens;
     const { total, rests } = stepTotals(view, map, layer);
-    const shown = head === null ? view.matrix(map, layer) : view.matrix(map, layer, head);
+    const shown = view.matrix(map, layer, head);
     const result = new Float64Array(n * n);
     for (let i = 0; i < result.length; i++) {
       const c = i % n;

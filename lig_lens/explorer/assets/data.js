@@ -198,13 +198,21 @@ class View {
     const own = map === "attn" ? head : null;
     return this.remember(`d ${map} ${layer} ${own}`, () => {
       const shown = this.matrix(map, layer, own);
-      const exact = map in this.spec.arrays && (map !== "attn" || own !== null) && map !== "mlp";
+      const single = map !== "attn" || own !== null || !this.spec.by_head;
+      const exact = map in this.spec.arrays && single && map !== "mlp";
       const sums = exact ? this.sums(map, layer, own) : columnSums(shown, this.nColumns);
       if (map === "metric") return sums.fill(this.spec.totals[layer] ?? 0);
       const sizes = columnSums(shown, this.nColumns, true);
       const rounding = EPS32 * this.nTokens * sizes.reduce((a, b) => Math.max(a, b), 0);
       return sums.map((sum) => (Math.abs(sum) <= rounding ? 0 : sum));
     });
+  }
+
+  /** How many columns of what is divided by `divisors` nearly cancel. */
+  cancelling(map, layer, head) {
+    const matrix = this.matrix(map, layer, head);
+    const sums = this.divisors(map, layer, head);
+    return columnSums(matrix, this.nColumns, true).filter((size, c) => sums[c] !== 0 && size > CANCELS * Math.abs(sums[c])).length;
   }
 
   /**

@@ -54,7 +54,7 @@ function drawScene(view, state, scene, room, palette) {
   drawBands(out, view, state, scene, g, palette);
   // A share of more than all comes from a sum that nearly cancels: it is not to make all others thin.
   const strongest = scene.edges.length ? scene.edges[0].size : 1;
-  const largest = state.scale === "share" ? Math.min(1, strongest) : strongest;
+  const largest = state.scale === "share" || scene.cone ? Math.min(1, strongest) : strongest;
   for (let number = scene.edges.length - 1; number >= 0; number--) {
     const edge = scene.edges[number];
     const share = Math.min(1, edge.size / largest);
@@ -68,7 +68,7 @@ function drawScene(view, state, scene, room, palette) {
     );
   }
   drawPaths(out, view, scene, g, palette);
-  drawNodes(out, view, state, scene, g, palette);
+  drawNodes(out, state, scene, g, palette);
   drawLabels(out, view, state, scene, g, palette);
   out.push("</svg>");
   return { svg: out.join(""), geometry: g };
@@ -207,7 +207,7 @@ function drawPaths(out, view, scene, g, palette) {
 const headColour = (head) => header.colours[head % header.colours.length];
 
 /** Circles of one colour are one path: thousands of elements would take longer to build than all else. */
-function drawNodes(out, view, state, scene, g, palette) {
+function drawNodes(out, state, scene, g, palette) {
   const size = circleSizes(scene.nodes, state.circle);
   const drawn = { positive: [], negative: [], dots: [], rings: [] };
   scene.rows.labels.forEach((_, row) => {

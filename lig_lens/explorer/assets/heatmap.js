@@ -10,14 +10,14 @@ function headWeights(view, state, head) {
 }
 
 /**
- * Value at which colours end, over the heads that are compared: the largest, unless few cells are far above all others,
- * then the 99.5th percentile of what is not 0. Shares end at 1: beyond are columns that nearly cancel. Contributions to a
+ * Value at which colours end, over the heads that are compared: the largest, or three times the 99.5th percentile of
+ * what is not 0 where few cells are far above all others. Shares end at 1: beyond are columns that nearly cancel. Contributions to a
  * metric have one unit throughout, and may have one scale for all blocks; that ends at the largest.
  */
 function colourTop(view, state, heads) {
   const shared = state.map === "metric" && state.shared;
   const layers = shared ? view.spec.layers.map((_, layer) => layer) : [state.layer];
-  return view.remember(`k ${state.map} ${layers} ${state.scale} ${heads}`, () => {
+  return view.remember(`k ${state.map} ${layers} ${state.scale} ${heads} ${state.special} ${state.punct}`, () => {
     const total = layers.length * heads.length * view.nTokens * view.nColumns;
     const stride = Math.max(1, Math.floor(total / 20000)); // a sample of many cells is enough for a percentile
     const sizes = new Float32Array(Math.ceil(total / stride) + layers.length * heads.length);
@@ -25,17 +25,14 @@ function colourTop(view, state, heads) {
     let largest = 0;
     for (const layer of layers) {
       for (const head of heads) {
-        const values = headWeights(view, { ...state, layer }, head);
-        for (let i = 0; i < values.length; i++) {
-          const size = Math.abs(values[i]);
-          if (size > largest) largest = size;
-        }
+        const values = shownValues(view, state, headWeights(view, { ...state, layer }, head));
+        largest = Math.max(largest, largestSize(values));
         for (let i = 0; i < values.length; i += stride) if (values[i]) sizes[count++] = Math.abs(values[i]);
       }
     }
     if (!count) return 1;
     const usual = sizes.subarray(0, count).sort()[Math.ceil(0.995 * (count - 1))];
-    const top = largest > 3 * usual && !shared ? usual : largest;
+    const top = shared ? largest : Math.min(largest, 3 * usual);
     return state.scale === "share" ? Math.min(1, top) : top;
   });
 }
@@ -112,7 +109,8 @@ function drawLarge(canvas, view, state, scene, palette, width) {
   const height = cellHeight * cells.rows.length + MARGIN * 0.8 + 8;
   const context = sized(canvas, width, height);
   const box = { x: MARGIN, y: 6, width: side, height: cellHeight * cells.rows.length };
-  const top = state.map === "mlp" ? largestOf(cells) : colourTop(view, state, state.head === null ? [null] : view.heads(state.map));
+  const largest = state.map === "mlp" ? largestOf(cells) : 0;
+  const top = state.map === "mlp" ? (state.scale === "share" ? Math.min(1, largest) : largest) : colourTop(view, state, state.head === null ? [null] : view.heads(state.map));
   paintCells(context, cells, top, colourScale(palette), box);
   context.strokeStyle = palette.line;
   context.strokeRect(box.x - 0.5, box.y - 0.5, box.width + 1, box.height + 1);

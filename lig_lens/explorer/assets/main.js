@@ -172,7 +172,7 @@ function notesOf(view, end) {
   const beyond = large.cells.rows.some((row) => large.cells.columns.some((column) => Math.abs(large.cells.value(row, column)) > large.top));
   const past = state.map !== "mlp" && state.head === null ? view.past(state.map, state.layer) : null;
   return [
-    past && past.some((value) => value !== 0) ? "What bypasses the heads (skip, bias) is in the graph only." : "",
+    past && past.some((value) => value !== 0) ? `What bypasses the heads (skip, bias) is ${state.skip ? "in the graph only" : "not shown"}.` : "",
     beyond ? `Colours saturate at ±${end}.` : "",
     view.spec.dropped ?? "",
   ].filter(Boolean);
@@ -191,6 +191,11 @@ function warningOf(view) {
     const many = cancelling > 1 ? `${cancelling.toLocaleString("en")} steps nearly cancel` : "One step nearly cancels";
     warnings.push(`${many}: shares there, and of what passes through, are large and of both signs.`);
   }
+  const head = state.map === "attn" ? state.head : null;
+  const columns = state.scale === "share" && state.map !== "metric" ? view.cancelling(state.map, state.layer, head) : 0;
+  if (columns && !scene.cone) {
+    warnings.push(`${columns} of ${view.nColumns} destinations in this block nearly cancel: shares there are large and of both signs.`);
+  }
   return warnings.join(" ");
 }
 
@@ -203,7 +208,7 @@ function showKey(view) {
     : state.node && state.map !== "metric" ? `circles: ${weight} exchanged with the chosen token` : `circles: what a token gives to the next row, ${weight}`;
   byId("key").replaceChildren(
     ...[
-      ["●", circles], ["―", `lines: ${weight} through the heads of a block`],
+      ["●", circles], ["―", state.map === "block" ? `lines: ${weight} through the whole block` : `lines: ${weight} through the heads of a block`],
       ...(scene.edges.some((edge) => edge.kind === "skip") ? [["╌", "dashed: skip and bias"]] : []),
       ...(scene.steps.length ? [["▬", "strongest paths, coloured by head, width by weight, dashed if negative"]] : []),
       ...(scene.nodes.some((row) => row.some((value) => value !== value)) ? [["○", "no value"]] : []),
@@ -219,7 +224,9 @@ function showKey(view) {
 function signKey() {
   const item = document.createElement("span");
   const sign = (name, text) => Object.assign(document.createElement("b"), { className: name, textContent: text });
-  const [red, blue] = state.scale === "share" || scene.cone ? ["sign of the total", "opposite sign"] : ["raises the target", "lowers it"];
+  const [red, blue] = state.scale === "share" || scene.cone ? ["sign of the total", "opposite sign"]
+    : state.map === "product" ? ["both maps of one sign", "of opposite signs"]
+    : [`raises the ${state.map === "metric" ? "metric" : "target"}`, "lowers it"];
   item.append(sign("positive", "red"), ` ${red}, `, sign("negative", "blue"), ` ${blue}`);
   return item;
 }

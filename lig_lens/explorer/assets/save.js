@@ -30,8 +30,9 @@ function pictureToSave() {
 function captionOf(view) {
   const chosen = state.node ? `, ${nodeName(view, state.node)} chosen` : "";
   const head = state.head !== null ? `, head ${state.head} of block ${view.spec.layers[state.layer]}` : "";
-  const threshold = `threshold ${percent(state.threshold)}`;
-  return [`${view.sample.label}${chosen}${head}`, [MAP_NAMES[state.map], unitOf(view), threshold, view.spec.label, view.spec.facts].join(" · ")];
+  const threshold = `threshold ${byId("threshold-value").textContent}`;
+  const unit = scene.cone ? "shares followed through blocks" : unitOf(view);
+  return [`${view.sample.label}${chosen}${head}`, [MAP_NAMES[state.map], unit, threshold, view.spec.label, view.spec.facts].join(" · ")];
 }
 
 const svgText = () => new XMLSerializer().serializeToString(pictureToSave());

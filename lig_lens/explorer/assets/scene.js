@@ -4,12 +4,31 @@ const MOST_EDGES = 600; // of all blocks; each has its part, so that none looks 
 
 /** Positions that are shown. */
 function shownPositions(view, state) {
-  const all = view.sample.tokens.map((_, i) => i);
-  const shown = all.filter((i) => {
-    const token = view.sample.tokens[i];
-    return !(state.special && token.special) && !(state.punct && token.punctuation);
+  return view.remember(`shown ${state.special} ${state.punct}`, () => {
+    const all = view.sample.tokens.map((_, i) => i);
+    const shown = all.filter((i) => {
+      const token = view.sample.tokens[i];
+      return !(state.special && token.special) && !(state.punct && token.punctuation);
+    });
+    return shown.length ? shown : all;
   });
-  return shown.length ? shown : all;
+}
+
+/** Values [source, column] between positions that are shown, in no order; those of others are left out. */
+function shownValues(view, state, matrix) {
+  const shown = shownPositions(view, state);
+  if (shown.length === view.nTokens) return matrix;
+  const columns = shown.map((i) => view.columnOf[i]).filter((c) => c >= 0);
+  return Float32Array.from(shown.flatMap((src) => columns.map((c) => matrix[src * view.nColumns + c])));
+}
+
+function largestSize(values) {
+  let largest = 0;
+  for (let i = 0; i < values.length; i++) {
+    const size = Math.abs(values[i]);
+    if (size > largest) largest = size;
+  }
+  return largest;
 }
 
 /**
@@ -180,11 +199,10 @@ function edgesOf(view, state, layer, rows, visible, cone, counts) {
 /** The largest contribution of a layer among what is drawn; for the absolute scale. */
 function layerTop(view, state, layer) {
   const head = headIn(view, state, layer);
-  return view.remember(`t ${state.map} ${layer} ${head} ${state.skip}`, () => {
-    let top = 0;
-    for (const value of view.headsMatrix(state.map, layer, head)) top = Math.max(top, Math.abs(value));
+  return view.remember(`t ${state.map} ${layer} ${head} ${state.skip} ${state.special} ${state.punct}`, () => {
     const past = state.skip ? pastWeights(view, state, layer) : null;
-    if (past) for (const value of past) top = Math.max(top, Math.abs(value));
-    return top || 1;
+    const columns = shownPositions(view, state).map((i) => view.columnOf[i]).filter((c) => c >= 0);
+    const beyond = past ? largestSize(columns.map((c) => past[c])) : 0;
+    return Math.max(largestSize(shownValues(view, state, view.headsMatrix(state.map, layer, head))), beyond) || 1;
   });
 }
