@@ -374,3 +374,13 @@ def test_the_key_says_what_colours_mean(open_page):
         assert f"red {red}, blue {blue}" in page.page.inner_text("#key")
     colours = page("['positive', 'negative'].map(n => getComputedStyle(document.querySelector('#key .' + n)).color)")
     assert colours == ["rgb(178, 24, 43)", "rgb(33, 102, 172)"]
+
+
+def test_followed_shares_look_alike_on_both_scales(open_page):
+    page = open_page(chained())
+    page.click_node(3, 5)
+    pictures = []
+    for scale in ("share", "absolute"):
+        page.set(scale=scale, threshold=0.02)
+        pictures.append(page("[...document.querySelectorAll('#graph [data-edge]')].map(e => e.outerHTML)"))
+    assert pictures[0] == pictures[1] and len(pictures[0]) > 20
