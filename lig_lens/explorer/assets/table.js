@@ -1,6 +1,7 @@
 // The table of edges: of the chosen node, or of the current layer; sortable, and to be copied as CSV.
 
-const MOST_ROWS = 4000; // kept, and written as CSV
+// Kept, and written as CSV: of a node all but those of the largest Flows, of a block the strongest.
+const MOST_ROWS = { node: 4000, block: 300 };
 const SHOWN_ROWS = 60;
 const HEAD_NAMES = { past: "skip and bias", all: "all heads" };
 const COLUMNS = [
@@ -17,7 +18,7 @@ const COLUMNS = [
 /** Edges that the table lists, strongest first, and how many there are in all. */
 function tableRows(view, state, scene) {
   const rows = rowsOf(view);
-  const kept = new Strongest(MOST_ROWS);
+  const kept = new Strongest(state.node ? MOST_ROWS.node : MOST_ROWS.block);
   let all = 0;
   view.spec.layers.forEach((number, layer) => {
     const into = state.node && rows.high[layer] === state.node.row ? state.node.pos : null;
@@ -30,9 +31,7 @@ function tableRows(view, state, scene) {
       all++;
       const size = Math.abs(value);
       if (size <= kept.floor) return;
-      const certain = view.certainty(state.map, layer, head === "all" ? null : head, c);
-      const share = divisor === 0 ? NaN : value / divisor;
-      kept.add(size, { layer: number, head, src, dst, value, share, gap: certain?.gap, converged: certain?.converged });
+      kept.add(size, { at: layer, layer: number, head, src, dst, c, value, share: divisor === 0 ? NaN : value / divisor });
     };
     const alone = headIn(view, state, layer);
     if (state.head !== null && alone === null) return; // a head alone is one of the block that is shown
@@ -56,7 +55,11 @@ function tableRows(view, state, scene) {
       past.forEach((value, c) => consider("past", view.destinations[c], c, value, divisors[c]));
     }
   });
-  return { rows: kept.sorted(), all };
+  const found = kept.sorted().map(({ at, c, ...row }) => {
+    const certain = view.certainty(state.map, at, row.head === "all" ? null : row.head, c);
+    return { ...row, gap: certain?.gap, converged: certain?.converged };
+  });
+  return { rows: found, all };
 }
 
 function sortRows(rows, key, down) {
