@@ -71,6 +71,7 @@ function startThreshold(view) {
   if (state.node && follows(view, state)) return 0.02;
   if (state.scale === "absolute") return 0.15;
   if (state.map === "metric") return 0.01;
+  if (state.node) return 0.02; // few edges touch one node
   return Math.min(0.2, 2.5 / Math.max(8, view.nTokens));
 }
 
