@@ -42,7 +42,9 @@ def printed(cell: Any) -> str:
         if out["output_type"] == "stream":
             parts.append(out["text"])
         elif PLOTLY in data:
-            parts.append(data[PLOTLY]["layout"]["title"]["text"])
+            layout = data[PLOTLY]["layout"]
+            # Grids of panels have their heading as the first annotation.
+            parts.append(re.sub("<[^>]*>", " ", (layout.get("title") or layout["annotations"][0])["text"]))
         elif "<table" in data.get("text/html", ""):
             parts.append(data["text/plain"])
     return "\n".join(parts)
