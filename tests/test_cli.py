@@ -105,7 +105,8 @@ def test_summary_names_edges_heads_and_gaps(core, capsys):
     assert lines[0] == "7 tokens, 2 layers of tiny" and "attn from itb" in lines[2]
     strongest = core.flow.top(1, layer=3)[0]
     row = next(line for line in lines if line.startswith("3 "))
-    assert f"{strongest.src_token} ({strongest.src}) → {strongest.dst_token} ({strongest.dst})" in row
+    source, destination = (token.replace("##", "\u2011") for token in (strongest.src_token, strongest.dst_token))
+    assert f"{source} ({strongest.src}) → {destination} ({strongest.dst})" in row
     assert f"head {strongest.head} " in row
     assert row.endswith(f"{max(float(core.flow.gap[m][1].max()) for m in core.flow.maps):.1e}")
     assert any("columns miss tol 0.001" in line for line in lines)

@@ -39,7 +39,7 @@ def test_patch(capsys, tmp_path):
     assert lines[3].split()[-1] == f"{value:+#.3g}" and effects.label(index) in lines[3]
     assert sum("at '" in line for line in lines) == 3
     assert json.loads((tmp_path / "p.json").read_text())["on"] == "heads_by_pos"
-    assert "activation patching" in (tmp_path / "p.html").read_text()
+    assert "Activation patching" in (tmp_path / "p.html").read_text()
 
 
 @pytest.mark.parametrize("at, on", [("heads", "heads"), ("resid_pre", "positions"), ("edges_patched", "edges")])
