@@ -310,12 +310,11 @@ const tokenName = (view, i) => `‘${view.sample.tokens[i].shown}’ (${i})`;
 
 function showStatus(view) {
   const drawn = scene.edges.length;
-  const wanted = (state.special && "special tokens") || (state.punct && "punctuation");
   const hidden = view.nTokens - scene.positions.length;
   const edges = [
     `${drawn.toLocaleString("en")} edge${drawn === 1 ? "" : "s"} drawn${scene.above > drawn ? `, the strongest of each block, of ${scene.above.toLocaleString("en")} above the threshold` : ""}`,
     scene.below ? `${scene.below.toLocaleString("en")} below the threshold` : "",
-    hidden ? `${hidden} token${hidden > 1 ? "s" : ""} hidden` : wanted && allOf(view) ? "all tokens would be hidden, so none is" : "",
+    hidden ? `${hidden} token${hidden > 1 ? "s" : ""} hidden` : allOf(view) ? "all tokens would be hidden, so none is" : "",
     scene.cone && state.head !== null ? "circles and paths are those of all heads" : "",
   ].filter(Boolean).join(", ");
   const what = state.node ? `${nodeName(view, state.node)}. ` : "";
@@ -324,7 +323,7 @@ function showStatus(view) {
 }
 
 /** Whether all tokens are of a kind that is to be hidden. */
-const allOf = (view) => view.sample.tokens.every((token) => (state.special && token.special) || (state.punct && token.punctuation));
+const allOf = (view) => view.sample.tokens.every((token) => isHidden(state, token));
 
 function strongestInWords(view) {
   const best = listed.rows.find((row) => row.src !== row.dst) ?? listed.rows[0];

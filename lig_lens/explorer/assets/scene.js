@@ -2,23 +2,27 @@
 
 const MOST_EDGES = 600; // of all blocks; each has its part, so that none looks empty beside a stronger one
 
+const isHidden = (state, token) => (state.special && token.special) || (state.punct && token.punctuation);
+
 /** Positions that are shown. */
 function shownPositions(view, state) {
   return view.remember(`shown ${state.special} ${state.punct}`, () => {
     const all = view.sample.tokens.map((_, i) => i);
-    const shown = all.filter((i) => {
-      const token = view.sample.tokens[i];
-      return !(state.special && token.special) && !(state.punct && token.punctuation);
-    });
+    const shown = all.filter((i) => !isHidden(state, view.sample.tokens[i]));
     return shown.length ? shown : all;
   });
+}
+
+/** Columns of the destinations among them. */
+function shownColumns(view, state) {
+  return shownPositions(view, state).map((i) => view.columnOf[i]).filter((c) => c >= 0);
 }
 
 /** Values [source, column] between positions that are shown, in no order; those of others are left out. */
 function shownValues(view, state, matrix) {
   const shown = shownPositions(view, state);
   if (shown.length === view.nTokens) return matrix;
-  const columns = shown.map((i) => view.columnOf[i]).filter((c) => c >= 0);
+  const columns = shownColumns(view, state);
   return Float32Array.from(shown.flatMap((src) => columns.map((c) => matrix[src * view.nColumns + c])));
 }
 
@@ -201,8 +205,7 @@ function layerTop(view, state, layer) {
   const head = headIn(view, state, layer);
   return view.remember(`t ${state.map} ${layer} ${head} ${state.skip} ${state.special} ${state.punct}`, () => {
     const past = state.skip ? pastWeights(view, state, layer) : null;
-    const columns = shownPositions(view, state).map((i) => view.columnOf[i]).filter((c) => c >= 0);
-    const beyond = past ? largestSize(columns.map((c) => past[c])) : 0;
+    const beyond = past ? largestSize(shownColumns(view, state).map((c) => past[c])) : 0;
     return Math.max(largestSize(shownValues(view, state, view.headsMatrix(state.map, layer, head))), beyond) || 1;
   });
 }
