@@ -19,8 +19,8 @@ from common import RESULTS, ROWS, attribute, environment, layer_numbers, names, 
 from torch import Tensor
 
 import lig_lens
-from lig_lens.engines import common as engine_common
-from lig_lens.quadrature import Integral, Integrand, integrate
+from lig_lens.integrate import integrand as engine_common
+from lig_lens.integrate.quadrature import Integral, Integrand, integrate
 
 # Nodes on each panel of the reference, and how far its panels go into the layers, in units of their widths.
 REFERENCE_NODES = 16

@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 
 import lig_lens
 from lig_lens import patching
-from lig_lens.effects import Effects
-from lig_lens.flow import Flow
-from lig_lens.induction import induction_pairs
-from lig_lens.ioi import ioi_pairs
-from lig_lens.metrics import Metric
+from lig_lens.flow.effects import Effects
+from lig_lens.flow.flow import Flow
+from lig_lens.inputs.induction import induction_pairs
+from lig_lens.inputs.ioi import ioi_pairs
+from lig_lens.targets.metrics import Metric
 
 LIG, LIG_BY_MESSAGE = "LIG metric", "LIG metric, by message"
 COLUMNS = ("spearman", "spearman_size", "pearson", "top_k_overlap", "average_precision")

@@ -15,28 +15,29 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lig_lens import __version__, flow_io
-from lig_lens.axes import cell_axes, tensor_axes
-from lig_lens.baselines import (
+from lig_lens import __version__
+from lig_lens.blocks.call import BlockCall, prepared
+from lig_lens.blocks.find import BlockNodes, find_nodes
+from lig_lens.blocks.messages import attention_of
+from lig_lens.blocks.recording import record_calls
+from lig_lens.errors import ConvergenceWarning, InputError
+from lig_lens.files import check_writable
+from lig_lens.flow import file as flow_io
+from lig_lens.flow.flow import Flow
+from lig_lens.flow.labels import cell_axes, tensor_axes
+from lig_lens.inputs.prompts import Prompt, is_batch
+from lig_lens.inputs.request import Selection, Settings, chosen_numbers, read_prompts
+from lig_lens.maps.columns import Downstream, Job, columns_of, engine_of
+from lig_lens.models.loading import check_evaluating, check_hooked, describe_processing, model_name
+from lig_lens.models.stack import Rest
+from lig_lens.paths.baselines import (
     check_baseline,
     describe_baseline,
 )
-from lig_lens.block import BlockCall, prepared
-from lig_lens.boundaries import BlockNodes, find_nodes
-from lig_lens.columns import Downstream, Job, columns_of, engine_of
-from lig_lens.config import MAPS, MAX_BATCH_TOKENS, MAX_NODES
-from lig_lens.errors import ConvergenceWarning, InputError
-from lig_lens.files import check_writable
-from lig_lens.flow import Flow
-from lig_lens.loading import check_evaluating, check_hooked, describe_processing, model_name
-from lig_lens.messages import attention_of
-from lig_lens.metrics import Metric
-from lig_lens.metrics import metric as as_metric
-from lig_lens.prompts import Prompt, is_batch
-from lig_lens.recording import record_calls
-from lig_lens.request import Selection, Settings, chosen_numbers, read_prompts
-from lig_lens.rest import Rest
-from lig_lens.targets import Direction, check_target, describe_target
+from lig_lens.settings import MAPS, MAX_BATCH_TOKENS, MAX_NODES
+from lig_lens.targets.metrics import Metric
+from lig_lens.targets.metrics import metric as as_metric
+from lig_lens.targets.targets import Direction, check_target, describe_target
 
 # Of the mlp map, beside its heads.
 _PARTS = {"skip", "bias"}

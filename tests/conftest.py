@@ -10,7 +10,7 @@ import torch
 from browser_pages import Page, launched
 from hypothesis import HealthCheck, settings
 
-from lig_lens.explorer import write_explorer
+from lig_lens.show.explorer import write_explorer
 
 # Model runs have no natural time limit; examples are few because each is a whole attribution.
 settings.register_profile(

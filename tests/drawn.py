@@ -13,7 +13,7 @@ import explorer_oracle as oracle
 import pytest
 
 import lig_lens
-from lig_lens.plots.style import show_token
+from lig_lens.show.plots.style import show_token
 
 RED, BLUE, WHITE, GREY = "#b2182b", "#2166ac", "#ffffff", "#d0d7de"
 READ = """([count, told]) => {
@@ -169,7 +169,7 @@ def _edge_is_told(flow, choice, line, passing):
 
 
 def _steps_are_told(flow, choice, lines, k):
-    shares = lig_lens.compose.shares(flow, choice.map)
+    shares = lig_lens.flow.compose.shares(flow, choice.map)
     paths = flow.paths(choice.node[1], k=k, stop=flow.layers[0] + choice.node[0], rule=choice.map)
     taken = defaultdict(list)
     for number, path in enumerate(paths):

@@ -2,7 +2,7 @@
 
 import torch
 
-from lig_lens.flow import Flow
+from lig_lens.flow.flow import Flow
 
 TOKENS = ("[CLS]", "the", "cat", "sat", "the", "##s", "[SEP]")
 

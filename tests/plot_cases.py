@@ -34,7 +34,7 @@ def metric_flow(tokens=HOSTILE, layers=(0, 1), n_heads=3, metric="<script>alert(
 
 def make_effects(on, tokens=HOSTILE, layers=(0, 1), n_heads=3, seed=0):
     sizes = {"layer": len(layers), "head": n_heads} | dict.fromkeys(("pos", "src", "dst"), len(tokens))
-    shape = [sizes[axis] for axis in lig_lens.effects.AXES[on]]
+    shape = [sizes[axis] for axis in lig_lens.flow.effects.AXES[on]]
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return lig_lens.Effects(
         values=values, on=on, name="<script>alert(3)</script>", tokens=tokens, layers=layers, metric="<b>m</b>"
@@ -44,7 +44,7 @@ def make_effects(on, tokens=HOSTILE, layers=(0, 1), n_heads=3, seed=0):
 def every_figure(tokens=HOSTILE):
     """Name and figure of each kind, on tokens that try to be markup."""
     flow, metric = make_flow(tokens=tokens, layers=(0, 1)), metric_flow(tokens)
-    effects = {on: make_effects(on, tokens) for on in lig_lens.effects.AXES}
+    effects = {on: make_effects(on, tokens) for on in lig_lens.flow.effects.AXES}
     results = [flow.consistency(rule=rule) for rule in ("product", "conserving")]
     yield "head_grid", plots.head_grid(flow)
     yield "head_grid of shares", plots.head_grid(flow, share=True, map="block")

@@ -20,7 +20,7 @@ def refused(prompt: Any = IDS, model: Any = None, **options: Any) -> str:
         def never(*_: Any, **__: Any) -> None:
             raise AssertionError("work had started")
 
-        patch.setattr("lig_lens.engines.common.PathIntegrand.integrate", never)
+        patch.setattr("lig_lens.integrate.integrand.PathIntegrand.integrate", never)
         with pytest.raises(InputError) as caught:
             lig_lens.attribute(model, prompt, progress=False, **options)
     return str(caught.value)

@@ -11,9 +11,9 @@ from tiny_models import KINDS, tiny_bridge
 from torch import nn
 
 import lig_lens
-from lig_lens.block import BlockCall, Seen, prepared
-from lig_lens.boundaries import find_nodes
-from lig_lens.recording import record_calls
+from lig_lens.blocks.call import BlockCall, Seen, prepared
+from lig_lens.blocks.find import find_nodes
+from lig_lens.blocks.recording import record_calls
 
 
 def hooks_on(model: nn.Module) -> int:

@@ -8,9 +8,9 @@ from tiny_hooked import has_hooked_transformer, tiny_hooked
 from tiny_models import KINDS, LAYOUTS, fresh_bridge, tiny_bridge
 
 import lig_lens
-from lig_lens.boundaries import find_nodes
+from lig_lens.blocks.find import find_nodes
+from lig_lens.blocks.recording import record_calls
 from lig_lens.errors import BoundaryError, InputError, NonFiniteError
-from lig_lens.recording import record_calls
 
 
 @pytest.fixture

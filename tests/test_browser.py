@@ -36,7 +36,7 @@ def test_matrices_are_the_tensors(open_page):
             close(page.matrix(rule, layer), expected[layer])
         for head in range(3):
             close(page.matrix("attn", layer, head), flow.attn[layer, head])
-            shares = lig_lens.compose.edges(flow, "conserving").heads[layer, head]
+            shares = lig_lens.flow.compose.edges(flow, "conserving").heads[layer, head]
             close(page.matrix("conserving", layer, head), shares)
 
 
@@ -359,16 +359,16 @@ def test_strong_skips_leave_the_heads_their_digits(open_page):
     page = open_page(flow)
     for layer in range(3):
         values = page("l => Array.from(ligLens.view.headsMatrix('conserving', l))", layer)
-        expected = lig_lens.compose.edges(flow, "conserving").heads[layer].sum(0)
+        expected = lig_lens.flow.compose.edges(flow, "conserving").heads[layer].sum(0)
         close(torch.tensor(values, dtype=torch.float64), expected)
 
 
 def test_columns_that_cancel_rest_in_halves_too(open_page, monkeypatch):
-    monkeypatch.setattr("lig_lens.explorer.contents.EXACT_NUMBERS", 10)
+    monkeypatch.setattr("lig_lens.show.explorer.contents.EXACT_NUMBERS", 10)
     flow = chained()
     flow.attn[0, 1, :, 2] = torch.tensor([0.1, 0.23, -0.33, 0.0, 0.0, 0.0, 0.0])
     page = open_page(flow)
-    expected = lig_lens.compose.edges(flow, "conserving").heads[0, 1]
+    expected = lig_lens.flow.compose.edges(flow, "conserving").heads[0, 1]
     found = page.matrix("conserving", 0, 1)
     torch.testing.assert_close(found, expected.flatten(), rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
 
@@ -382,7 +382,7 @@ def test_steps_that_nearly_cancel_are_told(open_page):
     page.click_node(3, 5)
     assert "cancel" not in page.page.inner_text("#warning")
     for row in (0, 2):
-        flow.skip[row, 4] = -0.9 * float(lig_lens.compose.edges(flow, "conserving").heads[row, :, :, 4].sum())
+        flow.skip[row, 4] = -0.9 * float(lig_lens.flow.compose.edges(flow, "conserving").heads[row, :, :, 4].sum())
     page = open_page(flow)
     page.click_node(3, 5)
     assert "2 steps nearly cancel" in page.page.inner_text("#warning")
@@ -444,7 +444,7 @@ def test_missing_layers_and_destinations(open_page):
 
 def test_no_single_heads(open_page, monkeypatch):
     flow = chained()
-    monkeypatch.setattr("lig_lens.explorer.contents.MOST_NUMBERS", 600)
+    monkeypatch.setattr("lig_lens.show.explorer.contents.MOST_NUMBERS", 600)
     page = open_page(flow)
     assert page("ligLens.view.maps") == ["mlp", "block", "product", "conserving"]
     assert "Single heads are left out" in page.page.inner_text("#note")
@@ -452,7 +452,7 @@ def test_no_single_heads(open_page, monkeypatch):
     found = torch.tensor(page("Array.from(ligLens.scene.cone[0])"), dtype=torch.float64)
     torch.testing.assert_close(found, flow.rollout()[:, 1].double(), rtol=1e-3, atol=1e-3)
     # Of Flows with the attn map alone, and of a metric, heads are added up as well.
-    monkeypatch.setattr("lig_lens.explorer.contents.MOST_NUMBERS", 250)
+    monkeypatch.setattr("lig_lens.show.explorer.contents.MOST_NUMBERS", 250)
     for flow in (make_flow(maps=("attn",)), metric_flow(("a", "b", "c", "d", "e", "f", "g"))):
         page = open_page(flow)
         name = page.state("map")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import lig_lens
 from lig_lens import patching
-from lig_lens.agreement import aligned, precision_recall
-from lig_lens.plots import agreement_scatter, effects_map, head_grid
+from lig_lens.interventions.agreement import aligned, precision_recall
+from lig_lens.show.plots import agreement_scatter, effects_map, head_grid
 
 CLEAN, CORRUPTED = [5, 12, 30, 7, 22], [5, 12, 11, 9, 22]
 

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from flows import make_flow
 
-from lig_lens import config
-from lig_lens.cli import run
-from lig_lens.config import ExplainConfig, load_config, merge_settings, parse_numbers, parse_settings
+from lig_lens import settings as config
+from lig_lens.cli.main import run
 from lig_lens.errors import ConvergenceWarning, InputError
-from lig_lens.flow import Flow
+from lig_lens.flow.flow import Flow
+from lig_lens.settings import ExplainConfig, load_config, merge_settings, parse_numbers, parse_settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -121,7 +121,7 @@ def test_summary_without_the_attn_map(core, capsys, maps):
 
 
 def test_summary_fits_a_narrow_terminal():
-    from lig_lens.summary import summarize
+    from lig_lens.show.summary import summarize
 
     assert max(len(line) for line in summarize(make_flow(), width=72).splitlines()[:-1]) <= 72
 
@@ -285,8 +285,8 @@ def test_boundaries_prints_one_row_per_block(capsys, monkeypatch):
 
     boundaries = types.SimpleNamespace(describe_boundaries=describe_boundaries)
     loading = types.SimpleNamespace(load_model=lambda name: f"loaded {name}")
-    monkeypatch.setitem(sys.modules, "lig_lens.boundaries", boundaries)
-    monkeypatch.setitem(sys.modules, "lig_lens.loading", loading)
+    monkeypatch.setitem(sys.modules, "lig_lens.blocks.find", boundaries)
+    monkeypatch.setitem(sys.modules, "lig_lens.models.loading", loading)
     assert run(["boundaries", "x"]) == 0
     assert run(["boundaries", "x", "--config-only"]) == 0
     assert seen == [("loaded x", False), ("x", True)]
@@ -305,7 +305,7 @@ def _python(code, *arguments, encoding="utf-8"):
 
 def test_help_version_and_bad_flags_load_no_torch():
     code = (
-        "import sys\nfrom lig_lens.cli import run\nstatus = run(sys.argv[1:])\n"
+        "import sys\nfrom lig_lens.cli.main import run\nstatus = run(sys.argv[1:])\n"
         "heavy = {'torch', 'transformers', 'transformer_lens', 'plotly', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\nsys.exit(status)"
     )
@@ -320,7 +320,7 @@ def test_help_version_and_bad_flags_load_no_torch():
 
 
 def test_the_console_entry_point():
-    code = "import sys; from lig_lens.cli import main; main()"
+    code = "import sys; from lig_lens.cli.main import main; main()"
     done = _python(code, "--version")
     assert (done.returncode, done.stdout) == (0, "lig-lens 0.1.0\n")
     done = _python(code, "explain", "")
@@ -330,9 +330,9 @@ def test_the_console_entry_point():
 def test_a_terminal_that_cannot_show_a_token_does_not_end_the_run():
     code = (
         "import sys, types\nsys.path.insert(0, sys.argv.pop(1))\nfrom flows import make_flow\n"
-        "sys.modules['lig_lens.loading'] = types.SimpleNamespace(load_model=lambda *a, **k: None)\n"
+        "sys.modules['lig_lens.models.loading'] = types.SimpleNamespace(load_model=lambda *a, **k: None)\n"
         "fake = types.SimpleNamespace(attribute=lambda *a, **k: make_flow(tokens=('Ġä', '日本')))\n"
-        "sys.modules['lig_lens.attribution'] = fake\nfrom lig_lens.cli import main\nmain()"
+        "sys.modules['lig_lens.attribution'] = fake\nfrom lig_lens.cli.main import main\nmain()"
     )
     done = _python(code, str(Path(__file__).parent), "explain", "a", encoding="latin-1")
     assert done.returncode == 0, done.stderr

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 import lig_lens
-from lig_lens.cli import run
-from lig_lens.config import CircuitConfig, load_config, merge_settings
+from lig_lens.cli.main import run
+from lig_lens.settings import CircuitConfig, load_config, merge_settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PROMPTS = [
@@ -56,7 +56,7 @@ def test_compare_from_a_config(capsys, tmp_path):
     out = capsys.readouterr().out
     assert out.startswith("Against edge knock-out, logit_difference('leaf', 'bell')")
     document = json.loads((tmp_path / "c.json").read_text())
-    assert list(document["agreement"]) == ["LIG by message", *lig_lens.scoring.SCORES]
+    assert list(document["agreement"]) == ["LIG by message", *lig_lens.interventions.scores.SCORES]
     assert f"{document['agreement']['LIG by message']['pearson']:+.3f}" in out
     page = (tmp_path / "c.html").read_text()
     assert (

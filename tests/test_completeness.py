@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from tiny_models import KINDS, tiny_bridge
 
 import lig_lens
-from lig_lens.baselines import ResidPath
-from lig_lens.boundaries import find_nodes
-from lig_lens.engines.hooks import _FromResid
+from lig_lens.blocks.find import find_nodes
+from lig_lens.blocks.recording import record_calls
 from lig_lens.errors import ConvergenceWarning
-from lig_lens.recording import record_calls
-from lig_lens.targets import Scalar
+from lig_lens.integrate.autograd import _FromResid
+from lig_lens.paths.baselines import ResidPath
+from lig_lens.targets.targets import Scalar
 
 prompts = st.lists(st.integers(5, 39), min_size=1, max_size=7)
 

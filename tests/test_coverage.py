@@ -18,8 +18,8 @@ from tiny_hooked import has_hooked_transformer
 from tiny_models import VOCAB, config_bridge
 
 import lig_lens
-from lig_lens.boundaries import BlockNodes, find_nodes
-from lig_lens.recording import record_calls
+from lig_lens.blocks.find import BlockNodes, find_nodes
+from lig_lens.blocks.recording import record_calls
 
 IDS = [5, 12, 30, 7, 22, 39]
 # Rounding may decide whether a panel is halved, and the engines then differ by what `tol` allows.

@@ -9,13 +9,13 @@ from tiny_hooked import HOOKED_KINDS, has_hooked_transformer, tiny_hooked
 from tiny_models import KINDS, fresh_bridge, tiny_bridge
 
 import lig_lens
-from lig_lens.baselines import resid_path
-from lig_lens.block import prepared
-from lig_lens.boundaries import find_nodes
-from lig_lens.engines import closed_form
-from lig_lens.engines.common import Budget
+from lig_lens.blocks.call import prepared
+from lig_lens.blocks.find import find_nodes
+from lig_lens.blocks.recording import record_calls
 from lig_lens.errors import InputError
-from lig_lens.recording import record_calls
+from lig_lens.integrate import closed_form
+from lig_lens.integrate.integrand import Budget
+from lig_lens.paths.baselines import resid_path
 
 # Norms on heads (gemma3) and capped scores (gemma2) are outside the formula.
 COVERED = [kind for kind in KINDS if not kind.startswith("gemma")]

@@ -13,8 +13,8 @@ from flows import HOSTILE, make_flow
 from plot_cases import metric_flow
 
 import lig_lens
-from lig_lens.cli import run
-from lig_lens.explorer import contents, explore, write_explorer
+from lig_lens.cli.main import run
+from lig_lens.show.explorer import contents, explore, write_explorer
 
 
 def header_of(page: str) -> dict:

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from tiny_models import tiny_bridge
 
 import lig_lens
-from lig_lens import flow_io
 from lig_lens.errors import FlowFileError, InputError, MissingPackageError
 from lig_lens.files import check_writable, write_atomic
-from lig_lens.flow import Flow
+from lig_lens.flow import file as flow_io
+from lig_lens.flow.flow import Flow
 
 LABELS = ("tokens", "special", "layers", "destinations", "model_name", "settings", "layouts", "engines", "metric")
 

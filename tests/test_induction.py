@@ -12,8 +12,8 @@ from tiny_hooked import has_hooked_transformer
 
 import lig_lens
 from lig_lens import patching
-from lig_lens.config import SPLITS
-from lig_lens.induction import WORDS
+from lig_lens.inputs.induction import WORDS
+from lig_lens.settings import SPLITS
 
 N_PAIRS = 12
 
@@ -28,7 +28,7 @@ def pairs():
     return lig_lens.induction_pairs(N_PAIRS)
 
 
-def metric_of(pair) -> lig_lens.metrics.Metric:
+def metric_of(pair) -> lig_lens.targets.metrics.Metric:
     return lig_lens.logit_difference(pair.answer, pair.wrong)
 
 

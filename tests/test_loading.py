@@ -11,8 +11,9 @@ from tiny_models import save_tiny, tiny_bridge
 from transformer_lens.model_bridge import TransformerBridge
 
 import lig_lens
-from lig_lens import loading, prompts
 from lig_lens.errors import InputError, MissingPackageError
+from lig_lens.inputs import prompts
+from lig_lens.models import loading
 
 
 def test_a_model_is_used_as_it_is() -> None:

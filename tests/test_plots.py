@@ -7,10 +7,10 @@ import pytest
 from flows import make_flow
 from plot_cases import metric_flow
 
-from lig_lens.compose import CANCELS
 from lig_lens.errors import InputError
-from lig_lens.plots import head_grid, show_token, write_html
-from lig_lens.plots.matrix import strongest
+from lig_lens.flow.compose import CANCELS
+from lig_lens.show.plots import head_grid, show_token, write_html
+from lig_lens.show.plots.matrix import strongest
 
 pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
 

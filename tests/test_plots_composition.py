@@ -13,9 +13,9 @@ from flows import make_flow
 from plot_cases import HOSTILE, metric_flow
 
 import lig_lens
-from lig_lens.compose import Consistency
 from lig_lens.errors import InputError, MissingPackageError
-from lig_lens.plots import consistency_plot, paths_graph, rollout_map, to_circuitsvis
+from lig_lens.flow.compose import Consistency
+from lig_lens.show.plots import consistency_plot, paths_graph, rollout_map, to_circuitsvis
 
 pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
 

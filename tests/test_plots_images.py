@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 import pytest
 from plot_cases import HOSTILE, every_figure
 
-from lig_lens.plots import write_html
+from lig_lens.show.plots import write_html
 
 pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
 

@@ -9,8 +9,8 @@ from flows import make_flow
 from plot_cases import metric_flow
 
 from lig_lens.errors import InputError
-from lig_lens.plots import gap_map, head_map, importance
-from lig_lens.plots.style import MINUS
+from lig_lens.show.plots import gap_map, head_map, importance
+from lig_lens.show.plots.style import MINUS
 
 pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
 

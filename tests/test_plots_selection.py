@@ -9,7 +9,7 @@ from flows import make_flow
 from plot_cases import make_effects, metric_flow
 
 from lig_lens.errors import InputError
-from lig_lens.plots import agreement_scatter, consistency_plot, gap_map, importance
+from lig_lens.show.plots import agreement_scatter, consistency_plot, gap_map, importance
 
 WORDS = ("a", "b", "c", "d")
 

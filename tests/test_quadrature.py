@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lig_lens import quadrature
-from lig_lens.quadrature import NODES_PER_PANEL, density, integrate, stretch, unstretch
+from lig_lens.integrate import quadrature
+from lig_lens.integrate.quadrature import NODES_PER_PANEL, density, integrate, stretch, unstretch
 
 widths = st.floats(-12, 0).map(lambda exponent: 10.0**exponent)
 

@@ -13,7 +13,7 @@ import typer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from lig_lens.induction import BOS, MAX_TOKENS, TOKENS
+from lig_lens.inputs.induction import BOS, MAX_TOKENS, TOKENS
 
 HERE = Path(__file__).resolve().parent.parent / "lig_lens" / "models" / "induction"
 IGNORED = -100

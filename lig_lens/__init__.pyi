@@ -1,0 +1,33 @@
+from . import plots as plots
+from .attribution import attribute as attribute
+from .blocks.find import BlockBoundaries as BlockBoundaries
+from .blocks.find import describe_boundaries as describe_boundaries
+from .errors import BoundaryError as BoundaryError
+from .errors import CancellationWarning as CancellationWarning
+from .errors import ConvergenceWarning as ConvergenceWarning
+from .errors import FlowFileError as FlowFileError
+from .errors import InputError as InputError
+from .errors import LigLensError as LigLensError
+from .errors import MissingPackageError as MissingPackageError
+from .errors import NonFiniteError as NonFiniteError
+from .flow.average import average as average
+from .flow.compose import consistency_table as consistency_table
+from .flow.effects import Effects as Effects
+from .flow.flow import Flow as Flow
+from .inputs.induction import induction_pairs as induction_pairs
+from .inputs.ioi import ioi_pairs as ioi_pairs
+from .interventions import patching as patching
+from .interventions.agreement import compare as compare
+from .interventions.agreement import compare_table as compare_table
+from .interventions.agreement import precision_recall as precision_recall
+from .interventions.scores import scores as scores
+from .models.loading import load_model as load_model
+from .show.explorer import explore as explore
+from .targets.metrics import class_logit as class_logit
+from .targets.metrics import kl_divergence as kl_divergence
+from .targets.metrics import log_probability as log_probability
+from .targets.metrics import logit_difference as logit_difference
+from .targets.metrics import metric as metric
+from .targets.targets import direction as direction
+
+__version__: str

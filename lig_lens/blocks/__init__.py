@@ -1,0 +1,1 @@
+"""What a block is, found once per model, and what one prompt puts there."""

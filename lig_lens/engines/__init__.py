@@ -1,1 +1,0 @@
-"""Engines: nodes of a block and a path in, integrated contributions out."""

@@ -1,0 +1,1 @@
+"""Labelled results and what is derived from them; they know no model."""

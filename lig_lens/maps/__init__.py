@@ -1,0 +1,1 @@
+"""Which node contributes to which: attn, mlp, block."""

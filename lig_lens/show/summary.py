@@ -1,0 +1,207 @@
+"""What the command line prints: a Flow in a few lines, and the table of a model's boundaries."""
+
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lig_lens.flow.effects import Effects
+from lig_lens.flow.flow import Edge, Flow
+from lig_lens.show.plots import show_token
+
+_EDGES_PER_LAYER = 3
+_PLAIN_WIDTH = 400  # wider than any row: piped text is never wrapped
+
+
+class _Row(NamedTuple):
+    layer: str
+    edge: str
+    by: str
+    contribution: str
+    share: str
+    gap: str
+
+
+def summarize(flow: Flow, width: int | None = None) -> str:
+    """Write a Flow in lines: per layer the strongest source → destination edges, their heads, and gaps.
+
+    Args:
+        flow: any Flow; edges come from its attn map, else from block, else the parts of its mlp map.
+        width: of the terminal in columns; None for text that is piped, which is never wrapped.
+    """
+    edge_map = next(name for name in ("attn", "block", "mlp") if name in flow.maps)
+    table = _table("layer", "source → destination" if edge_map != "mlp" else "position", "by")
+    for name in ("contribution", "share", "worst gap"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in _rows(flow, edge_map):
+        table.add_row(*[Text(cell) for cell in row])
+    return "\n".join([*_header(flow, width), "", _render(table, width), "", _convergence(flow)])
+
+
+def _header(flow: Flow, width: int | None) -> list[str]:
+    counts = f"{_count(len(flow.tokens), 'token')}, {_count(len(flow.layers), 'layer')} of {flow.model_name}"
+    if len(flow.destinations) < len(flow.tokens):
+        counts += f", {_count(len(flow.destinations), 'destination')}"
+    settings = flow.settings
+    baselines = ", ".join(
+        f"{name} from {settings[f'{name}_baseline']}" for name in flow.maps if f"{name}_baseline" in settings
+    )
+    asked = ", ".join(f"{key} {settings[key]}" for key in ("target", "tol") if key in settings)
+    tokens = " ".join(show_token(token) for token in flow.tokens)
+    return [
+        line
+        for line in (counts, _cut(tokens, width or _PLAIN_WIDTH), "; ".join(filter(None, (baselines, asked))))
+        if line
+    ]
+
+
+def _rows(flow: Flow, edge_map: str) -> list[_Row]:
+    rows = []
+    # The third token pair comes at latest after two that every head carries.
+    enough = (_EDGES_PER_LAYER - 1) * flow.columns(edge_map).shape[1] + 1
+    for place, layer in enumerate(flow.layers):
+        gap = max(float(flow.gap[name][place].max()) for name in flow.maps)
+        for number, edge in enumerate(_distinct(flow.top(enough, edge_map, layer))):
+            first = number == 0
+            rows.append(
+                _Row(
+                    str(layer) if first else "",
+                    _edge_label(edge, edge_map),
+                    _carrier(edge),
+                    f"{edge.contribution:+#.3g}",
+                    f"{edge.share:.0%}",
+                    f"{gap:.1e}" if first else "",
+                )
+            )
+    return rows
+
+
+def _distinct(edges: Sequence[Edge]) -> list[Edge]:
+    """Keep the first few edges, with the strongest carrier of each, so that one token pair fills one line."""
+    seen: dict[tuple[int, int], Edge] = {}
+    for edge in edges:
+        if edge.contribution != 0:
+            seen.setdefault((edge.src, edge.dst), edge)
+    return list(seen.values())[:_EDGES_PER_LAYER] or list(edges[:1])
+
+
+def _edge_label(edge: Edge, edge_map: str) -> str:
+    dst = f"{show_token(edge.dst_token, 20)} ({edge.dst})"
+    return dst if edge_map == "mlp" else f"{show_token(edge.src_token, 20)} ({edge.src}) → {dst}"
+
+
+def _carrier(edge: Edge) -> str:
+    return edge.part if edge.head is None else f"head {edge.head}"
+
+
+def _convergence(flow: Flow) -> str:
+    masks = [flow.converged[name] for name in flow.maps]
+    cells, missed = sum(mask.numel() for mask in masks), sum(int((~mask).sum()) for mask in masks)
+    tol = flow.settings.get("tol")
+    within = f"tol {tol}" if tol is not None else "the tolerance"
+    gaps = ", ".join(f"{name} {flow.worst_gap(name):.1e}" for name in flow.maps)
+    columns = "columns" if flow.metric is None else "layers"
+    if missed:
+        miss = f"{missed:,} of {cells:,} {columns} miss {within}: allow more nodes or a larger tol."
+        return f"Worst gaps: {gaps}; {miss}"
+    return f"Worst gaps: {gaps}; all {cells:,} {columns} add up within {within}."
+
+
+def boundaries_table(model_name: str, blocks: Sequence[Any], width: int | None = None) -> str:
+    """Lay out `describe_boundaries`: one row per block, hook names without their `blocks.N.`."""
+    table = _table("block", "layout", "heads", "d_head", "norms", "engine")
+    nodes = ("resid_pre", "hook_z", "resid_mid", "resid_post")
+    for node in nodes:
+        table.add_column(node, overflow="fold")
+    for block in blocks:
+        heads = str(block.n_heads)
+        if block.n_key_value_heads != block.n_heads:
+            heads += f" ({block.n_key_value_heads} kv)"
+        names = [(getattr(block, node) or "-").removeprefix(f"blocks.{block.layer}.") for node in nodes]
+        cells = [
+            block.layer,
+            block.layout,
+            heads,
+            block.d_head,
+            ", ".join(block.norms) or "-",
+            block.engine,
+            *names,
+        ]
+        table.add_row(*[Text(str(cell)) for cell in cells])
+    title = f"{model_name}: {_count(len(blocks), 'block')}; hooks are named blocks.N.…"
+    return f"{title}\n\n{_render(table, width)}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _render(table: Table, width: int | None) -> str:
+    console = Console(
+        file=io.StringIO(),
+        width=width or _PLAIN_WIDTH,
+        force_terminal=False,
+        color_system=None,
+        legacy_windows=False,
+    )
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
+
+
+def _cut(text: str, width: int) -> str:
+    if cell_len(text) <= width:
+        return text
+    while text and cell_len(text) > width - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def summarize_effects(effects: Effects, k: int, width: int | None = None) -> str:
+    """Write the k strongest effects in lines.
+
+    Args:
+        effects: what an intervention found.
+        k: how many.
+        width: of the terminal; None for text that is piped.
+    """
+    table = _table("where")
+    table.add_column(effects.measures, justify="right", no_wrap=True)
+    for index, value in effects.top(k):
+        table.add_row(Text(effects.label(index)), Text(f"{value:+#.3g}"))
+    measured = int((~effects.values.isnan()).sum())
+    title = f"{effects.name}: {measured:,} measured; {effects.metric} without it {effects.reference:+.4g}"
+    return "\n".join([title, "", _render(table, width)])
+
+
+def summarize_agreement(agreement: Any, effects: Effects, width: int | None = None) -> str:
+    """Write a table of `compare_table` in lines.
+
+    Args:
+        agreement: the table.
+        effects: what the scores are compared with.
+        width: of the terminal; None for text that is piped.
+    """
+    columns = ("spearman", "spearman_size", "kendall", "pearson", "top_k_overlap", "average_precision")
+    table = _table("score")
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    for name, row in agreement.iterrows():
+        table.add_row(Text(str(name)), *[Text(f"{row[column]:+.3f}") for column in columns])
+    first = agreement.iloc[0]
+    title = (
+        f"Against {effects.name}, {effects.metric}: {int(first['n']):,} measured, {int(first['n_present'])} of them at "
+        f"least {first['threshold']:.3g}; k = {int(first['k'])}"
+    )
+    return "\n".join([title, "", _render(table, width)])
