@@ -30,11 +30,12 @@ from lig_lens.inputs.request import Selection, Settings, chosen_numbers, read_pr
 from lig_lens.maps.columns import Downstream, Job, columns_of, engine_of
 from lig_lens.models.loading import check_evaluating, check_hooked, describe_processing, model_name
 from lig_lens.models.stack import Rest
+from lig_lens.names import MAPS
 from lig_lens.paths.baselines import (
     check_baseline,
     describe_baseline,
 )
-from lig_lens.settings import MAPS, MAX_BATCH_TOKENS, MAX_NODES
+from lig_lens.settings import MAX_BATCH_TOKENS, MAX_NODES
 from lig_lens.targets.metrics import Metric
 from lig_lens.targets.metrics import metric as as_metric
 from lig_lens.targets.targets import Direction, check_target, describe_target

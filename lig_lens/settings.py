@@ -21,22 +21,14 @@ from pydantic import (
 from pydantic.types import Strict
 
 from lig_lens.errors import InputError, check_choice
+from lig_lens.names import DTYPES, ENGINES, MAPS
+from lig_lens.paths import baselines_of
 
-MAPS = ("attn", "mlp", "block")
-ATTN_BASELINES = ("zero", "itb", "itb_zero_ratio", "itb_map_ratio", "corrupted")
-BLOCK_BASELINES = ("zero", "itb", "itb_zero_ratio", "corrupted")
-SHARED_BASELINES = ("zero", "corrupted")  # one path for all destinations
-MLP_BASELINES = ("zero", "att_itb_a0", "corrupted")
 PATCHED_NODES = ("hook_z", "resid_pre", "resid_mid")
 PATCHED = (*PATCHED_NODES, "heads", "edges", "edges_patched")
-SPLITS = ("source", "message")
-ENGINES = ("auto", "closed_form", "hooks")
-DTYPES = ("float64", "float32", "float16", "bfloat16")
 # Integration nodes that may be spent on one cell, and tokens that are run through a block at once.
 MAX_NODES = 2048
 MAX_BATCH_TOKENS = 4096
-
-BASELINES = {"attn": ATTN_BASELINES, "mlp": MLP_BASELINES, "block": BLOCK_BASELINES}
 
 
 def _no_repeats(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
@@ -111,7 +103,7 @@ class ExplainConfig(RunConfig):
     @classmethod
     def _check_choices(cls, value: str, info: Any) -> str:
         what = info.field_name.replace("_", " ")
-        valid = {"engine": ENGINES} | {f"{m}_baseline": b for m, b in BASELINES.items()}
+        valid = {"engine": ENGINES} | {f"{m}_baseline": baselines_of(m) for m in MAPS}
         return check_choice(what, value, valid[info.field_name])
 
     def check_together(self) -> None:

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from flows import make_flow
 
-from lig_lens import settings as config
 from lig_lens.cli.main import run
 from lig_lens.errors import ConvergenceWarning, InputError
 from lig_lens.flow.flow import Flow
+from lig_lens.names import MAPS
 from lig_lens.settings import ExplainConfig, load_config, merge_settings, parse_numbers, parse_settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -265,7 +265,7 @@ def test_paper_yaml_is_valid():
     settings = merge_settings(ExplainConfig, load_config(CONFIGS / "paper.yaml"))
     assert settings.model == "bert-base-uncased"
     assert (settings.attn_baseline, settings.mlp_baseline) == ("itb", "att_itb_a0")
-    assert yaml.safe_load((CONFIGS / "paper.yaml").read_text())["maps"] == list(config.MAPS)
+    assert yaml.safe_load((CONFIGS / "paper.yaml").read_text())["maps"] == list(MAPS)
 
 
 def test_settings_that_are_absent_stay_absent():

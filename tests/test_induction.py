@@ -13,7 +13,7 @@ from tiny_hooked import has_hooked_transformer
 import lig_lens
 from lig_lens import patching
 from lig_lens.inputs.induction import WORDS
-from lig_lens.settings import SPLITS
+from lig_lens.names import SPLITS
 
 N_PAIRS = 12
 

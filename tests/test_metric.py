@@ -10,7 +10,7 @@ from tiny_models import KINDS, N_LAYERS, exact_hf, hf_residuals, tiny_bridge
 from torch import Tensor
 
 import lig_lens
-from lig_lens.settings import SPLITS
+from lig_lens.names import SPLITS
 
 CLEAN, CORRUPTED = [5, 12, 30, 7, 22, 39], [5, 12, 11, 7, 22, 39]
 ALL_DIFFERENT = [8, 31, 12, 25, 6, 17]

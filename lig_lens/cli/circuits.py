@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lig_lens.files import check_writable
+from lig_lens.names import DTYPES
 from lig_lens.settings import (
-    DTYPES,
     MAX_BATCH_TOKENS,
     PATCHED,
     CircuitConfig,

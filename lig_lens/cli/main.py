@@ -20,15 +20,11 @@ import lig_lens
 from lig_lens.cli.circuits import register
 from lig_lens.errors import FlowFileError, InputError, MissingPackageError, NonFiniteError
 from lig_lens.files import check_writable
+from lig_lens.names import DTYPES, ENGINES, MAPS
+from lig_lens.paths import baselines_of
 from lig_lens.settings import (
-    ATTN_BASELINES,
-    BLOCK_BASELINES,
-    DTYPES,
-    ENGINES,
-    MAPS,
     MAX_BATCH_TOKENS,
     MAX_NODES,
-    MLP_BASELINES,
     ExplainConfig,
     load_config,
     merge_settings,
@@ -79,6 +75,10 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names)
 
 
+def _baselines(map_name: str) -> str:
+    return _listed(baselines_of(map_name))
+
+
 # The flags of `explain`.
 _Text = Annotated[str, typer.Argument(metavar="TEXT", help="The prompt.", show_default=False)]
 _Model = Annotated[
@@ -90,9 +90,9 @@ _Destinations = Annotated[
     str | None,
     _option("--destinations", default="all", help="Positions whose columns are computed: 4 or 2-6."),
 ]
-_AttnBaseline = Annotated[str | None, _option("--attn-baseline", default="itb", help=f"{_listed(ATTN_BASELINES)}.")]
-_MlpBaseline = Annotated[str | None, _option("--mlp-baseline", default="att_itb_a0", help=f"{_listed(MLP_BASELINES)}.")]
-_BlockBaseline = Annotated[str | None, _option("--block-baseline", default="itb", help=f"{_listed(BLOCK_BASELINES)}.")]
+_AttnBaseline = Annotated[str | None, _option("--attn-baseline", default="itb", help=f"{_baselines('attn')}.")]
+_MlpBaseline = Annotated[str | None, _option("--mlp-baseline", default="att_itb_a0", help=f"{_baselines('mlp')}.")]
+_BlockBaseline = Annotated[str | None, _option("--block-baseline", default="itb", help=f"{_baselines('block')}.")]
 _Corrupted = Annotated[
     str | None,
     _option("--corrupted", help="Second prompt of the same length, for the corrupted baselines."),

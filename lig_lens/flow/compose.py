@@ -21,8 +21,7 @@ from torch import Tensor
 
 from lig_lens.errors import CancellationWarning, InputError, check_choice, check_whole, optional
 from lig_lens.flow.flow import Flow
-from lig_lens.flow.labels import head_name
-from lig_lens.settings import MAPS
+from lig_lens.names import MAPS, head_name
 
 if TYPE_CHECKING:
     import networkx

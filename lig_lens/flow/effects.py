@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lig_lens.errors import InputError, optional
 from lig_lens.files import write_atomic
-from lig_lens.flow.labels import head_name
+from lig_lens.names import head_name
 
 if TYPE_CHECKING:
     import pandas

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lig_lens.errors import FlowFileError, InputError, check_choice
 from lig_lens.flow.labels import AXES, axis_places, check_labels, check_shapes
-from lig_lens.settings import MAPS
+from lig_lens.names import MAPS
 
 if TYPE_CHECKING:
     import networkx
@@ -410,7 +410,7 @@ class Flow:
         Raises:
             InputError: `path` cannot be written.
         """
-        from lig_lens import flow_io  # knows Flow, so it cannot be imported above
+        from lig_lens.flow import file as flow_io  # knows Flow, so it cannot be imported above
 
         return flow_io.save(self, path)
 

@@ -36,11 +36,6 @@ def cell_axes(metric: bool) -> dict[str, tuple[str, ...]]:
     return _METRIC_CELL_AXES if metric else CELL_AXES
 
 
-def head_name(layer: int, head: int | None) -> str:
-    """What a head is called, such as `L9H6`, or its layer where there is none."""
-    return f"layer {layer}" if head is None else f"L{layer}H{head}"
-
-
 def check_labels(flow: "Flow") -> None:
     """Raise InputError unless labels, maps and settings of a Flow belong together."""
     n_pos, n_layers = len(flow.tokens), len(flow.layers)

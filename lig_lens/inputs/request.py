@@ -10,7 +10,8 @@ from torch import Tensor
 from lig_lens.errors import InputError, check_choice
 from lig_lens.inputs.prompts import Prompt, check_same_length, is_batch, read_prompt
 from lig_lens.integrate.quadrature import NODES_PER_PANEL
-from lig_lens.settings import BASELINES, ENGINES, MAPS, SHARED_BASELINES, SPLITS
+from lig_lens.names import ENGINES, MAPS, SPLITS
+from lig_lens.paths import BASELINES, baselines_of
 from lig_lens.targets.metrics import Metric
 from lig_lens.targets.targets import Direction
 
@@ -39,7 +40,7 @@ class Settings:
             check_choice("map", name, MAPS)
         for name, baseline in self.baselines.items():  # a slip is a slip, also where the map is not asked for
             if not isinstance(baseline, Tensor):
-                check_choice(f"{name}_baseline", baseline, BASELINES[name])
+                check_choice(f"{name}_baseline", baseline, baselines_of(name))
         check_choice("engine", self.engine, ENGINES)
         check_choice("split", self.split, SPLITS)
         if isinstance(self.target, Metric):
@@ -74,7 +75,7 @@ class Settings:
                 "heads comes with it: use maps='attn', or leave maps out."
             )
         baseline = self.baselines["attn"]
-        if isinstance(baseline, str) and baseline not in SHARED_BASELINES:
+        if isinstance(baseline, str) and not BASELINES.entry(baseline).shared:
             raise InputError(
                 f"attn_baseline={baseline!r} has a path for each destination, and a metric ({metric.name}) is one "
                 "number for all of them: use 'corrupted' with a second prompt, 'zero' or a tensor."

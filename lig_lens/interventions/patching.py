@@ -25,11 +25,11 @@ from tqdm.auto import tqdm
 from lig_lens.blocks.call import prepared
 from lig_lens.errors import InputError, check_choice
 from lig_lens.flow.effects import Effects
-from lig_lens.flow.labels import head_name
 from lig_lens.inputs.prompts import Prompt, is_batch
 from lig_lens.inputs.request import Selection, chosen_numbers
 from lig_lens.interventions.run import CircuitRun, read_pair
 from lig_lens.models.loading import check_evaluating, check_hooked
+from lig_lens.names import head_name
 from lig_lens.settings import MAX_BATCH_TOKENS, PATCHED_NODES
 from lig_lens.targets.metrics import BatchMetric, Metric
 from lig_lens.targets.metrics import metric as as_metric

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lig_lens.errors import InputError, missing_package
-from lig_lens.settings import DTYPES
+from lig_lens.names import DTYPES
 
 _NAMES: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lig_lens.errors import InputError, check_choice
-from lig_lens.maps import MAPS
+from lig_lens.names import MAPS
 from lig_lens.registry import Entry, Registry
 
 if TYPE_CHECKING:
@@ -74,5 +74,5 @@ def register_baseline(
     """
     if isinstance(maps, str) or not maps:
         raise InputError(f"register_baseline: maps={maps!r}: give a list of maps, such as ['attn', 'block'].")
-    chosen = tuple(check_choice("map", one, MAPS.names()) for one in maps)
+    chosen = tuple(check_choice("map", one, MAPS) for one in maps)
     BASELINES.add(name, BaselineEntry(baseline, chosen, shared, second_prompt, pattern))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lig_lens.blocks.find import BlockNodes
 from lig_lens.errors import InputError, check_choice
-from lig_lens.settings import BASELINES
+from lig_lens.paths import baselines_of
 
 # Denominators below this leave the self term of a ratio baseline at 0.
 _VANISHING = 1e-8
@@ -39,7 +39,7 @@ def check_baseline(
         if not bool(torch.isfinite(baseline).all()):
             raise InputError(f"{map_name}_baseline holds NaN or infinite values.")
         return baseline
-    name = check_choice(f"{map_name}_baseline", baseline, BASELINES[map_name])
+    name = check_choice(f"{map_name}_baseline", baseline, baselines_of(map_name))
     if name == "corrupted" and not has_corrupted:
         raise InputError(f"{map_name}_baseline='corrupted' needs a second prompt: pass corrupted=... as well.")
     return name

@@ -8,7 +8,8 @@ import torch
 
 from lig_lens.errors import InputError, optional
 from lig_lens.flow.flow import Flow
-from lig_lens.flow.labels import axis_places, head_name
+from lig_lens.flow.labels import axis_places
+from lig_lens.names import head_name
 from lig_lens.show.plots.style import DIVERGING, show_token
 
 

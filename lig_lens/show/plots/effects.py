@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from lig_lens.errors import InputError, MissingPackageError
 from lig_lens.flow.effects import Effects
 from lig_lens.flow.flow import Flow
-from lig_lens.flow.labels import head_name
 from lig_lens.interventions.agreement import compare, points
+from lig_lens.names import head_name
 from lig_lens.show.plots.labels import place_names
 from lig_lens.show.plots.matrix import PRINTED, Axis, Panel, Values, draw, printed, row_cells, signed_scale
 from lig_lens.show.plots.select import averaged, chosen_positions

@@ -6,8 +6,8 @@ import plotly.graph_objects as go
 
 from lig_lens.errors import InputError, check_choice
 from lig_lens.flow.flow import Flow
-from lig_lens.flow.labels import axis_places, head_name
-from lig_lens.settings import MAPS
+from lig_lens.flow.labels import axis_places
+from lig_lens.names import MAPS, head_name
 from lig_lens.show.plots.matrix import (
     PRINTED,
     Axis,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lig_lens.errors import InputError, check_choice
 from lig_lens.flow.flow import Flow
-from lig_lens.flow.labels import axis_places, head_name
+from lig_lens.flow.labels import axis_places
+from lig_lens.names import head_name
 from lig_lens.show.plots.matrix import (
     PRINTED,
     ROOMY,

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from lig_lens.flow.compose import Path
 from lig_lens.flow.flow import Flow
-from lig_lens.flow.labels import head_name
+from lig_lens.names import head_name
 from lig_lens.show.plots.select import baselines, describe, worst_gap
 from lig_lens.show.plots.style import (
     INK,
