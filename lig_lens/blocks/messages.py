@@ -1,24 +1,14 @@
 """Messages `p_ji v_i`: what a source sends to a destination through a head, as far as a block's hooks show it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lig_lens.blocks.find import BlockNodes
-from lig_lens.blocks.formula import QKV_PATHS
-from lig_lens.blocks.layout import by_position
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Pattern and values of one block, `z = pattern @ values` head by head; the values are read at `v_path`."""
-
-    pattern: Float[Tensor, "head dst src"]
-    values: Float[Tensor, "src head d_head"]
-    v_path: str
+from lig_lens.blocks.formula import QKV_PATHS, per_query_head
+from lig_lens.blocks.inside import by_position
+from lig_lens.blocks.values import Messages
 
 
 def by_head(values: Tensor, *shape: int) -> Float[Tensor, "..."]:
@@ -29,18 +19,19 @@ def by_head(values: Tensor, *shape: int) -> Float[Tensor, "..."]:
         shape: of the result, [*batch, src, head, d_head].
     """
     shared = values.reshape(*shape[:-2], -1, shape[-1])
-    return shared.repeat_interleave(shape[-2] // shared.shape[-2], -2)
+    return per_query_head(shared.transpose(-3, -2), shape[-2]).transpose(-3, -2)
 
 
-def attention_of(nodes: BlockNodes, values: Mapping[str, Tensor]) -> Attention | None:
+def messages_of(
+    z: Float[Tensor, "pos head d_head"], pattern: Float[Tensor, "head dst src"] | None, values: Mapping[str, Tensor]
+) -> Messages | None:
     """Pattern and values, if the hooks show them and z is their product.
 
     Args:
-        nodes: of the block, with its pattern.
-        values: what its hooks showed on the prompt.
+        z: head outputs on a prompt.
+        pattern: of attention there.
+        values: what the block's hooks showed.
     """
-    z, pattern = nodes.z, nodes.pattern
-    assert z is not None
     path = next((paths[2] for paths in QKV_PATHS if paths[2] in values), None)
     if pattern is None or path is None:
         return None
@@ -50,4 +41,4 @@ def attention_of(nodes: BlockNodes, values: Mapping[str, Tensor]) -> Attention |
         return None
     shown = by_head(values[path], *z.shape).to(z)
     missed = torch.einsum("hjs,she->jhe", pattern, shown) - z
-    return Attention(pattern, shown, path) if by_position(missed.flatten(1), z.flatten(1)) <= 1e-4 else None
+    return Messages(pattern, shown, path) if by_position(missed.flatten(1), z.flatten(1)) <= 1e-4 else None

@@ -1,74 +1,109 @@
-"""See how the model calls its blocks in one run."""
+"""See how a model calls its blocks in one run."""
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
-from lig_lens.blocks.call import HALF, BlockCall, Seen, Stop, first_tensor, module_hooks, submodules, torch_hooks
+from lig_lens.blocks.call import BlockCall, Seen
 from lig_lens.errors import BoundaryError
+from lig_lens.inputs.inputs import Inputs
+from lig_lens.models.running import HALF, Stop, first_tensor, module_hooks, submodules, torch_hooks
+from lig_lens.models.stack import Forward, Stack
 
 T = TypeVar("T")
+_Key = int | str
+Folded = frozenset[_Key]
 
 
 class _FoldedError(Exception):
     """Some argument's first axis is more than the batch; never reaches a user."""
 
 
+@dataclass(frozen=True)
+class Recording(Generic[T]):
+    """What the visitor made of each block's call, and the run itself, if it went through to the output."""
+
+    visited: dict[int, T]
+    forward: Forward | None
+
+
 def record_calls(
-    model: Any, tokens: Int[Tensor, "1 pos"], layers: Sequence[int], visit: Callable[[BlockCall], T]
-) -> dict[int, T]:
-    """Run the model once on `tokens`, as far as needed, and see how it calls the blocks `layers`.
+    stack: Stack,
+    inputs: Inputs,
+    layers: Sequence[int],
+    visit: Callable[[BlockCall], T],
+    *,
+    reads: Mapping[int, Iterable[str]] | None = None,
+    whole: bool = False,
+) -> Recording[T]:
+    """Run the model once on a prompt, and see how it calls the blocks `layers`.
 
     Args:
-        model: a hooked model.
-        tokens: token ids.
+        stack: the blocks.
+        inputs: the prompt.
         layers: indices of blocks.
         visit: gets each call as soon as its block has run, and may run the block again. It should keep no more than
             it needs: what the hooks of all blocks show may not fit into memory.
-
-    Returns:
-        layer -> what `visit` returned.
+        reads: layer -> paths of the submodules whose output is read; all that may be nodes for a layer that is left
+            out.
+        whole: whether to run the model to its end; no further than the last of `layers` otherwise.
     """
+    reads = reads or {}
     try:
-        return _watch(model, tokens, layers, visit, None)
+        return _watch(stack, inputs, layers, visit, None, reads, whole)
     except _FoldedError:
-        # Which first axes hold the batch, only a batch of two can tell. Two tokens are enough.
-        short, unfolded = tokens[:, :2], dict.fromkeys(layers, frozenset[int | str]())
-        one, two = (
-            _watch(model, short.expand(n, -1), layers, lambda call: _tensors(call.args, call.kwargs), unfolded)
-            for n in (1, 2)
-        )
-        return _watch(model, tokens, layers, visit, {layer: _folded(one[layer], two[layer]) for layer in layers})
+        # Which first axes hold the batch, only a batch of two can tell. Two positions are enough.
+        short, unfolded = inputs.shortened(), dict.fromkeys(layers, Folded())
+        none: dict[int, Iterable[str]] = {layer: () for layer in layers}
+
+        def look(call: BlockCall) -> list[tuple[_Key, Tensor]]:
+            return _tensors(call.args, call.kwargs)
+
+        one, two = (_watch(stack, short, layers, look, unfolded, none, False, n).visited for n in (1, 2))
+        folded = {layer: _folded(one[layer], two[layer]) for layer in layers}
+        return _watch(stack, inputs, layers, visit, folded, reads, whole)
 
 
 def _watch(
-    model: Any,
-    tokens: Int[Tensor, "batch pos"],
+    stack: Stack,
+    inputs: Inputs,
     layers: Sequence[int],
     visit: Callable[[BlockCall], T],
-    folded: Mapping[int, frozenset[int | str]] | None,
-) -> dict[int, T]:
+    folded: Mapping[int, Folded] | None,
+    reads: Mapping[int, Iterable[str]],
+    whole: bool,
+    batch: int = 1,
+) -> Recording[T]:
     results: dict[int, T] = {}
-    hook_dict = model.hook_dict
+    usual: dict[int, Any] = {}
 
-    def visit_one(layer: int, call: BlockCall) -> None:
-        results[layer] = visit(call)
-        if layer == max(layers):
+    def ran(layer: int, output: Any, call: BlockCall | None = None) -> None:
+        if whole:
+            usual[layer] = output
+        if call is not None:
+            results[layer] = visit(call)
+        if layer == max(layers) and not whole:
             raise Stop
 
-    with contextlib.ExitStack() as stack:
+    forward = None
+    with contextlib.ExitStack() as on:
         for layer in layers:
             known = None if folded is None else folded[layer]
-            watcher = _Watcher(model.blocks[layer], layer, hook_dict, known, functools.partial(visit_one, layer))
-            stack.callback(watcher.close)
+            watcher = _Watcher(stack, layer, known, reads.get(layer), functools.partial(ran, layer))
+            on.callback(watcher.close)
+        if whole:
+            others = [layer for layer in range(len(stack)) if layer not in layers]
+            pairs = [(stack.blocks[n], lambda _m, _a, output, n=n: ran(n, output), False) for n in others]
+            on.enter_context(module_hooks(pairs))
         with torch.no_grad(), contextlib.suppress(Stop):
-            model(tokens)
-    return results
+            output = stack.run(inputs, batch)
+            forward = Forward(stack, inputs, output, [usual[n] for n in sorted(usual)])
+    return Recording(results, forward)
 
 
 class _Watcher:
@@ -76,13 +111,14 @@ class _Watcher:
 
     def __init__(
         self,
-        block: nn.Module,
+        stack: Stack,
         layer: int,
-        hook_dict: Mapping[str, nn.Module],
-        folded: frozenset[int | str] | None,
-        visit: Callable[[BlockCall], None],
+        folded: Folded | None,
+        reads: Iterable[str] | None,
+        ran: Callable[[Any, BlockCall], None],
     ) -> None:
-        self._block, self._layer, self._hook_dict, self._folded, self._visit = block, layer, hook_dict, folded, visit
+        self._stack, self._layer, self._folded, self._reads, self._ran = stack, layer, folded, reads, ran
+        self._block = block = stack.blocks[layer]
         self._modules = dict(submodules(block))
         self._hooks = contextlib.ExitStack()
         self._hooks.enter_context(module_hooks([(block, self._before, True), (block, self._after, False)]))
@@ -95,17 +131,18 @@ class _Watcher:
         if self._folded is None and any(x.ndim >= 2 and len(x) != 1 for _, x in _tensors(args, kwargs)):
             raise _FoldedError
         self._args, self._kwargs, self._seen = args, kwargs, Seen()
-        self._hooks.enter_context(module_hooks(torch_hooks(self._modules, self._seen.hooks(self._modules))))
+        hooks = self._seen.hooks(self._modules, self._reads)
+        self._hooks.enter_context(module_hooks(torch_hooks(self._modules, hooks)))
 
     def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self.close()  # the visitor may run the block again
         call = self._call(first_tensor(output))
         del self._args, self._kwargs, self._seen  # large, and the visitor's to keep
-        self._visit(call)
+        self._ran(output, call)
 
     def _call(self, output: Tensor) -> BlockCall:
         args, kwargs = self._args, self._kwargs
-        resid_key: int | str | None = next((i for i, a in enumerate(args) if isinstance(a, Tensor)), None)
+        resid_key: _Key | None = next((i for i, a in enumerate(args) if isinstance(a, Tensor)), None)
         if resid_key is None:
             resid_key = next((k for k in ("hidden_states", "resid_pre", "x") if k in kwargs), None)
         if resid_key is None:
@@ -132,9 +169,9 @@ class _Watcher:
             kwargs={k: _without_cache(v) for k, v in kwargs.items()},
             resid_key=resid_key,
             modules=self._modules,
-            hook_dict=self._hook_dict,
+            stack=self._stack,
             recorded_dtype=output.dtype,
-            folded=self._folded or frozenset(),
+            folded=self._folded or Folded(),
             seen=None if half else self._seen,
         )
 
@@ -144,13 +181,13 @@ def _without_cache(value: Any) -> Any:
     return None if hasattr(value, "get_seq_length") or "KeyValueCache" in type(value).__name__ else value
 
 
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int | str, Tensor]]:
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[_Key, Tensor]]:
     """Tensors among the arguments, by position or name."""
-    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    named: list[tuple[_Key, Any]] = [*enumerate(args), *kwargs.items()]
     return [(key, value) for key, value in named if isinstance(value, Tensor)]
 
 
-def _folded(one: list[tuple[int | str, Tensor]], two: list[tuple[int | str, Tensor]]) -> frozenset[int | str]:
+def _folded(one: list[tuple[_Key, Tensor]], two: list[tuple[_Key, Tensor]]) -> Folded:
     """Arguments whose first axis doubles with the batch although it is longer."""
     lengths = {key: len(tensor) for key, tensor in two if tensor.ndim >= 2}
     return frozenset(key for key, x in one if x.ndim >= 2 and 1 < len(x) and lengths.get(key) == 2 * len(x))

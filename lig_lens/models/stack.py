@@ -1,50 +1,91 @@
-"""The model from one block on: residual vectors in, logits out."""
+"""Where a model's blocks are, and how to run it: whole, or from any block on."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from lig_lens.blocks.call import BlockCall, Hook, answering, first_tensor, module_hooks, torch_hooks, with_first_tensor
+from lig_lens.hooked import HookedModel
+from lig_lens.inputs.inputs import Inputs
+from lig_lens.models.running import answering, first_tensor, module_hooks, with_first_tensor
 
 
-class Rest:
-    """Runs the model from a block on, on one prompt, for several residual streams at once.
+@dataclass(frozen=True)
+class Stack:
+    """A model's blocks in the order in which they run, and the name that each goes by among the model's hooks."""
 
-    The blocks before do not run: they hand over something of the right kind, and the block gets other residual
-    vectors. Whatever the model does around its blocks (masks, position embeddings, final norm, unembedding) it does
-    itself. Call it inside `prepared(model, model)`.
+    model: HookedModel
+    blocks: Sequence[nn.Module] = field(repr=False)
+    prefix: str
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def hook_dict(self) -> Mapping[str, nn.Module]:
+        """Hooks of the whole model by all their names."""
+        return self.model.hook_dict
+
+    def name(self, layer: int) -> str:
+        """What a block is called."""
+        return f"{self.prefix}.{layer}"
+
+    def run(self, inputs: Inputs, batch: int = 1) -> Float[Tensor, "batch *rest"]:
+        """The model's output (logits) for `batch` copies of a prompt, under whatever hooks are on it."""
+        output: Tensor = first_tensor(self.model(*inputs.arguments(batch)))
+        return output
+
+
+def stack_of(model: HookedModel) -> Stack:
+    """The blocks of a hooked model; of today's models all are in one stack."""
+    return Stack(model, list(model.blocks)[: int(model.cfg.n_layers)], "blocks")
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A run of a model on a prompt, which can be continued from any block with other residual vectors.
+
+    Attributes:
+        stack: the model's blocks.
+        inputs: the prompt.
+        output: what the model gave, [1, ...].
+        usual: what each block handed over.
     """
 
-    def __init__(self, model: Any, ids: Int[Tensor, "1 pos"]) -> None:
-        """Run the model once, for what its blocks hand over and for its `logits` on the prompt."""
-        self.model, self.ids = model, ids
-        self._usual: list[Any] = []
-        pairs = [(block, lambda *seen: self._usual.append(seen[-1]), False) for block in model.blocks]
-        with torch.no_grad(), module_hooks(pairs):
-            self.logits = self.run()
+    stack: Stack
+    inputs: Inputs
+    output: Float[Tensor, "1 *rest"]
+    usual: Sequence[Any] = field(repr=False)
 
-    def run(self, batch: int = 1) -> Float[Tensor, "batch *rest"]:
-        """Logits of the whole model on the prompt, under whatever hooks are on it."""
-        logits: Tensor = first_tensor(self.model(self.ids.expand(batch, -1)))
-        return logits
-
-    def __call__(
-        self, call: BlockCall, resid_pre: Float[Tensor, "batch pos d_model"], hooks: Mapping[str, Hook] | None = None
+    def onward(
+        self, layer: int, resid_pre: Float[Tensor, "batch pos d_model"], pairs: Sequence[tuple[nn.Module, Any, bool]]
     ) -> Float[Tensor, "batch *rest"]:
-        """Logits of runs in which `resid_pre` enters the block of `call`, with `hooks` on that block's submodules."""
+        """Outputs of runs in which block `layer` gets `resid_pre`.
 
-        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if isinstance(call.resid_key, int):
-                return (*args[: call.resid_key], resid_pre, *args[call.resid_key + 1 :]), kwargs
-            return args, kwargs | {call.resid_key: resid_pre}
+        The blocks before do not run: they hand over something of the right kind. Whatever the model does around its
+        blocks (masks, position embeddings, final norm, unembedding) it does itself. Call it in the state of the model
+        (`prepared`) in which this run was made.
 
+        Args:
+            layer: number of the block.
+            resid_pre: residual vectors, one batch item per run.
+            pairs: torch hooks, as `module_hooks` takes them, among them one that puts `resid_pre` into the block.
+        """
         with contextlib.ExitStack() as stack:
-            for block, usual in zip(self.model.blocks[: call.layer], self._usual, strict=False):
+            for block, usual in zip(self.stack.blocks[:layer], self.usual, strict=False):
                 stack.enter_context(answering(block, with_first_tensor(usual, resid_pre)))
-            pairs = [(call.block, enter, True), *torch_hooks(call.modules, hooks or {})]
             stack.enter_context(module_hooks(pairs))
-            return self.run(len(resid_pre))
+            return self.stack.run(self.inputs, len(resid_pre))
+
+
+def plain_forward(stack: Stack, inputs: Inputs) -> Forward:
+    """Run a model once, and keep what its blocks hand over."""
+    usual: list[Any] = []
+    pairs = [(block, lambda *seen: usual.append(seen[-1]), False) for block in stack.blocks]
+    with torch.no_grad(), module_hooks(pairs):
+        output = stack.run(inputs)
+    return Forward(stack, inputs, output, usual)

@@ -1,7 +1,5 @@
-"""A prompt in, token ids and their labels out."""
+"""A text or token ids in, what a model of tokens takes out."""
 
-import numbers
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,35 +8,40 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lig_lens.errors import InputError
+from lig_lens.hooked import HookedModel
+from lig_lens.inputs.inputs import Inputs
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TokenIds(Inputs):
     """Token ids as the model takes them, without padding, and how to show them."""
 
     ids: Int[Tensor, "1 pos"]
     tokens: tuple[str, ...]
     special: tuple[bool, ...]
 
-    def __len__(self) -> int:
-        return len(self.tokens)
+    def arguments(self, batch: int = 1) -> tuple[Tensor, ...]:
+        """See the base class."""
+        return (self.ids.expand(batch, -1),)
 
+    def shortened(self) -> "TokenIds":
+        """See the base class."""
+        return TokenIds(self.ids[:, :2], self.tokens[:2], self.special[:2])
 
-def is_batch(prompt: Any) -> bool:
-    """Whether `prompt` is several prompts: a sequence of texts or of id sequences (not one of ids)."""
-    if isinstance(prompt, (str, Tensor)) or not isinstance(prompt, Sequence) or not prompt:
-        return False
-    return not isinstance(prompt[0], numbers.Integral)
+    def record(self) -> list[int]:
+        """See the base class."""
+        ids: list[int] = self.ids[0].tolist()
+        return ids
 
 
 def read_prompt(
-    model: Any,
+    model: HookedModel,
     prompt: Any,
     *,
     prepend_bos: bool | None = None,
     attention_mask: Any = None,
     what: str = "prompt",
-) -> Prompt:
+) -> TokenIds:
     """Tokenize a text, or check token ids, and drop padding.
 
     Args:
@@ -50,7 +53,7 @@ def read_prompt(
         what: name of the argument in messages.
 
     Padding is removed before the model runs, so it neither gives nor receives contributions. Nothing else is
-    cut: special tokens stay, marked in `Prompt.special`.
+    cut: special tokens stay, marked in `TokenIds.special`.
 
     Raises:
         InputError: an empty prompt, more tokens than the model's context, ids outside the vocabulary, or ids of
@@ -70,23 +73,10 @@ def read_prompt(
             f"The {what} has {ids.shape[1]} tokens, more than the model's context of {n_ctx}: "
             "shorten it (nothing is cut silently)."
         )
-    return Prompt(ids, *_labels(model, ids[0].tolist()))
+    return TokenIds(ids, *_labels(model, ids[0].tolist()))
 
 
-def check_same_length(clean: Prompt, corrupted: Prompt) -> None:
-    """Raise InputError unless both prompts have the same number of tokens."""
-    if len(clean) == len(corrupted):
-        return
-    pairs = zip(clean.tokens, corrupted.tokens, strict=False)
-    part = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(clean), len(corrupted)))
-    raise InputError(
-        f"corrupted has {len(corrupted)} tokens, the prompt {len(clean)}: a path joins them position by position, "
-        f"so make them equally long. They part at position {part}: prompt {list(clean.tokens[part : part + 3])}, "
-        f"corrupted {list(corrupted.tokens[part : part + 3])}."
-    )
-
-
-def _from_text(model: Any, text: str, prepend_bos: bool | None, what: str) -> Tensor:
+def _from_text(model: HookedModel, text: str, prepend_bos: bool | None, what: str) -> Tensor:
     if not text.strip():
         raise InputError(f"The {what} is empty: {text!r}. Give a text with at least one word.")
     if getattr(model, "tokenizer", None) is None:
@@ -122,7 +112,7 @@ def _check_known(tokenizer: Any, text: str, ids: list[int], what: str) -> None:
         )
 
 
-def _from_ids(model: Any, prompt: Any, attention_mask: Any, what: str) -> Tensor:
+def _from_ids(model: HookedModel, prompt: Any, attention_mask: Any, what: str) -> Tensor:
     try:
         ids = torch.as_tensor(prompt)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -148,7 +138,7 @@ def _from_ids(model: Any, prompt: Any, attention_mask: Any, what: str) -> Tensor
     return ids[_kept(model, ids, attention_mask, what)][None].to(model.cfg.device)
 
 
-def _kept(model: Any, ids: Tensor, attention_mask: Any, what: str) -> Tensor:
+def _kept(model: HookedModel, ids: Tensor, attention_mask: Any, what: str) -> Tensor:
     """Which positions are no padding."""
     if attention_mask is not None:
         mask = torch.as_tensor(attention_mask).reshape(-1)
@@ -170,7 +160,7 @@ def _kept(model: Any, ids: Tensor, attention_mask: Any, what: str) -> Tensor:
     return kept
 
 
-def _labels(model: Any, ids: list[int]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+def _labels(model: HookedModel, ids: list[int]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         return tuple(str(i) for i in ids), tuple(False for _ in ids)

@@ -1,0 +1,237 @@
+"""The blocks of a model, each found once, and the values that prompts put there.
+
+What was found is kept beside the model as long as the model lives, and used again while a stamp says that the block is
+still the same: its weights (their sums, which are needed to see NaNs anyway), its hooks, its dtype, and the model's
+settings. On every prompt the values themselves must still fit it: head outputs times W_O give the attention output, the
+formula gives the head outputs, the norm divides by what it should. Where anything differs the block is found anew.
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lig_lens.blocks.block import AttentionNodes, Block
+from lig_lens.blocks.call import BlockCall, Seen
+from lig_lens.blocks.find import check_finite, find_block, inside_of, replay
+from lig_lens.blocks.formula import PATTERN_PATH
+from lig_lens.blocks.inside import ALLOWED, Inside, relative
+from lig_lens.blocks.layouts.layout import SumLayout
+from lig_lens.blocks.messages import messages_of
+from lig_lens.blocks.recording import Recording, record_calls
+from lig_lens.blocks.values import HeadValues, Values
+from lig_lens.errors import BoundaryError, NonFiniteError
+from lig_lens.inputs.inputs import Inputs
+from lig_lens.models.running import prepared, submodules
+from lig_lens.models.stack import Stack
+
+# Different positions that a prompt needs for what is found on it to stand for longer ones.
+_ENOUGH = 4
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What is wanted of a prompt's values; the rest is not kept, since of all blocks it may not fit into memory.
+
+    Attributes:
+        heads: values at attention's nodes; without them a block whose inside fits no layout will do.
+        formula: attention's formula with the prompt's values.
+        pattern: the attention pattern.
+        messages: pattern and values.
+        middle: resid_mid.
+    """
+
+    heads: bool = True
+    formula: bool = True
+    pattern: bool = False
+    messages: bool = False
+    middle: bool = False
+
+
+@dataclass(frozen=True)
+class _Stamp:
+    """What must not have changed for a block to be the one that was found."""
+
+    sums: tuple[float, ...]
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device | None
+    config: tuple[tuple[str, Any], ...]
+
+
+_Hooks = tuple[tuple[int, ...], ...]
+# By the dtype of the first weight: a half-precision model also runs in float32.
+_KEPT: "weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype | None, tuple[_Stamp, _Hooks, Block]]]"
+_KEPT = weakref.WeakKeyDictionary()
+
+
+class Blocks:
+    """Some blocks of a model, for prompts that run while its weights stay as they are."""
+
+    def __init__(self, stack: Stack, layers: Sequence[int]) -> None:
+        """Look up what is known of the blocks.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite.
+        """
+        self.stack, self.layers = stack, tuple(layers)
+        config = _config(stack)
+        self._stamps = {layer: _stamp(stack.blocks[layer], layer, config) for layer in self.layers}
+        self._known: dict[int, Block] = {}
+        for layer in self.layers:
+            module, stamp = stack.blocks[layer], self._stamps[layer]
+            kept = _KEPT.get(module, {}).get(_dtype(stamp))
+            if kept is not None and kept[0] == stamp and kept[1] == _hooks(module):
+                self._known[layer] = kept[2]
+
+    def record(self, inputs: Inputs, needs: Needs, *, whole: bool = False) -> Recording[Values]:
+        """Run the model once on a prompt, and give the values at its blocks.
+
+        Args:
+            inputs: the prompt.
+            needs: what of the values is kept.
+            whole: whether to run the model to its end.
+
+        Raises:
+            BoundaryError: heads are needed, and the nodes of a block do not reproduce it.
+            NonFiniteError: a node's value is NaN or infinite.
+        """
+        reads = {layer: block.reads for layer, block in self._known.items() if _covers(block, len(inputs))}
+
+        def visit(call: BlockCall) -> Values:
+            return self._values(call, needs, known=call.layer in reads)
+
+        return record_calls(self.stack, inputs, self.layers, visit, reads=reads, whole=whole)
+
+    def _values(self, call: BlockCall, needs: Needs, known: bool) -> Values:
+        check_finite(call, "resid_pre", call.resid_pre)
+        check_finite(call, "resid_post", call.resid_post)
+        shown, call = call.seen, replace(call, seen=None)
+        with torch.no_grad(), prepared(self.stack.model, call.block):
+            if known:
+                block = self._known[call.layer]
+                seen = replay(call, block.reads) if shown is None else shown
+                values = _fitted(block, call, seen, needs, fresh=False)
+                if values is not None:
+                    return values
+                shown = None  # only what the known block needs was read
+            seen = replay(call) if shown is None else shown
+            block = find_block(call, seen, replayed=shown is None)
+            self._keep(call, block)
+            values = _fitted(block, call, seen, needs, fresh=True)
+        if values is None:
+            raise BoundaryError(
+                f"Block {call.layer}: the formula that was found for its attention misses its head outputs. Use "
+                "engine='hooks', and please report the model."
+            )
+        return values
+
+    def _keep(self, call: BlockCall, block: Block) -> None:
+        self._known[call.layer] = block
+        stamp = self._stamps[call.layer]
+        _KEPT.setdefault(call.block, {})[_dtype(stamp)] = (stamp, _hooks(call.block), block)
+
+
+def _covers(block: Block, n_pos: int) -> bool:
+    """Whether a prompt on which a block was found tells enough about one of `n_pos` positions."""
+    return block.found_on >= min(n_pos, _ENOUGH)
+
+
+def _fitted(block: Block, call: BlockCall, seen: Seen, needs: Needs, fresh: bool) -> Values | None:
+    """Values of a prompt at a block, or None where they do not fit it.
+
+    Args:
+        block: what was found.
+        call: the block on the prompt.
+        seen: what its hooks show there.
+        needs: what is kept.
+        fresh: whether the block was found on this very prompt.
+    """
+    if needs.heads and block.problem:
+        raise BoundaryError(block.problem)
+    scales = {path: seen.values[path][..., 0] for path in block.tail_norms if path in seen.values}
+    if len(scales) < len(block.tail_norms):
+        return None
+    attention = None
+    if block.attention is not None:
+        inside = inside_of(call, seen)
+        if inside is None:
+            return None
+        attention = _at_heads(block.attention, inside, needs, fresh)
+        if attention is None:
+            return None
+    elif not fresh:
+        replay(call, ())
+    return Values(block, call, seen.output, scales, attention)
+
+
+def _at_heads(nodes: AttentionNodes, inside: Inside, needs: Needs, fresh: bool) -> HeadValues | None:
+    call, values, z = inside.call, inside.seen.values, inside.z
+    if not fresh:
+        made = z.flatten(1) @ inside.W_O.flatten(0, 1) + nodes.b_O
+        if relative(made - inside.attn_out, inside.attn_out) > ALLOWED:
+            return None
+    formula = None
+    if nodes.formula is not None and (needs.formula or not fresh):
+        formula = nodes.formula.on(call, values, z)
+        if formula is None:
+            return None
+    if not fresh and (formula is None or not isinstance(nodes.layout, SumLayout)):
+        replay(call, ())
+    pattern = _pattern(values.get(PATTERN_PATH), z) if needs.pattern or needs.messages else None
+    return HeadValues(
+        nodes,
+        z,
+        inside.W_O,
+        pattern=pattern if needs.pattern else None,
+        resid_mid=nodes.layout.middle(inside) if needs.middle else None,
+        formula=formula if needs.formula else None,
+        messages=messages_of(z, pattern, values) if needs.messages else None,
+    )
+
+
+def _pattern(pattern: Tensor | None, z: Tensor) -> Tensor | None:
+    """The attention pattern, if that is what the hook shows: rows over sources that add up to 1."""
+    if pattern is None or pattern.shape != (z.shape[1], z.shape[0], z.shape[0]):
+        return None
+    pattern = pattern.to(z.dtype)
+    return pattern if bool(((pattern.sum(-1) - 1).abs() <= 1e-3).all()) else None
+
+
+def _stamp(module: nn.Module, layer: int, config: tuple[tuple[str, Any], ...]) -> _Stamp:
+    """See `_Stamp`; also finds weights that are NaN or infinite.
+
+    A HookedTransformer turns NaN patterns into 0, and a bad weight would show nowhere.
+    """
+    named = list(module.named_parameters())
+    # One sum is several times cheaper than a look at every number; where it overflows, look.
+    sums = torch.stack([w.detach().sum(dtype=torch.float32) for _, w in named]).tolist() if named else []
+    for (name, weight), total in zip(named, sums, strict=True):
+        if not abs(total) < float("inf") and not bool(torch.isfinite(weight).all()):
+            shown = name.replace("_original_component.", "")
+            raise NonFiniteError(f"NaN or infinite values in the weight {shown!r} of block {layer}: reload the model.")
+    device = named[0][1].device if named else None
+    return _Stamp(tuple(sums), tuple(w.dtype for _, w in named), device, (("training", module.training), *config))
+
+
+def _dtype(stamp: _Stamp) -> torch.dtype | None:
+    return stamp.dtypes[0] if stamp.dtypes else None
+
+
+def _config(stack: Stack) -> tuple[tuple[str, Any], ...]:
+    """The model's settings, as far as they are plain values; some decide what blocks show and do."""
+    cfg = stack.model.cfg
+    plain = (bool, int, float, str, torch.dtype)
+    named = sorted((key, value) for key, value in vars(cfg).items() if isinstance(value, plain))
+    hf = getattr(getattr(stack.model, "original_model", None), "config", None)
+    return (*named, ("attention", getattr(hf, "_attn_implementation", None)))
+
+
+def _hooks(module: nn.Module) -> _Hooks:
+    """The hooks on a block's modules (torch numbers them), and what stands in for their `forward`."""
+    return tuple(
+        (*one._forward_pre_hooks, *one._forward_hooks, id(one.__dict__.get("forward")))
+        for one in (module, *(child for _, child in submodules(module)))
+    )

@@ -1,0 +1,11 @@
+"""Layouts, in the order in which they are tried."""
+
+from lig_lens.blocks.layouts.layout import Layout
+from lig_lens.blocks.layouts.parallel import Parallel
+from lig_lens.blocks.layouts.post_ln import PostLn
+from lig_lens.blocks.layouts.pre_ln import PreLn
+from lig_lens.blocks.layouts.pre_post_ln import PrePostLn
+
+LAYOUTS: tuple[Layout, ...] = (PreLn(), PostLn(), PrePostLn(), Parallel())
+# Of a block without separable heads.
+BLOCK_ONLY = "block_only"

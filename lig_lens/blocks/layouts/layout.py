@@ -1,0 +1,79 @@
+"""How a block joins skip connection and attention output."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lig_lens.blocks.inside import ALLOWED, Inside, by_position, norm_before
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a block put out when its nodes were changed; see `layout_fit.diagnose`.
+
+    Attributes:
+        inside: the block's nodes on the prompt.
+        b_O: bias of the attention output.
+        moved: output with a vector moved from the attention output to the skip connection.
+        without_z: output with all head outputs 0.
+    """
+
+    inside: Inside
+    b_O: Float[Tensor, "d_model"]
+    moved: Float[Tensor, "pos d_model"] = field(repr=False)
+    without_z: Float[Tensor, "pos d_model"] = field(repr=False)
+
+    @property
+    def output(self) -> Float[Tensor, "pos d_model"]:
+        """The block's output on the prompt."""
+        return self.inside.seen.output
+
+    def same(self, output: Float[Tensor, "pos d_model"]) -> bool:
+        """Whether an output is that of the prompt."""
+        return by_position(output - self.output, self.output) <= ALLOWED
+
+
+class Layout(ABC):
+    """One way of joining them. A new one is a file here, and a line in `layouts/__init__.py`.
+
+    Attributes:
+        name: as `describe_boundaries` shows it.
+        norms_in_series: the norms after attention see what passed the one before it; in parallel layouts they see what
+            that one sees.
+    """
+
+    name: str
+    norms_in_series = True
+
+    @abstractmethod
+    def fits(self, trial: Trial) -> bool:
+        """Whether the block does what it would do in this layout."""
+
+    def middle(self, inside: Inside) -> Float[Tensor, "pos d_model"] | None:
+        """The vector that the rest of the block sees, resid_mid, where the layout has one."""
+        return None
+
+    def reads(self, inside: Inside) -> tuple[str, ...]:
+        """Hooks that `middle` needs beside the attention output."""
+        return ()
+
+
+class SumLayout(Layout):
+    """The rest of the block sees skip connection and attention output as their sum only."""
+
+    norm_first: bool
+    """Whether a norm stands before attention."""
+
+    def fits(self, trial: Trial) -> bool:
+        """See the base class."""
+        return trial.same(trial.moved) and self.places_norm(trial.inside)
+
+    def places_norm(self, inside: Inside) -> bool:
+        """Whether the block's first norm is where this layout has it."""
+        return norm_before(inside.seen.order, inside.z_path) == self.norm_first
+
+    def middle(self, inside: Inside) -> Float[Tensor, "pos d_model"] | None:
+        """The sum."""
+        return inside.call.resid_pre + inside.attn_out

@@ -1,0 +1,10 @@
+"""Norms before attention and MLP: GPT-2, Llama and most others."""
+
+from lig_lens.blocks.layouts.layout import SumLayout
+
+
+class PreLn(SumLayout):
+    """resid_mid = resid_pre + attn(norm(resid_pre)), resid_post = resid_mid + mlp(norm(resid_mid))."""
+
+    name = "pre_ln"
+    norm_first = True

@@ -1,0 +1,67 @@
+"""What a hooked model has to offer."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from lig_lens.errors import InputError
+
+
+class _ByAttributes(type(Protocol)):
+    """Looks for a module's parts the way `nn.Module` gives them.
+
+    `runtime_checkable` does not from Python 3.12 on: it looks attributes up statically, and a module's submodules are
+    found by its `__getattr__`.
+    """
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return not missing_parts(instance)
+
+
+class HookedModel(Protocol, metaclass=_ByAttributes):
+    """A `TransformerBridge`, a `HookedTransformer`, a `HookedEncoder`, or another module with their interface."""
+
+    cfg: Any
+    """TransformerLens' config: `n_layers`, `d_model`, `d_vocab`, `n_ctx`, `dtype`, `device`, and more by model."""
+    blocks: nn.ModuleList
+    hook_dict: Mapping[str, nn.Module]
+    """Hooks of the whole model by all their names."""
+    tokenizer: Any
+    training: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All weights."""
+
+    def buffers(self) -> Iterator[torch.Tensor]:
+        """All buffers."""
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """All submodules by their path."""
+
+    def to_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Token ids of a text."""
+
+
+def missing_parts(model: object) -> list[str]:
+    """Parts of a hooked model that `model` lacks."""
+    return [name for name in ("blocks", "cfg", "hook_dict") if not hasattr(model, name)]
+
+
+def check_hooked(model: object) -> HookedModel:
+    """Return `model` if it has the parts of a hooked model that are used here.
+
+    Raises:
+        InputError: it has not.
+    """
+    missing = missing_parts(model)
+    if missing:
+        raise InputError(
+            f"{type(model).__name__} is not a hooked model (no {', '.join(missing)}): pass a TransformerBridge, "
+            "a HookedTransformer or a HookedEncoder, or a name for load_model."
+        )
+    return cast(HookedModel, model)

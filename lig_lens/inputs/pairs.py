@@ -1,0 +1,94 @@
+"""Prompts as users give them: one or several, each with a second one where there is one."""
+
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lig_lens.errors import InputError
+from lig_lens.hooked import HookedModel
+from lig_lens.inputs.inputs import Inputs
+from lig_lens.inputs.token_ids import read_prompt
+
+Pair = tuple[Inputs, Inputs | None]
+"""A prompt, and its corrupted counterpart."""
+
+
+def is_batch(prompt: Any) -> bool:
+    """Whether `prompt` is several prompts: a sequence of texts or of id sequences (not one of ids)."""
+    if isinstance(prompt, (str, Tensor)) or not isinstance(prompt, Sequence) or not prompt:
+        return False
+    return not isinstance(prompt[0], numbers.Integral)
+
+
+def read_pairs(
+    model: HookedModel, prompt: Any, corrupted: Any, attention_mask: Any, prepend_bos: bool | None
+) -> list[Pair]:
+    """Read prompts, and the corrupted prompt of each where there is one.
+
+    Args:
+        model: a hooked model.
+        prompt: one, or several (see `is_batch`).
+        corrupted: one for each, or None.
+        attention_mask: one for each, or None.
+        prepend_bos: for texts; the tokenizer's own default with None.
+
+    Raises:
+        InputError: what cannot be read, or prompts of different lengths.
+    """
+    several = is_batch(prompt)
+    prompts, others, masks = (
+        _one_each(several, prompt, prompt),
+        _one_each(several, prompt, corrupted, "corrupted"),
+        _one_each(several, prompt, attention_mask, "attention_mask"),
+    )
+    read: list[Pair] = []
+    for number, (one, other, mask) in enumerate(zip(prompts, others, masks, strict=True)):
+        try:
+            clean = read_prompt(model, one, prepend_bos=prepend_bos, attention_mask=mask)
+            second = None
+            if other is not None:
+                second = read_prompt(model, other, prepend_bos=prepend_bos, what="corrupted prompt")
+                _check_same_length(clean, second)
+        except InputError as error:
+            where = f"Prompt {number} of {len(prompts)}: " if several else ""
+            raise InputError(f"{where}{error}") from error
+        read.append((clean, second))
+    return read
+
+
+def _one_each(several: bool, prompt: Any, value: Any, what: str = "prompt") -> list[Any]:
+    """`value` as a list with one entry per prompt."""
+    if not several:
+        return [value]
+    if value is None:
+        return [None] * len(prompt)
+    if isinstance(value, str) or len(value) != len(prompt):
+        given = "one text" if isinstance(value, str) else f"{len(value)} entries"
+        raise InputError(f"{what} has {given} for {len(prompt)} prompts: give a list with one per prompt.")
+    return list(value)
+
+
+def read_pair(model: HookedModel, clean: Any, other: Any, prepend_bos: bool | None) -> Pair:
+    """Read one prompt, and another of as many tokens if there is one.
+
+    Raises:
+        InputError: several prompts, prompts of different lengths, or what cannot be read.
+    """
+    if is_batch(clean) or is_batch(other):
+        raise InputError("A list of prompts: give one pair at a time, and average() the results.")
+    return read_pairs(model, clean, other, None, prepend_bos)[0]
+
+
+def _check_same_length(clean: Inputs, corrupted: Inputs) -> None:
+    """Raise InputError unless both prompts have the same number of tokens."""
+    if len(clean) == len(corrupted):
+        return
+    pairs = zip(clean.tokens, corrupted.tokens, strict=False)
+    part = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(clean), len(corrupted)))
+    raise InputError(
+        f"corrupted has {len(corrupted)} tokens, the prompt {len(clean)}: a path joins them position by position, "
+        f"so make them equally long. They part at position {part}: prompt {list(clean.tokens[part : part + 3])}, "
+        f"corrupted {list(corrupted.tokens[part : part + 3])}."
+    )
