@@ -1,7 +1,7 @@
 from . import plots as plots
 from .attribution import attribute as attribute
-from .blocks.find import BlockBoundaries as BlockBoundaries
-from .blocks.find import describe_boundaries as describe_boundaries
+from .blocks.block import BlockBoundaries as BlockBoundaries
+from .blocks.describe import describe_boundaries as describe_boundaries
 from .errors import BoundaryError as BoundaryError
 from .errors import CancellationWarning as CancellationWarning
 from .errors import ConvergenceWarning as ConvergenceWarning
@@ -22,12 +22,14 @@ from .interventions.agreement import compare_table as compare_table
 from .interventions.agreement import precision_recall as precision_recall
 from .interventions.scores import scores as scores
 from .models.loading import load_model as load_model
+from .paths import register_baseline as register_baseline
+from .paths.baseline import Baseline as Baseline
 from .show.explorer import explore as explore
+from .targets.direction import direction as direction
 from .targets.metrics import class_logit as class_logit
 from .targets.metrics import kl_divergence as kl_divergence
 from .targets.metrics import log_probability as log_probability
 from .targets.metrics import logit_difference as logit_difference
 from .targets.metrics import metric as metric
-from .targets.targets import direction as direction
 
 __version__: str

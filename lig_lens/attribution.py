@@ -1,13 +1,12 @@
-"""The one entry: prompt in, Flow out."""
+"""The one entry: prompts in, Flows out."""
 
 import importlib.metadata
 import itertools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +15,42 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lig_lens import __version__
-from lig_lens.blocks.call import BlockCall, prepared
-from lig_lens.blocks.find import BlockNodes, find_nodes
-from lig_lens.blocks.messages import attention_of
-from lig_lens.blocks.recording import record_calls
+from lig_lens.asked import Settings
+from lig_lens.blocks.known import Blocks, Needs
+from lig_lens.blocks.values import Values
 from lig_lens.errors import ConvergenceWarning, InputError
 from lig_lens.files import check_writable
 from lig_lens.flow import file as flow_io
 from lig_lens.flow.flow import Flow
 from lig_lens.flow.labels import cell_axes, tensor_axes
-from lig_lens.inputs.prompts import Prompt, is_batch
-from lig_lens.inputs.request import Selection, Settings, chosen_numbers, read_prompts
-from lig_lens.maps.columns import Downstream, Job, columns_of, engine_of
-from lig_lens.models.loading import check_evaluating, check_hooked, describe_processing, model_name
-from lig_lens.models.stack import Rest
-from lig_lens.names import MAPS
-from lig_lens.paths.baselines import (
-    check_baseline,
-    describe_baseline,
-)
+from lig_lens.hooked import HookedModel, check_hooked
+from lig_lens.inputs.chosen import Selection, chosen_numbers
+from lig_lens.inputs.inputs import Inputs
+from lig_lens.inputs.pairs import is_batch, read_pairs
+from lig_lens.integrate.integrand import Budget
+from lig_lens.integrate.to_metric import Downstream
+from lig_lens.maps import MAPS, METRIC_MAPS
+from lig_lens.maps.job import Job
+from lig_lens.maps.map import Map
+from lig_lens.models.loading import check_evaluating, describe_processing, model_name
+from lig_lens.models.running import prepared
+from lig_lens.models.stack import Forward, stack_of
+from lig_lens.paths import BASELINES
+from lig_lens.paths.baseline import chosen_baseline, describe_baseline
+from lig_lens.paths.columns import Columns
 from lig_lens.settings import MAX_BATCH_TOKENS, MAX_NODES
+from lig_lens.targets.direction import Direction
 from lig_lens.targets.metrics import Metric
-from lig_lens.targets.metrics import metric as as_metric
-from lig_lens.targets.targets import Direction, check_target, describe_target
+from lig_lens.targets.resolve import as_target
+from lig_lens.targets.target import DestinationTarget
 
-# Of the mlp map, beside its heads.
-_PARTS = {"skip", "bias"}
+_CELLS = ("converged", "gap", "error", "nodes")
 _OUR_FRAMES = ("lig_lens", "torch", "jaxtyping", "beartype")
 
 
 @torch.inference_mode(False)  # gradients are needed, whatever mode the caller is in
 def attribute(
-    model: Any,
+    model: HookedModel | object,
     prompt: Any,
     *,
     maps: str | Sequence[str] | None = None,
@@ -118,14 +121,12 @@ def attribute(
     Warns:
         ConvergenceWarning: once per prompt, with the number of cells that missed `tol`.
     """
-    model = check_hooked(model)
-    if callable(target) and not isinstance(target, (Metric, Direction)):
-        target = as_metric(target)
-    per_metric = isinstance(target, Metric)
+    hooked = check_hooked(model)
+    target = as_target(target)
     if maps is None:
-        maps = ("attn",) if per_metric else MAPS
+        maps = ("attn",) if target.per_metric else MAPS.names()
     if attn_baseline is None:
-        attn_baseline = "corrupted" if per_metric else "itb"
+        attn_baseline = "corrupted" if target.per_metric else "itb"
     settings = Settings(
         maps=tuple(dict.fromkeys([maps] if isinstance(maps, str) else maps)),
         baselines={"attn": attn_baseline, "mlp": mlp_baseline, "block": block_baseline},
@@ -137,12 +138,13 @@ def attribute(
         progress=progress,
         split=split,
     )
-    if corrupted is not None and not any(settings.starts_from(name, "corrupted") for name in settings.maps):
+    uses = [name for name in settings.maps if _entry(settings, name, "second_prompt")]
+    if corrupted is not None and not uses:
         raise InputError(
             f"corrupted is given, but no baseline of the maps {', '.join(settings.maps)} is 'corrupted': set one, or "
             "leave corrupted out."
         )
-    if per_metric and destinations is not None:
+    if target.per_metric and destinations is not None:
         raise InputError(
             f"destinations={destinations}: contributions to a metric add up over all of them: leave it out."
         )
@@ -150,238 +152,229 @@ def attribute(
         if is_batch(prompt):
             raise InputError("out is one file, for one prompt: call attribute() for each prompt, or save the Flows.")
         check_writable(out, "out")
-    check_evaluating(model)
-    read = read_prompts(model, prompt, corrupted, attention_mask, prepend_bos)
-    chosen = chosen_numbers("layer", layers, int(model.cfg.n_layers))
-    wanted = [chosen_numbers("destination", destinations, len(clean)) for clean, _ in read]
-    first = _prepare(model, settings, *read[0], chosen, wanted[0])
-    for clean, second in read:
-        _check_shapes(settings, first.nodes[chosen[0]], len(clean), len(chosen), second is not None)
-    rest = (_prepare(model, settings, *pair, chosen, dst) for pair, dst in zip(read[1:], wanted[1:], strict=True))
-    flows = [_run(model, settings, job, out) for job in itertools.chain([first], rest)]
+    check_evaluating(hooked)
+    pairs = read_pairs(hooked, prompt, corrupted, attention_mask, prepend_bos)
+    chosen = chosen_numbers("layer", layers, int(hooked.cfg.n_layers))
+    wanted = [chosen_numbers("destination", destinations, len(clean)) for clean, _ in pairs]
+    run = _Run(hooked, settings, chosen)
+    first = run.prepare(*pairs[0], wanted[0])
+    for clean, second in pairs[1:]:
+        run.check_prompt(first.values[chosen[0]], len(clean), second is not None)
+    rest = (run.prepare(*pair, dst) for pair, dst in zip(pairs[1:], wanted[1:], strict=True))
+    flows = [run.flow(job, out) for job in itertools.chain([first], rest)]
     return flows if is_batch(prompt) else flows[0]
 
 
-def _prepare(
-    model: Any,
-    settings: Settings,
-    clean: Prompt,
-    second: Prompt | None,
-    layers: tuple[int, ...],
-    destinations: tuple[int, ...],
-) -> Job:
-    """Record the prompt's blocks, verify their nodes, and check that they have what the maps need."""
-    downstream = None
-    if isinstance(settings.target, Metric):
-        downstream = _downstream(model, settings.target, clean, second)
-    with _float32(model, settings):
-        nodes, corrupted = _recorded(model, settings, clean, second, layers)
-    return Job(clean, layers, destinations, nodes, corrupted, second, downstream)
+def _entry(settings: Settings, map_name: str, fact: str) -> bool:
+    """Something that is known of the baseline of a map; of tensors nothing is."""
+    baseline = settings.baseline_of(map_name)
+    return isinstance(baseline, str) and bool(getattr(BASELINES.entry(baseline), fact))
 
 
-def _float32(model: Any, settings: Settings) -> AbstractContextManager[None]:
-    """For a metric all of a half-precision model runs in float32, so that it is one function throughout."""
-    return prepared(model, model) if isinstance(settings.target, Metric) else nullcontext()
+class _Run:
+    """One call of `attribute`: a model, what is asked of it, and its blocks."""
 
+    def __init__(self, model: HookedModel, settings: Settings, layers: tuple[int, ...]) -> None:
+        self.model, self.settings, self.layers = model, settings, layers
+        registry = METRIC_MAPS if settings.target.per_metric else MAPS
+        self.maps: list[Map] = [registry[name] for name in settings.maps]
+        self.budget = Budget(settings.tol, settings.max_nodes, settings.max_batch_tokens)
+        with self._float32():
+            self.blocks = Blocks(stack_of(model), layers)
 
-def _downstream(model: Any, metric: Metric, clean: Prompt, second: Prompt | None) -> Downstream:
-    with prepared(model, model), torch.no_grad():
-        rest = Rest(model, clean.ids)
-        ready = metric.on(model, rest.logits)
-        corrupted = None if second is None else float(ready(Rest(model, second.ids).logits))
-        return Downstream(rest, ready, float(ready(rest.logits)), corrupted)
+    def prepare(self, clean: Inputs, second: Inputs | None, destinations: tuple[int, ...]) -> Job:
+        """Record the prompt's blocks, and check that they have what the maps need."""
+        settings, metric = self.settings, self.settings.target
+        heads, by_message = any(one.needs_heads for one in self.maps), settings.split == "message"
+        needs = Needs(
+            heads=heads,
+            formula=settings.engine != "hooks",
+            pattern=any(_entry(settings, name, "pattern") for name in settings.maps),
+            v_path=by_message,
+        )
+        downstream = corrupted = None
+        with self._float32():
+            recording = self.blocks.record(clean, needs, whole=metric.per_metric)
+            if second is not None:
+                corrupted = self.blocks.record(second, Needs(heads, formula=False), whole=metric.per_metric)
+            if isinstance(metric, Metric):
+                downstream = self._downstream(
+                    metric, recording.forward, None if corrupted is None else corrupted.forward
+                )
+        first = recording.visited[self.layers[0]]
+        chosen = self.check_prompt(first, len(clean), second is not None)
+        job = Job(
+            inputs=clean,
+            second=second,
+            layers=self.layers,
+            destinations=destinations,
+            values=recording.visited,
+            corrupted={} if corrupted is None else corrupted.visited,
+            baselines={name: settings.baseline_of(name) for name in settings.maps},
+            chosen=chosen,
+            target=metric,
+            downstream=downstream,
+            budget=self.budget,
+            engine=settings.engine,
+            by_message=by_message,
+        )
+        for values in recording.visited.values():
+            for one in self.maps:
+                one.check_block(job, values)
+        return job
 
-
-def _recorded(
-    model: Any, settings: Settings, clean: Prompt, second: Prompt | None, layers: tuple[int, ...]
-) -> tuple[dict[int, BlockNodes], dict[int, BlockNodes]]:
-    """Nodes of the blocks on both prompts."""
-    heads = [name for name in settings.maps if name in ("attn", "mlp")]
-    formula = settings.engine != "hooks"
-    needs_pattern = "attn" in heads and settings.starts_from("attn", "itb_map_ratio")
-    messages = settings.split == "message"
-    nodes = _nodes(model, clean, layers, bool(heads), formula, needs_pattern, messages)
-    corrupted = _nodes(model, second, layers, bool(heads), False, False, False) if second is not None else {}
-    for layer in layers:
-        if heads and nodes[layer].z is None:
-            raise InputError(
-                f"Block {layer} has no attention with separable heads, so it has no {heads[0]!r} map: "
-                + ("leave the layer out." if settings.per_metric else "use maps=('block',) or leave the layer out.")
+    def check_prompt(self, values: Values, n_pos: int, has_corrupted: bool) -> dict[str, Any]:
+        """Check target and baselines against a prompt of `n_pos` positions, and give the baselines."""
+        target = self.settings.target
+        if isinstance(target, DestinationTarget):
+            target.check(n_pos, values.resid_pre.shape[-1])
+        return {
+            one.name: chosen_baseline(
+                one.name,
+                self.settings.baseline_of(one.name),
+                len(self.layers),
+                one.node_shape(values, n_pos),
+                has_corrupted,
             )
-        if settings.engine == "closed_form" and nodes[layer].formula is None and set(settings.maps) - {"mlp"}:
-            raise InputError(
-                f"engine='closed_form' cannot work on block {layer}: {nodes[layer].boundaries.why_hooks}. Use "
-                "engine='auto', which takes 'hooks' for such blocks."
-            )
-        if messages and engine_of(settings, nodes[layer], "attn") == "hooks" and nodes[layer].v_path is None:
-            raise InputError(
-                f"split='message': the pattern and values of block {layer} cannot be read, or head outputs are not "
-                "their product. Use split='source', or load the model with eager attention."
-            )
-        if needs_pattern and nodes[layer].pattern is None:
-            raise InputError(
-                f"attn_baseline='itb_map_ratio' needs the attention pattern, which block {layer} does not show "
-                "(attn.hook_pattern): use 'itb_zero_ratio', or load the model with eager attention."
-            )
-    return nodes, corrupted
-
-
-def _check_shapes(settings: Settings, nodes: BlockNodes, n_pos: int, n_layers: int, has_corrupted: bool) -> None:
-    """Check target and baselines against a prompt of `n_pos` tokens."""
-    d_model = nodes.resid_pre.shape[-1]
-    if not isinstance(settings.target, Metric):
-        check_target(settings.target, n_pos, d_model)
-    for name in settings.maps:
-        shape = (n_pos, d_model)
-        if name == "mlp" and nodes.z is not None:
-            shape = (n_pos, *nodes.z.shape[1:])
-        check_baseline(name, settings.baselines[name], n_layers, shape, has_corrupted)
-
-
-def _nodes(
-    model: Any, prompt: Prompt, layers: tuple[int, ...], heads: bool, formula: bool, pattern: bool, messages: bool
-) -> dict[int, BlockNodes]:
-    def visit(call: BlockCall) -> BlockNodes:
-        nodes = find_nodes(model, call, heads, formula)
-        if messages and nodes.z is not None and call.seen is not None:
-            attention = attention_of(nodes, call.seen.values)
-            nodes = replace(nodes, v_path=None if attention is None else attention.v_path)
-        # Patterns of all layers of a long prompt may be larger than all else.
-        return nodes if pattern else replace(nodes, pattern=None)
-
-    return record_calls(model, prompt.ids, layers, visit)
-
-
-def _run(model: Any, settings: Settings, job: Job, out: "str | os.PathLike[str] | None") -> Flow:
-    labels, shapes = _labels(model, settings, job), _shapes(settings, job)
-    if out is None or (Path(out).exists() and not Path(out).is_file()):  # a pipe cannot be written in pieces
-        tensors = {
-            name: torch.empty(shape, dtype=torch.bool if name.startswith("converged") else torch.float32)
-            for name, shape in shapes.items()
+            for one in self.maps
         }
-        _fill(model, settings, job, lambda name, index, value: tensors[name][index].copy_(value))
-        grouped: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if "." not in name}
-        for group in flow_io.CELLS:
-            grouped[group] = {name: tensors[f"{group}.{name}"] for name in settings.maps}
-        flow = Flow(**labels, **grouped)
-        if out is not None:
-            flow.save(out)
-        return flow
-    with flow_io.growing(out, labels, shapes) as file:
-        _fill(model, settings, job, file.put)
-    return Flow.load(out)
+
+    def flow(self, job: Job, out: "str | os.PathLike[str] | None") -> Flow:
+        """Compute every layer."""
+        labels, shapes = self._labels(job), self._shapes(job)
+        if out is None or (Path(out).exists() and not Path(out).is_file()):  # a pipe cannot be written in pieces
+            tensors = {
+                name: torch.empty(shape, dtype=torch.bool if name.startswith("converged") else torch.float32)
+                for name, shape in shapes.items()
+            }
+            self._fill(job, lambda name, index, value: tensors[name][index].copy_(value))
+            grouped: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if "." not in name}
+            for group in flow_io.CELLS:
+                grouped[group] = {one.name: tensors[f"{group}.{one.name}"] for one in self.maps}
+            flow = Flow(**labels, **grouped)
+            if out is not None:
+                flow.save(out)
+            return flow
+        with flow_io.growing(out, labels, shapes) as file:
+            self._fill(job, file.put)
+        return Flow.load(out)
+
+    def _float32(self) -> AbstractContextManager[None]:
+        """For a metric all of a half-precision model runs in float32, so that it is one function throughout."""
+        return prepared(self.model, self.model) if self.settings.target.per_metric else nullcontext()
+
+    def _downstream(self, metric: Metric, clean: Forward | None, second: Forward | None) -> Downstream:
+        if clean is None:
+            raise InputError("The model ended before its output: take off hooks that stop it.")
+        with torch.no_grad():
+            ready = metric.on(self.model, clean.output)
+            corrupted = None if second is None else float(ready(second.output))
+            return Downstream(clean, ready, float(ready(clean.output)), corrupted)
+
+    def _fill(self, job: Job, put: Callable[[str, int, Tensor], Any]) -> None:
+        """Compute every layer and hand its tensors over, under the names that they have in a Flow file."""
+        total = len(job.layers) * len(self.maps) * len(job.destinations)
+        done: dict[str, list[Columns]] = {one.name: [] for one in self.maps}
+        with (
+            self._float32(),
+            tqdm(
+                total=total,
+                desc="lig_lens",
+                unit="col",
+                disable=not self.settings.progress,
+                file=sys.stderr,
+                leave=False,
+            ) as bar,
+        ):
+            for index, layer in enumerate(job.layers):
+                with prepared(self.model, self.blocks.stack.blocks[layer]):
+                    for one in self.maps:
+                        bar.set_postfix_str(f"layer {layer} {one.name}")
+                        columns = one.columns(job, index, bar.update)
+                        put(one.name, index, columns.contributions)
+                        for part in one.parts:
+                            put(part, index, getattr(columns, part))
+                        for cell in flow_io.CELLS:
+                            put(f"{cell}.{one.name}", index, getattr(columns, cell))
+                        done[one.name].append(columns.cells_only())
+        _warn(self.settings, done)
+
+    def _shapes(self, job: Job) -> dict[str, tuple[int, ...]]:
+        """Shapes of a Flow's tensors, under the names that they have in a Flow file."""
+        sizes = {
+            "layer": len(job.layers),
+            "head": job.values[job.layers[0]].block.boundaries.n_heads,
+            "src": len(job.inputs),
+            "dst": len(job.destinations),
+        }
+        named, cells = tensor_axes(job.target.per_metric), cell_axes(job.target.per_metric)
+        axes = {name: named[name] for one in self.maps for name in (one.name, *one.parts)}
+        axes |= {f"{group}.{one.name}": cells[one.name] for group in flow_io.CELLS for one in self.maps}
+        return {name: tuple(sizes[axis] for axis in of) for name, of in axes.items()}
+
+    def _labels(self, job: Job) -> dict[str, Any]:
+        """What a Flow holds beside its tensors."""
+        values = [job.values[layer] for layer in job.layers]
+        return {
+            "tokens": job.inputs.tokens,
+            "special": job.inputs.special,
+            "layers": job.layers,
+            "destinations": job.destinations,
+            "model_name": model_name(self.model),
+            "settings": self._record(job),
+            "layouts": tuple(one.block.boundaries.layout for one in values),
+            "engines": {one.name: tuple(one.engine(job.engine, v).name for v in values) for one in self.maps},
+            "metric": None if job.downstream is None else job.downstream.metric.name,
+        }
+
+    def _record(self, job: Job) -> dict[str, Any]:
+        """Settings as a Flow keeps them."""
+        settings, down, metric = self.settings, job.downstream, {}
+        if down is not None:
+            metric = {"metric": {"clean": down.clean, "corrupted": down.corrupted}, "split": settings.split}
+        return {
+            **metric,
+            "maps": list(settings.maps),
+            **{f"{name}_baseline": describe_baseline(settings.baseline_of(name)) for name in settings.maps},
+            "target": settings.target.name,
+            "tol": settings.tol,
+            "max_nodes": settings.max_nodes,
+            "engine": settings.engine,
+            "token_ids": job.inputs.record(),
+            "corrupted_token_ids": None if job.second is None else job.second.record(),
+            "model": describe_processing(self.model),
+            "versions": {
+                "lig_lens": __version__,
+                **{name: importlib.metadata.version(name) for name in ("transformer_lens", "torch")},
+            },
+        }
 
 
-def _fill(model: Any, settings: Settings, job: Job, put: Callable[[str, int, Tensor], Any]) -> None:
-    """Compute every layer and hand its tensors over, under the names that they have in a Flow file."""
-    total = len(job.layers) * len(settings.maps) * len(job.destinations)
-    cells: dict[str, list[dict[str, Tensor]]] = {name: [] for name in settings.maps}
-    with (
-        _float32(model, settings),
-        tqdm(
-            total=total, desc="lig_lens", unit="col", disable=not settings.progress, file=sys.stderr, leave=False
-        ) as bar,
-    ):
-        for index, layer in enumerate(job.layers):
-            with prepared(model, model.blocks[layer]):
-                for name in settings.maps:
-                    bar.set_postfix_str(f"layer {layer} {name}")
-                    columns = columns_of(settings, job, index, name, bar)
-                    put(name, index, columns.pop("contributions"))
-                    for key in _PARTS & columns.keys():
-                        put(key, index, columns.pop(key))
-                    for key in flow_io.CELLS:
-                        put(f"{key}.{name}", index, columns[key])
-                    cells[name].append(columns)
-    _warn(
-        settings,
-        {n: {key: torch.stack([c[key] for c in layered]) for key in layered[0]} for n, layered in cells.items()},
-    )
-
-
-def _shapes(settings: Settings, job: Job) -> dict[str, tuple[int, ...]]:
-    """Shapes of a Flow's tensors, under the names that they have in a Flow file."""
-    sizes = {
-        "layer": len(job.layers),
-        "head": job.nodes[job.layers[0]].boundaries.n_heads,
-        "src": len(job.prompt),
-        "dst": len(job.destinations),
+def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]]) -> None:
+    """Say how many cells missed the tolerance, pointing at the code that called into this package."""
+    flat = {
+        name: {key: torch.cat([getattr(one, key).flatten() for one in layers]) for key in _CELLS}
+        for name, layers in done.items()
     }
-    per_metric = job.downstream is not None
-    named, cells = tensor_axes(per_metric), cell_axes(per_metric)
-    axes = {name: named[name] for name in settings.maps}
-    if "mlp" in axes:
-        axes |= {name: named[name] for name in _PARTS}
-    if per_metric:
-        axes["skip"] = named["skip"]
-    axes |= {f"{group}.{name}": cells[name] for group in flow_io.CELLS for name in settings.maps}
-    return {name: tuple(sizes[axis] for axis in of) for name, of in axes.items()}
-
-
-def _warn(settings: Settings, tensors: dict[str, dict[str, Tensor]]) -> None:
-    missed = {name: ~t["converged"] for name, t in tensors.items() if not bool(t["converged"].all())}
+    missed = {name: cells for name, cells in flat.items() if not bool(cells["converged"].all())}
     if not missed:
         return
-    cells = sum(t["converged"].numel() for t in tensors.values())
     listed = ", ".join(
-        f"{name} {int(mask.sum())} (worst gap {float(tensors[name]['gap'].max()):.1e}, worst estimated error of a "
-        f"contribution {float(tensors[name]['error'].max()):.1e})"
-        for name, mask in missed.items()
+        f"{name} {int((~cells['converged']).sum())} (worst gap {float(cells['gap'].max()):.1e}, worst estimated error "
+        f"of a contribution {float(cells['error'].max()):.1e})"
+        for name, cells in missed.items()
     )
     # A cell that stopped with half its budget left has only gaps that rounding can explain.
-    rounded = sum(
-        int((mask & (tensors[name]["nodes"] < settings.max_nodes // 2)).sum()) for name, mask in missed.items()
-    )
+    rounded = sum(int((~c["converged"] & (c["nodes"] < settings.max_nodes // 2)).sum()) for c in missed.values())
     limited = f" {rounded} of them are limited by rounding: use a float64 model or a larger tol." if rounded else ""
-    # Point at the code that called into this package, past wrappers that others put around our functions.
+    # Past wrappers that others put around our functions.
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _OUR_FRAMES:
         frame, level = frame.f_back, level + 1
     warnings.warn(
-        f"{sum(int(mask.sum()) for mask in missed.values())} of {cells} cells missed tol={settings.tol:g} within "
+        f"{sum(int((~cells['converged']).sum()) for cells in missed.values())} of "
+        f"{sum(len(cells['converged']) for cells in flat.values())} cells missed tol={settings.tol:g} within "
         f"max_nodes={settings.max_nodes}: {listed}. See flow.gap and flow.converged; raise max_nodes or tol.{limited}",
         ConvergenceWarning,
         stacklevel=level,
     )
-
-
-def _labels(model: Any, settings: Settings, job: Job) -> dict[str, Any]:
-    """What a Flow holds beside its tensors."""
-    return {
-        "tokens": job.prompt.tokens,
-        "special": job.prompt.special,
-        "layers": job.layers,
-        "destinations": job.destinations,
-        "model_name": model_name(model),
-        "settings": _record(model, settings, job),
-        "layouts": tuple(job.nodes[layer].boundaries.layout for layer in job.layers),
-        "engines": {
-            name: tuple(engine_of(settings, job.nodes[layer], name) for layer in job.layers) for name in settings.maps
-        },
-        "metric": None if job.downstream is None else job.downstream.metric.name,
-    }
-
-
-def _record(model: Any, settings: Settings, job: Job) -> dict[str, Any]:
-    """Settings as a Flow keeps them."""
-    down = job.downstream
-    return {
-        **(
-            {}
-            if down is None
-            else {"metric": {"clean": down.clean, "corrupted": down.corrupted}, "split": settings.split}
-        ),
-        "maps": list(settings.maps),
-        **{f"{name}_baseline": describe_baseline(settings.baselines[name]) for name in settings.maps},
-        "target": settings.target.name if isinstance(settings.target, Metric) else describe_target(settings.target),
-        "tol": settings.tol,
-        "max_nodes": settings.max_nodes,
-        "engine": settings.engine,
-        "token_ids": job.prompt.ids[0].tolist(),
-        "corrupted_token_ids": None if job.second is None else job.second.ids[0].tolist(),
-        "model": describe_processing(model),
-        "versions": {
-            "lig_lens": __version__,
-            **{name: importlib.metadata.version(name) for name in ("transformer_lens", "torch")},
-        },
-    }

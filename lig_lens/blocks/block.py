@@ -80,6 +80,11 @@ class Block:
     found_on: int
 
     @property
+    def norms_in_series(self) -> bool:
+        """Whether the norms after attention see what passed those before it."""
+        return self.attention is None or self.attention.layout.norms_in_series
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """Hooks that have to be read for a prompt's values."""
         paths = list(self.tail_norms)

@@ -40,6 +40,7 @@ class Needs:
         heads: values at attention's nodes; without them a block whose inside fits no layout will do.
         formula: attention's formula with the prompt's values.
         pattern: the attention pattern.
+        v_path: where messages are read, pattern times values.
         messages: pattern and values.
         middle: resid_mid.
     """
@@ -47,6 +48,7 @@ class Needs:
     heads: bool = True
     formula: bool = True
     pattern: bool = False
+    v_path: bool = False
     messages: bool = False
     middle: bool = False
 
@@ -180,7 +182,11 @@ def _at_heads(nodes: AttentionNodes, inside: Inside, needs: Needs, fresh: bool) 
             return None
     if not fresh and (formula is None or not isinstance(nodes.layout, SumLayout)):
         replay(call, ())
-    pattern = _pattern(values.get(PATTERN_PATH), z) if needs.pattern or needs.messages else None
+    pattern = messages = None
+    if needs.pattern or needs.messages or needs.v_path:
+        pattern = _pattern(values.get(PATTERN_PATH), z)
+    if needs.messages or needs.v_path:
+        messages = messages_of(z, pattern, values)
     return HeadValues(
         nodes,
         z,
@@ -188,7 +194,8 @@ def _at_heads(nodes: AttentionNodes, inside: Inside, needs: Needs, fresh: bool) 
         pattern=pattern if needs.pattern else None,
         resid_mid=nodes.layout.middle(inside) if needs.middle else None,
         formula=formula if needs.formula else None,
-        messages=messages_of(z, pattern, values) if needs.messages else None,
+        v_path=None if messages is None else messages.v_path,
+        messages=messages if needs.messages else None,
     )
 
 

@@ -35,7 +35,8 @@ class HeadValues:
         pattern: of attention, if a hook shows it.
         resid_mid: what the rest of the block sees, where the layout has it.
         formula: attention's formula with the prompt's values, if there is one.
-        messages: pattern and values, if somebody asked for them and the hooks show them.
+        v_path: the hook that shows values, if somebody asked for it and pattern times values gives z.
+        messages: pattern and values themselves, if somebody asked for them.
     """
 
     nodes: AttentionNodes
@@ -44,12 +45,24 @@ class HeadValues:
     pattern: Float[Tensor, "head dst src"] | None = field(default=None, repr=False)
     resid_mid: Float[Tensor, "pos d_model"] | None = field(default=None, repr=False)
     formula: FormulaValues | None = field(default=None, repr=False)
+    v_path: str | None = None
     messages: Messages | None = field(default=None, repr=False)
 
     @property
     def n_heads(self) -> int:
         """Number of query heads."""
         return self.z.shape[1]
+
+    @property
+    def closed(self) -> FormulaValues:
+        """The formula.
+
+        Raises:
+            BoundaryError: there is none.
+        """
+        if self.formula is None:
+            raise BoundaryError("This block's attention has no formula: use engine='hooks'.")
+        return self.formula
 
     def attn_out(self, z: Float[Tensor, "*batch head d_head"], bias: float) -> Float[Tensor, "*batch d_model"]:
         """Attention output of head outputs `z`, with `bias` times b_O."""

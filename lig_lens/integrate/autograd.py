@@ -1,6 +1,6 @@
-"""The general engine: interpolated tensors are put in at one node, the next one is read, autograd does the rest.
+"""Integrands by automatic differentiation: interpolated tensors are put in at one node, the next one is read.
 
-It works on every block that can be replayed, and needs one backward pass per destination (and head).
+That works on every block that can be replayed, and needs one backward pass per destination (and head).
 """
 
 from abc import abstractmethod
@@ -9,67 +9,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from lig_lens.blocks.call import Hook
-from lig_lens.blocks.find import BlockNodes
 from lig_lens.blocks.tail import Scales, Tail
-from lig_lens.integrate import integrand as common
-from lig_lens.integrate.integrand import Budget, PathIntegrand
+from lig_lens.blocks.values import Values
+from lig_lens.integrate.integrand import Budget, ByPoints, PathIntegrand, integrate_resid
 from lig_lens.integrate.quadrature import Integral
-from lig_lens.paths.baselines import ResidPath, TailPath
-from lig_lens.targets.targets import Direction, Scalar
+from lig_lens.models.running import Hook
+from lig_lens.paths.path import ResidPath, TailPath
+from lig_lens.targets.target import DestinationTarget, Scalar
 
 
-class _Integrand(PathIntegrand):
-    """Integrand by automatic differentiation, `chunk` points at a time."""
-
-    chunk: int
+class _ByAutograd(ByPoints, PathIntegrand):
+    """What both have in common: a leaf that is interpolated, and what destinations get from it."""
 
     @abstractmethod
     def _read(self, positions: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> tuple[Any, Tensor]:
         """What is interpolated, at `a`, as leaves; and what the destinations get from it: [item group dim]."""
 
-    @abstractmethod
-    def _parts(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: list[int]) -> Tensor:
-        """Parts at single points, for the groups asked for: [item group part]."""
-
-    def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
-        """See `quadrature.Integrand`."""
-        pieces = []
-        with torch.no_grad():
-            for d, x in zip(torch.split(dst, self.chunk), torch.split(self._on_device(a), self.chunk), strict=True):
-                d = d.to(self.device)
-                positions = self.positions.to(self.device)[d]
-                pieces.append(self.scalar(self._read(positions, x)[1] - self.start[d], positions))
-        return torch.cat(pieces)
-
-    def sums(
-        self,
-        dst: Int[Tensor, "panel"],
-        a: Float[Tensor, "panel node"],
-        factors: Float[Tensor, "panel node column"],
-        groups: Bool[Tensor, "panel group"],
-    ) -> Float[Tensor, "column panel group part"]:
-        """See `quadrature.Integrand`."""
-        n_nodes = a.shape[1]
-        items = torch.arange(a.numel())
-        shape = (factors.shape[2], len(dst), self.n_groups, self.n_parts)
-        result = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        a, factors = self._on_device(a.flatten()), self._on_device(factors.flatten(0, 1))
-        for part in torch.split(items, self.chunk):
-            panel = part // n_nodes
-            wanted = groups[panel].any(0).nonzero()[:, 0].tolist()
-            values = self._parts(dst[panel].to(self.device), a[part], wanted)
-            rows = panel.to(self.device)
-            for column, factor in zip(result, factors[part].T, strict=True):
-                column.index_add_(0, rows, values * factor[:, None, None])
-        return result
-
-    def _on_device(self, values: Tensor) -> Tensor:
-        # Cast first: a device may not have float64.
-        return values.to(self.dtype).to(self.device)
+    def _scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
+        positions = self.positions.to(self.device)[dst]
+        return self.scalar(self._read(positions, a)[1] - self.start[dst], positions)
 
 
 @dataclass(frozen=True)
@@ -83,16 +44,16 @@ class _At:
         return value[torch.arange(len(self.positions), device=value.device), self.positions]
 
 
-class _FromResid(_Integrand):
+class FromResid(_ByAutograd):
     """Integrand of resid_pre -> hook_z (groups are heads) and of resid_pre -> resid_post (one group)."""
 
     def __init__(
-        self, nodes: BlockNodes, path: ResidPath, scalar: Scalar, dst: Tensor, to_heads: bool, chunk: int
+        self, values: Values, path: ResidPath, scalar: Scalar, dst: Tensor, to_heads: bool, chunk: int
     ) -> None:
-        n_groups = nodes.boundaries.n_heads if to_heads else 1
-        super().__init__(nodes, scalar, dst, n_groups, n_parts=len(nodes.resid_pre))
+        n_groups = values.heads.n_heads if to_heads else 1
+        super().__init__(values, scalar, dst, n_groups, n_parts=len(values))
         self.path, self.to_heads, self.chunk = path, to_heads, chunk
-        self.scales = Scales(nodes)
+        self.scales = Scales(values)
         zero, pieces = torch.zeros(len(dst), device=self.device, dtype=self.dtype), []
         with torch.no_grad():
             for part in torch.split(torch.arange(len(dst), device=self.device), chunk):
@@ -108,11 +69,9 @@ class _FromResid(_Integrand):
         resid = self.path.starts(positions) + a.to(steps.dtype)[:, None, None] * steps
         resid.requires_grad_(torch.is_grad_enabled())
         if self.to_heads:
-            out = self.nodes.read_z(resid)
+            out = self.values.read_z(resid)
         else:
-            result = self.nodes.call.run(resid, hooks)
-            assert result is not None
-            out = result[:, :, None]
+            out = self.values.call.run(resid, hooks)[:, :, None]
         return resid, out[torch.arange(len(positions), device=a.device), positions]
 
     def _parts(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: list[int]) -> Tensor:
@@ -120,23 +79,23 @@ class _FromResid(_Integrand):
         steps = self.path.steps(positions)
         with torch.enable_grad():
             resid, out = self._read(positions, a)
-            values = self.scalar(out - self.start[dst], positions)
+            scalars = self.scalar(out - self.start[dst], positions)
         result = steps.new_zeros(len(dst), self.n_groups, self.n_parts)
         for group in groups:
-            (gradient,) = torch.autograd.grad(values[:, group].sum(), resid, retain_graph=group != groups[-1])
+            (gradient,) = torch.autograd.grad(scalars[:, group].sum(), resid, retain_graph=group != groups[-1])
             result[:, group] = (gradient * steps).sum(-1)
         return result
 
 
-class _FromHeads(_Integrand):
+class FromHeads(_ByAutograd):
     """Integrand of (hook_z, skip) -> resid_post: parts are the heads, then skip, then bias."""
 
-    def __init__(self, nodes: BlockNodes, path: TailPath, scalar: Scalar, dst: Tensor, chunk: int) -> None:
-        super().__init__(nodes, scalar, dst, n_groups=1, n_parts=path.z_end.shape[1] + 2)
+    def __init__(self, values: Values, path: TailPath, scalar: Scalar, dst: Tensor, chunk: int) -> None:
+        super().__init__(values, scalar, dst, n_groups=1, n_parts=path.z_end.shape[1] + 2)
         self.path, self.chunk = path, chunk
-        self.attn_out_start = nodes.attn_out(path.z_start, path.bias_start)
-        self.attn_out_end = nodes.attn_out(path.z_end, 1.0)
-        self.tail = Tail(nodes, self.attn_out_start[dst], path.skip_start[dst])
+        self.attn_out_start = values.heads.attn_out(path.z_start, path.bias_start)
+        self.attn_out_end = values.heads.attn_out(path.z_end, 1.0)
+        self.tail = Tail(values, self.attn_out_start[dst], path.skip_start[dst])
         self.start = self.tail.out[:, None]
 
     def _read(self, positions: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> tuple[Any, Tensor]:
@@ -156,17 +115,17 @@ class _FromHeads(_Integrand):
             leaves, out = self._read(positions, a)
             value = self.scalar(out - self.start[dst], positions).sum()
             by_attn_out, by_skip = torch.autograd.grad(value, leaves)
-        by_z = torch.einsum("im,hem->ihe", by_attn_out, self.nodes.W_O)
+        by_z = torch.einsum("im,hem->ihe", by_attn_out, self.values.heads.W_O)
         heads = ((path.z_end - path.z_start)[positions] * by_z).sum(-1)
         skip = ((path.skip_end - path.skip_start)[positions] * by_skip).sum(-1)
-        bias = torch.einsum("im,m->i", by_attn_out, self.nodes.b_O) * (1 - path.bias_start)
+        bias = torch.einsum("im,m->i", by_attn_out, self.values.heads.nodes.b_O) * (1 - path.bias_start)
         return torch.cat([heads, skip[:, None], bias[:, None]], -1)[:, None]
 
 
-def integrate_resid(
-    nodes: BlockNodes,
+def resid_integral(
+    values: Values,
     path: ResidPath,
-    target: "str | Direction",
+    target: DestinationTarget,
     dst: Int[Tensor, "dst"],
     to_heads: bool,
     budget: Budget,
@@ -176,27 +135,20 @@ def integrate_resid(
     Returns:
         parts [dst, head or 1, src].
     """
-    W_O = nodes.W_O if to_heads else None
-    scalar = Scalar(target, len(nodes.resid_pre), nodes.resid_pre, W_O)
-    integrand = _FromResid(nodes, path, scalar, dst, to_heads, budget.items(len(nodes.resid_pre)))
-    return common.integrate_resid(integrand, path, None if to_heads else integrand.scales, dst, budget)
+    scalar = target.at_node(len(values), values.resid_pre, values.heads.W_O if to_heads else None)
+    integrand = FromResid(values, path, scalar, dst, to_heads, budget.items(len(values)))
+    return integrate_resid(integrand, path, None if to_heads else integrand.scales, dst, budget)
 
 
-def integrate_tail(
-    nodes: BlockNodes,
-    path: TailPath,
-    target: "str | Direction",
-    dst: Int[Tensor, "dst"],
-    budget: Budget,
+def tail_integral(
+    values: Values, path: TailPath, target: DestinationTarget, dst: Int[Tensor, "dst"], budget: Budget
 ) -> Integral:
     """Contributions of heads, skip connection and output bias to the block's output (`mlp` map).
 
     Returns:
         parts [dst, 1, head + 2]: the heads, then skip, then bias.
     """
-    assert nodes.W_O is not None
-    scalar = Scalar(target, len(nodes.resid_pre), nodes.resid_pre)
-    n_pos = len(nodes.resid_pre)
-    integrand = _FromHeads(nodes, path, scalar, dst, budget.items(n_pos) * n_pos)
+    scalar, n_pos = target.at_node(len(values), values.resid_pre), len(values)
+    integrand = FromHeads(values, path, scalar, dst, budget.items(n_pos) * n_pos)
     s0, s1 = integrand.tail.scales.widths(dst)
-    return integrand.integrate(s0, s1, nodes.resid_post[:, None], budget)
+    return integrand.integrate(s0, s1, values.resid_post[:, None], budget)

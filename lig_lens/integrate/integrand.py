@@ -1,4 +1,4 @@
-"""What the engines share: how hard to try, the scalars along a path, and where its boundary layers are."""
+"""What integrands share: how hard to try, points run in portions, the scalars along a path, and its boundary layers."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lig_lens.blocks.find import BlockNodes
 from lig_lens.blocks.tail import Scales
+from lig_lens.blocks.values import Values
 from lig_lens.integrate.quadrature import Integral, integrate
-from lig_lens.paths.baselines import ResidPath
-from lig_lens.targets.targets import Scalar
+from lig_lens.paths.path import ResidPath
+from lig_lens.targets.target import Scalar
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,67 @@ class Budget:
         return max(1, self.max_batch_tokens // n_pos)
 
 
+class ByPoints(ABC):
+    """An integrand that is evaluated at single points, `chunk` of them at a time. See `quadrature.Integrand`."""
+
+    n_dst: int
+    n_groups: int
+    n_parts: int
+    dtype: torch.dtype
+    device: torch.device
+    chunk: int
+
+    @abstractmethod
+    def _scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
+        """L at single points; everything is on the device."""
+
+    @abstractmethod
+    def _parts(
+        self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: list[int]
+    ) -> Float[Tensor, "item group part"]:
+        """Parts at single points, for the groups asked for; everything is on the device."""
+
+    def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
+        """See `quadrature.Integrand`."""
+        portions = zip(torch.split(dst, self.chunk), torch.split(self._on_device(a), self.chunk), strict=True)
+        with torch.no_grad():
+            return torch.cat([self._scalars(d.to(self.device), x) for d, x in portions])
+
+    def sums(
+        self,
+        dst: Int[Tensor, "panel"],
+        a: Float[Tensor, "panel node"],
+        factors: Float[Tensor, "panel node column"],
+        groups: Bool[Tensor, "panel group"],
+    ) -> Float[Tensor, "column panel group part"]:
+        """See `quadrature.Integrand`."""
+        n_nodes = a.shape[1]
+        shape = (factors.shape[2], len(dst), self.n_groups, self.n_parts)
+        result = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        points, factors = self._on_device(a.flatten()), self._on_device(factors.flatten(0, 1))
+        for part in torch.split(torch.arange(a.numel()), self.chunk):
+            panel = part // n_nodes
+            wanted = groups[panel].any(0).nonzero()[:, 0].tolist()
+            values = self._parts(dst[panel].to(self.device), points[part], wanted)
+            rows = panel.to(self.device)
+            for column, factor in zip(result, factors[part].T, strict=True):
+                column.index_add_(0, rows, values * factor[:, None, None])
+        return result
+
+    def _on_device(self, values: Tensor) -> Tensor:
+        # Cast first: a device may not have float64.
+        return values.to(self.dtype).to(self.device)
+
+
 class PathIntegrand(ABC):
-    """Base of the integrands: scalars measure how far `outputs` has moved from the start of a destination's path."""
+    """Base of integrands to destinations: scalars measure how far `outputs` has moved from the start of a path."""
 
     start: Float[Tensor, "dst group dim"]
 
-    def __init__(self, nodes: BlockNodes, scalar: Scalar, dst: Int[Tensor, "dst"], n_groups: int, n_parts: int) -> None:
-        self.nodes, self.scalar, self.positions = nodes, scalar, dst.cpu()
+    def __init__(self, values: Values, scalar: Scalar, dst: Int[Tensor, "dst"], n_groups: int, n_parts: int) -> None:
+        self.values, self.scalar, self.positions = values, scalar, dst.cpu()
         self.n_dst, self.n_groups, self.n_parts = len(dst), n_groups, n_parts
-        self.dtype, self.device = nodes.resid_pre.dtype, nodes.resid_pre.device
+        self.dtype, self.device = values.resid_pre.dtype, values.resid_pre.device
 
     @abstractmethod
     def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
@@ -55,7 +107,7 @@ class PathIntegrand(ABC):
         """Change of each scalar that rounding alone can cause, `end` being what comes out at a = 1."""
         dst = self.positions.to(self.device)
         lengths = [self.scalar.size(vectors, dst) for vectors in (self.start, end[dst])]
-        return 8 * self.nodes.rounding * torch.maximum(*lengths)
+        return 8 * self.values.block.rounding * torch.maximum(*lengths)
 
     def integrate(
         self, s0: Float[Tensor, "dst"], s1: Float[Tensor, "dst"], end: Float[Tensor, "pos group dim"], budget: Budget
@@ -81,15 +133,14 @@ def integrate_resid(
     integrand: PathIntegrand, path: ResidPath, scales: Scales | None, dst: Int[Tensor, "dst"], budget: Budget
 ) -> Integral:
     """Integrate along paths of residual vectors, to head outputs or, where `scales` are given, through the block."""
-    nodes = integrand.nodes
-    s0, s1 = layers_of_paths(path, dst, nodes.eps, nodes.norms_to_z)
-    # In parallel blocks the norms after attention see what the first one sees.
-    if scales is not None and nodes.boundaries.layout != "parallel":
+    values = integrand.values
+    s0, s1 = layers_of_paths(path, dst, values.block.eps, values.block.norms_to_z)
+    if scales is None:
+        return integrand.integrate(s0, s1, values.heads.z, budget)
+    if values.block.norms_in_series:
         later = scales.widths(dst)
         s0, s1 = s0 * later[0], s1 * later[1]
-    end = nodes.z if scales is None else nodes.resid_post[:, None]
-    assert end is not None
-    return integrand.integrate(s0, s1, end, budget)
+    return integrand.integrate(s0, s1, values.resid_post[:, None], budget)
 
 
 def widths(start: Tensor, end: Tensor, eps: float, depth: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,9 @@ from lig_lens.registry import Entry, Registry
 
 MAPS = Registry(
     "map",
-    attn=Entry("lig_lens.maps.attn:Attn"),
+    attn=Entry("lig_lens.maps.from_resid:Attn"),
     mlp=Entry("lig_lens.maps.mlp:Mlp"),
-    block=Entry("lig_lens.maps.block:Block"),
+    block=Entry("lig_lens.maps.from_resid:Block"),
 )
+# Contributions to a metric of the logits, instead of to a destination's vector.
+METRIC_MAPS = Registry("map", attn=Entry("lig_lens.maps.to_metric:AttnToMetric"))

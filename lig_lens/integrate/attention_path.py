@@ -15,13 +15,13 @@ but the panel has a head axis too; else that axis has length 1.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lig_lens.blocks.formula import Formula, Tokens
+from lig_lens.blocks.formula import FormulaValues, Tokens, per_query_head
 
 # Heads get lists of their own where the longest of them is shorter than this share of all panels.
 _OWN_LISTS = 0.7
@@ -37,7 +37,6 @@ class Panels:
         dst: its position.
         a: points on its path.
         n_src: number of sources that any of them can see.
-        state: what the path keeps from `move` for `contributions`.
     """
 
     rows: Int[Tensor, "#head panel"]
@@ -45,7 +44,27 @@ class Panels:
     dst: Int[Tensor, "#head panel"]
     a: Float[Tensor, "#head panel node"]
     n_src: int
-    state: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Moved(ABC):
+    """Attention at the points of some panels: how far z has moved, and what contributions are made from.
+
+    Attributes:
+        panels: the points.
+        displacement: of z, from the start of the path.
+    """
+
+    panels: Panels
+    displacement: Float[Tensor, "head panel node d_head"]
+
+    @abstractmethod
+    def contributions(self, gradient: Float[Tensor, "head panel node d_head"]) -> Float[Tensor, "head panel node src"]:
+        """`<x_i - x0_i, dL/dx_i>` through attention; once, since it works in place.
+
+        Args:
+            gradient: of L, at z.
+        """
 
 
 class AttentionPath(ABC):
@@ -56,12 +75,12 @@ class AttentionPath(ABC):
 
     z_start: Float[Tensor, "head dst d_head"]
 
-    def __init__(self, formula: Formula, dst: Int[Tensor, "dst"]) -> None:
-        self.formula, self.dst = formula, dst
-        self.n_heads, self.n_kv_heads = len(formula.end.q), len(formula.end.k)
+    def __init__(self, values: FormulaValues, dst: Int[Tensor, "dst"]) -> None:
+        self.formula, self.dst = values.formula, dst
+        self.n_heads, self.n_kv_heads = self.formula.n_heads, self.formula.n_kv_heads
         self.heads = torch.arange(self.n_heads, device=dst.device)[:, None]
-        self.bias = formula.bias[:, dst]
-        self.b_k = formula.turn(formula.b_k.expand_as(formula.end.k))
+        self.bias = values.bias[:, dst]
+        self.b_k = values.turn(self.formula.b_k.expand_as(values.end.k))
         sources = torch.arange(1, self.bias.shape[-1] + 1, device=dst.device)
         seen = (torch.isfinite(self.bias).any(0) * sources).amax(-1)
         self._n_seen = torch.maximum(seen, dst + 1).cpu()
@@ -99,34 +118,23 @@ class AttentionPath(ABC):
             start = stop
 
     @abstractmethod
-    def move(self, panels: Panels) -> Float[Tensor, "head panel node d_head"]:
-        """How far z has moved from the start of the path."""
+    def move(self, panels: Panels) -> Moved:
+        """Attention at the points of `panels`."""
 
-    @abstractmethod
-    def contributions(
-        self,
-        panels: Panels,
-        displacement: Float[Tensor, "head panel node d_head"],
-        gradient: Float[Tensor, "head panel node d_head"],
-    ) -> Float[Tensor, "head panel node src"]:
-        """`<x_i - x0_i, dL/dx_i>` through attention at the points that `move` was called for last.
+    def per_head(self, kv: Float[Tensor, "kv_head rest dim"]) -> Float[Tensor, "head rest dim"]:
+        """What key-value heads have, once for each head that shares them."""
+        return per_query_head(kv, self.n_heads)
 
-        Args:
-            panels: the points; their state is used up.
-            displacement: what `move` gave for them.
-            gradient: of L, at z.
-        """
-
-    def _pick(self, table: Float[Tensor, "#head dst src"], panels: Panels) -> Float[Tensor, "#head panel 1 seen"]:
+    def pick(self, table: Float[Tensor, "#head dst src"], panels: Panels) -> Float[Tensor, "#head panel 1 seen"]:
         """Rows of a table of destinations and sources, for the destinations and sources of `panels`."""
         heads = self.heads if len(table) > 1 else self.heads[:1]
         return table[..., : panels.n_src][heads, panels.own][:, :, None]
 
-    def _own(self, vectors: Float[Tensor, "head dst d_head"], panels: Panels) -> Float[Tensor, "head panel 1 d_head"]:
+    def own(self, vectors: Float[Tensor, "head dst d_head"], panels: Panels) -> Float[Tensor, "head panel 1 d_head"]:
         """What belongs to the destinations of `panels`."""
         return vectors[self.heads, panels.own][:, :, None]
 
-    def _each(
+    def each(
         self, rows: Float[Tensor, "head *rows dim"], maps: Float[Tensor, "kv_head dim out"]
     ) -> Float[Tensor, "head *rows out"]:
         """Rows of every head times the matrix of its key-value head."""
@@ -142,28 +150,25 @@ class OwnPaths(AttentionPath):
     follows from products of residuals alone, so nothing is evaluated once per pair and node but numbers.
     """
 
-    def __init__(self, formula: Formula, dst: Int[Tensor, "dst"]) -> None:
-        super().__init__(formula, dst)
-        end = formula.end
+    def __init__(self, values: FormulaValues, dst: Int[Tensor, "dst"]) -> None:
+        super().__init__(values, dst)
+        formula, end = self.formula, values.end
         products = end.centred @ end.centred.T / end.centred.shape[-1]
         self.size, self.cross = products.diagonal(), products[dst]
         self.r_own = torch.ones_like(self.size) if formula.norm == "none" else (self.size + formula.eps).rsqrt()
-        q = formula.scale * formula.turn(end.q * self.r_own[:, None] + formula.b_q)[:, dst]
-        self.at_start = self._at_start(q)
-        self.rise = self._each(q, formula.turn(end.k).mT) - self.at_start
-        self.fixed = self._each(q, self.b_k.mT) + self.bias
-        share = self.n_heads // self.n_kv_heads
+        q = formula.scale * values.turn(end.q * self.r_own[:, None] + formula.b_q)[:, dst]
+        self.at_start = self._at_start(values, q)
+        self.rise = self.each(q, values.turn(end.k).mT) - self.at_start
+        self.fixed = self.each(q, self.b_k.mT) + self.bias
         self.v, self.v_and_minus = end.v, torch.cat([end.v, -torch.ones_like(end.v[..., :1])], -1).mT
-        self.own_v, self.r_own = end.v.repeat_interleave(share, 0)[:, dst], self.r_own[dst]
-        self.z_start = self.own_v * self.r_own[:, None] + formula.b_v.repeat_interleave(share, 0)
+        self.own_v, self.r_own = self.per_head(end.v)[:, dst], self.r_own[dst]
+        self.z_start = self.own_v * self.r_own[:, None] + self.per_head(formula.b_v)
 
-    def _at_start(self, q: Float[Tensor, "head dst d_head"]) -> Float[Tensor, "head dst src"]:
+    def _at_start(self, values: FormulaValues, q: Float[Tensor, "head dst d_head"]) -> Float[Tensor, "head dst src"]:
         """`q_j.K_j` turned to the place of every source."""
-        formula = self.formula
-        own = formula.end.k[:, self.dst].repeat_interleave(self.n_heads // self.n_kv_heads, 0)
-        if formula.rotary is None:
+        own, rotary = self.per_head(values.end.k[:, self.dst]), values.rotary
+        if rotary is None:
             return (q * own).sum(-1, keepdim=True).expand(-1, -1, len(self.size))
-        rotary = formula.rotary
         n_pairs = rotary.cos.shape[-1]
         first, second, rest = rotary.split(own)
         q1, q2, q_rest = q[..., :n_pairs], q[..., n_pairs : 2 * n_pairs], q[..., 2 * n_pairs :]
@@ -185,33 +190,44 @@ class OwnPaths(AttentionPath):
         fall = torch.addcmul(rest * start, a - rest, cross).addcmul_(a, end, value=-1)
         return r, fall.mul_(r).mul_(r)
 
-    def move(self, panels: Panels) -> Float[Tensor, "head panel node d_head"]:
+    def move(self, panels: Panels) -> "OwnMoved":
         """See the base class."""
         a = panels.a[..., None]
-        rise, (r, slope) = self._pick(self.rise, panels), self._norms(panels)
-        line = torch.addcmul(self._pick(self.at_start, panels), a, rise)
-        weights = torch.addcmul(self._pick(self.fixed, panels), line, r).softmax(-1).mul_(r)
-        summed, total = self._each(weights, self.v[:, : panels.n_src]), weights.sum(-1, keepdim=True)
-        own, r_own = self._own(self.own_v, panels), self.r_own[panels.own][..., None, None]
-        panels.state |= {"line": line, "rise": rise, "weights": weights, "r": r, "slope": slope, "own": own}
-        return a * (summed - total * own) + (total - r_own) * own
+        rise, (r, slope) = self.pick(self.rise, panels), self._norms(panels)
+        line = torch.addcmul(self.pick(self.at_start, panels), a, rise)
+        weights = torch.addcmul(self.pick(self.fixed, panels), line, r).softmax(-1).mul_(r)
+        summed, total = self.each(weights, self.v[:, : panels.n_src]), weights.sum(-1, keepdim=True)
+        own, r_own = self.own(self.own_v, panels), self.r_own[panels.own][..., None, None]
+        displacement = a * (summed - total * own) + (total - r_own) * own
+        return OwnMoved(panels, displacement, self, line, rise, weights, r, slope, own)
 
-    def contributions(
-        self,
-        panels: Panels,
-        displacement: Float[Tensor, "head panel node d_head"],
-        gradient: Float[Tensor, "head panel node d_head"],
-    ) -> Float[Tensor, "head panel node src"]:
+
+@dataclass(frozen=True)
+class OwnMoved(Moved):
+    """What `OwnPaths.move` keeps: scores are `r line + fixed`, and `line` rises by `rise`."""
+
+    path: OwnPaths
+    line: Float[Tensor, "head panel node src"]
+    rise: Float[Tensor, "head panel 1 src"]
+    weights: Float[Tensor, "head panel node src"]
+    """Pattern times r."""
+    r: Float[Tensor, "#head panel node #src"]
+    slope: Float[Tensor, "#head panel node #src"]
+    own: Float[Tensor, "head panel 1 d_head"]
+    """Homogeneous value of the destination."""
+
+    def contributions(self, gradient: Float[Tensor, "head panel node d_head"]) -> Float[Tensor, "head panel node src"]:
         """See the base class."""
-        s, a = panels.state, panels.a[..., None]
-        along_own = (gradient * s["own"]).sum(-1, keepdim=True)
-        rest = -(gradient * displacement).sum(-1, keepdim=True) - self.r_own[panels.own][..., None, None] * along_own
+        path, panels, a = self.path, self.panels, self.panels.a[..., None]
+        along_own = (gradient * self.own).sum(-1, keepdim=True)
+        rest = -(gradient * self.displacement).sum(-1, keepdim=True)
+        rest = rest - path.r_own[panels.own][..., None, None] * along_own
         # g.(V_i - V_j), and from it g.v_i / r and g.v_i - g.u_j
-        values = self._each(torch.cat([gradient, along_own], -1), self.v_and_minus[..., : panels.n_src])
+        values = path.each(torch.cat([gradient, along_own], -1), path.v_and_minus[..., : panels.n_src])
         line = torch.addcmul(along_own, a, values)
-        above = torch.addcmul(rest, line, s["r"])
-        result = torch.addcmul(s["rise"], s["line"], s["slope"])  # ds / r
-        result = result.mul_(above).add_(values).addcmul_(line, s["slope"]).mul_(s["weights"])
+        above = torch.addcmul(rest, line, self.r)
+        result = torch.addcmul(self.rise, self.line, self.slope)  # ds / r
+        result = result.mul_(above).add_(values).addcmul_(line, self.slope).mul_(self.weights)
         # A source that does not move contributes nothing, rounding included.
         return result.scatter_(-1, panels.dst[..., None, None].expand(*result.shape[:-1], 1), 0.0)
 
@@ -224,18 +240,18 @@ class SharedPath(AttentionPath):
     are tables of destinations and sources, so no query or key is evaluated at a node.
     """
 
-    def __init__(self, formula: Formula, dst: Int[Tensor, "dst"], start: Tokens) -> None:
-        super().__init__(formula, dst)
-        end = formula.end
+    def __init__(self, values: FormulaValues, dst: Int[Tensor, "dst"], start: Tokens) -> None:
+        super().__init__(values, dst)
+        formula, end = self.formula, values.end
         # sigma^2 = steep (a - nearest)^2 + least + eps: no differences of large numbers where a path passes near 0.
         step = end.centred - start.centred
         self.steep = step.square().mean(-1)
         along = (start.centred * step).mean(-1)
         self.nearest = torch.where(self.steep > 0, -along / self.steep, 0.0)
         self.least = (start.centred + self.nearest[:, None] * step).square().mean(-1)
-        b_q = formula.scale * formula.turn(formula.b_q.expand_as(end.q))
-        q = [formula.scale * formula.turn(tokens.q) for tokens in (start, end)]
-        k = [formula.turn(tokens.k) for tokens in (start, end)]
+        b_q = formula.scale * values.turn(formula.b_q.expand_as(end.q))
+        q = [formula.scale * values.turn(tokens.q) for tokens in (start, end)]
+        k = [values.turn(tokens.k) for tokens in (start, end)]
         if formula.norm == "none":  # what no norm divides can stand with its bias
             q, k = [x + b_q for x in q], [x + self.b_k for x in k]
             b_q, b_k = torch.zeros_like(b_q), torch.zeros_like(self.b_k)
@@ -243,23 +259,24 @@ class SharedPath(AttentionPath):
             b_k = self.b_k
         self.from_zero = not bool(torch.stack([x.any() for x in (*q[:1], *k[:1], start.v)]).any())
         q, b_q = [x[:, dst] for x in q], b_q[:, dst]
-        self.products_qk = [[self._each(x, y.mT) for y in k] for x in q]
-        self.products_q = [self._each(x, b_k.mT) for x in q] if bool(b_k.any()) else None
-        self.products_k = [self._each(b_q, y.mT) for y in k] if bool(b_q.any()) else None
-        self.fixed = self.bias + self._each(b_q, b_k.mT) if bool(b_q.any() & b_k.any()) else self.bias
+        self.products_qk = [[self.each(x, y.mT) for y in k] for x in q]
+        self.products_q = [self.each(x, b_k.mT) for x in q] if bool(b_k.any()) else None
+        self.products_k = [self.each(b_q, y.mT) for y in k] if bool(b_q.any()) else None
+        self.fixed = self.bias + self.each(b_q, b_k.mT) if bool(b_q.any() & b_k.any()) else self.bias
         self.v = (start.v, end.v)
         # Values without their bias, which drops out of every difference.
         self.v_start = torch.zeros_like(q[0])
         if not self.from_zero:
             for panels in self.work(torch.arange(len(dst)), torch.zeros(len(dst), 1), None, q[0].numel()):
-                self.v_start[:, panels.own[0]] = self.move(panels)[:, :, 0]
-        self.z_start = self.v_start + formula.b_v.repeat_interleave(self.n_heads // self.n_kv_heads, 0)
+                self.v_start[:, panels.own[0]] = self.move(panels).displacement[:, :, 0]
+        self.z_start = self.v_start + self.per_head(formula.b_v)
 
-    def _between(self, ends: Sequence[Tensor], a: Tensor) -> Tensor:
+    def between(self, ends: Sequence[Tensor], a: Tensor) -> Tensor:
         """A point on the line between two ends; lines from 0 cost less."""
         return a * ends[1] if self.from_zero else torch.lerp(ends[0], ends[1], a)
 
-    def _step(self, ends: Sequence[Tensor]) -> Tensor:
+    def step(self, ends: Sequence[Tensor]) -> Tensor:
+        """From one end to the other."""
         return ends[1] if self.from_zero else ends[1] - ends[0]
 
     def _norms(
@@ -272,71 +289,77 @@ class SharedPath(AttentionPath):
         r = torch.addcmul(self.least[token] + self.formula.eps, steep, away * away).rsqrt()
         return r, -steep * away * r * r
 
-    def move(self, panels: Panels) -> Float[Tensor, "head panel node d_head"]:
+    def move(self, panels: Panels) -> "SharedMoved":
         """See the base class."""
         a, n_src = panels.a[..., None], panels.n_src
         r_own, slope_own = self._norms(a, panels.dst[..., None, None])
         r, slope = self._norms(a, slice(n_src))
-        qk = [[self._pick(table, panels) for table in row] for row in self.products_qk]
-        by_k = [self._between((qk[0][i], qk[1][i]), a) for i in (0, 1)]  # at this query, both ends of the key
-        by_q = [self._between(qk[i], a) for i in (0, 1)]
-        line, both = self._between(by_k, a), r * r_own
-        scores = torch.addcmul(self._pick(self.fixed, panels), line, both)
+        qk = [[self.pick(table, panels) for table in row] for row in self.products_qk]
+        by_k = [self.between((qk[0][i], qk[1][i]), a) for i in (0, 1)]  # at this query, both ends of the key
+        by_q = [self.between(qk[i], a) for i in (0, 1)]
+        line, both = self.between(by_k, a), r * r_own
+        scores = torch.addcmul(self.pick(self.fixed, panels), line, both)
         # Derivatives of the scores along the keys' and along the query's path.
-        along_k = torch.addcmul(self._step(by_k), line, slope).mul_(both)
-        along_q = torch.addcmul(self._step(by_q), line, slope_own).mul_(both)
+        along_k = torch.addcmul(self.step(by_k), line, slope).mul_(both)
+        along_q = torch.addcmul(self.step(by_q), line, slope_own).mul_(both)
         if self.products_q is not None:
-            ends = [self._pick(table, panels) for table in self.products_q]
-            line = self._between(ends, a)
+            ends = [self.pick(table, panels) for table in self.products_q]
+            line = self.between(ends, a)
             scores.addcmul_(line, r_own)
-            along_q.addcmul_(torch.addcmul(self._step(ends), line, slope_own), r_own)
+            along_q.addcmul_(torch.addcmul(self.step(ends), line, slope_own), r_own)
         if self.products_k is not None:
-            ends = [self._pick(table, panels) for table in self.products_k]
-            line = self._between(ends, a)
+            ends = [self.pick(table, panels) for table in self.products_k]
+            line = self.between(ends, a)
             scores.addcmul_(line, r)
-            along_k.addcmul_(torch.addcmul(self._step(ends), line, slope), r)
+            along_k.addcmul_(torch.addcmul(self.step(ends), line, slope), r)
         pattern = scores.softmax(-1)
         weights = pattern * r
-        panels.state |= {"pattern": pattern, "weights": weights, "r": r, "slope": slope}
-        panels.state |= {"along_k": along_k, "along_q": along_q}
-        ends = [torch.empty(0) if self.from_zero else self._each(weights, self.v[0][:, :n_src])]
-        ends.append(self._each(weights, self.v[1][:, :n_src]))
-        return self._between(ends, a) - self._own(self.v_start, panels)
+        ends = [torch.empty(0) if self.from_zero else self.each(weights, self.v[0][:, :n_src])]
+        ends.append(self.each(weights, self.v[1][:, :n_src]))
+        displacement = self.between(ends, a) - self.own(self.v_start, panels)
+        return SharedMoved(panels, displacement, self, pattern, weights, r, slope, along_k, along_q)
 
-    def contributions(
-        self,
-        panels: Panels,
-        displacement: Float[Tensor, "head panel node d_head"],
-        gradient: Float[Tensor, "head panel node d_head"],
-    ) -> Float[Tensor, "head panel node src"]:
+
+@dataclass(frozen=True)
+class SharedMoved(Moved):
+    """What `SharedPath.move` keeps; scores rise by `along_k` on the keys' path, and by `along_q` on the query's."""
+
+    path: SharedPath
+    pattern: Float[Tensor, "head panel node src"]
+    weights: Float[Tensor, "head panel node src"]
+    """Pattern times r."""
+    r: Float[Tensor, "#head panel node #src"]
+    slope: Float[Tensor, "#head panel node #src"]
+    along_k: Float[Tensor, "head panel node src"]
+    along_q: Float[Tensor, "head panel node src"]
+
+    def contributions(self, gradient: Float[Tensor, "head panel node d_head"]) -> Float[Tensor, "head panel node src"]:
         """See the base class."""
-        s = panels.state
-        line, step = self._at_values(panels, gradient)
-        at_z = (gradient * (displacement + self._own(self.v_start, panels))).sum(-1, keepdim=True)
-        above = torch.addcmul(-at_z, line, s["r"]).mul_(s["pattern"])
-        by_query = torch.linalg.vecdot(above, s["along_q"])
-        result = above.mul_(s["along_k"])
-        result.addcmul_(step, s["weights"])
+        path, panels = self.path, self.panels
+        line, step = self._at_values(gradient)
+        at_z = (gradient * (self.displacement + path.own(path.v_start, panels))).sum(-1, keepdim=True)
+        above = torch.addcmul(-at_z, line, self.r).mul_(self.pattern)
+        by_query = torch.linalg.vecdot(above, self.along_q)
+        result = above.mul_(self.along_k)
+        result.addcmul_(step, self.weights)
         return result.scatter_add_(-1, panels.dst[..., None, None].expand(*result.shape[:-1], 1), by_query[..., None])
 
-    def messages(
-        self, panels: Panels, gradient: Float[Tensor, "head panel node d_head"]
-    ) -> Float[Tensor, "head panel node src"]:
+    def messages(self, gradient: Float[Tensor, "head panel node d_head"]) -> Float[Tensor, "head panel node src"]:
         """`<g_j, d(p_ji v_i)/da>`: how each message moves along the path, all tokens together.
 
         Over the sources it adds up to what `contributions` does. Arguments as there.
         """
-        s, formula = panels.state, self.formula
-        line, step = self._at_values(panels, gradient)
-        b_v = formula.b_v.repeat_interleave(self.n_heads // self.n_kv_heads, 0)[:, None]
-        values = torch.addcmul((gradient * b_v).sum(-1, keepdim=True), line, s["r"])
-        along = s["along_k"] + s["along_q"]
-        along -= torch.linalg.vecdot(s["pattern"], along)[..., None]
-        return along.mul_(s["pattern"]).mul_(values).addcmul_(step, s["weights"])
+        line, step = self._at_values(gradient)
+        b_v = self.path.per_head(self.path.formula.b_v)[:, None]
+        values = torch.addcmul((gradient * b_v).sum(-1, keepdim=True), line, self.r)
+        along = self.along_k + self.along_q
+        along -= torch.linalg.vecdot(self.pattern, along)[..., None]
+        return along.mul_(self.pattern).mul_(values).addcmul_(step, self.weights)
 
-    def _at_values(self, panels: Panels, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def _at_values(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """With V homogeneous: `g.V_i`, and `g.dv_i / r`: [head panel node src] each."""
-        v = [values[:, : panels.n_src].mT for values in self.v]
-        ends = [torch.empty(0) if self.from_zero else self._each(gradient, v[0]), self._each(gradient, v[1])]
-        line = self._between(ends, panels.a[..., None])
-        return line, torch.addcmul(self._step(ends), line, panels.state["slope"])
+        path = self.path
+        v = [values[:, : self.panels.n_src].mT for values in path.v]
+        ends = [torch.empty(0) if path.from_zero else path.each(gradient, v[0]), path.each(gradient, v[1])]
+        line = path.between(ends, self.panels.a[..., None])
+        return line, torch.addcmul(path.step(ends), line, self.slope)
