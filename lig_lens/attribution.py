@@ -36,7 +36,7 @@ from lig_lens.models.loading import check_evaluating, describe_processing, model
 from lig_lens.models.running import prepared
 from lig_lens.models.stack import Forward, stack_of
 from lig_lens.paths import BASELINES
-from lig_lens.paths.baseline import chosen_baseline, describe_baseline
+from lig_lens.paths.baseline import Baseline, chosen_baseline, describe_baseline
 from lig_lens.paths.columns import Columns
 from lig_lens.settings import MAX_BATCH_TOKENS, MAX_NODES
 from lig_lens.targets.direction import Direction
@@ -201,14 +201,20 @@ class _Run:
                 downstream = self._downstream(
                     metric, recording.forward, None if corrupted is None else corrupted.forward
                 )
-        first = recording.visited[self.layers[0]]
-        chosen = self.check_prompt(first, len(clean), second is not None)
-        job = Job(
+        values = recording.visited
+        for at in values.values():
+            for one in self.maps:
+                one.check_block(at, settings.engine, by_message)
+        chosen = self.check_prompt(values[self.layers[0]], len(clean), second is not None)
+        for at in values.values():
+            for baseline in chosen.values():
+                baseline.check_block(at)
+        return Job(
             inputs=clean,
             second=second,
             layers=self.layers,
             destinations=destinations,
-            values=recording.visited,
+            values=values,
             corrupted={} if corrupted is None else corrupted.visited,
             baselines={name: settings.baseline_of(name) for name in settings.maps},
             chosen=chosen,
@@ -218,12 +224,8 @@ class _Run:
             engine=settings.engine,
             by_message=by_message,
         )
-        for values in recording.visited.values():
-            for one in self.maps:
-                one.check_block(job, values)
-        return job
 
-    def check_prompt(self, values: Values, n_pos: int, has_corrupted: bool) -> dict[str, Any]:
+    def check_prompt(self, values: Values, n_pos: int, has_corrupted: bool) -> dict[str, Baseline]:
         """Check target and baselines against a prompt of `n_pos` positions, and give the baselines."""
         target = self.settings.target
         if isinstance(target, DestinationTarget):

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from at_blocks import calls_at, inputs_of, values_at
 from tiny_hooked import has_hooked_transformer, tiny_hooked
 from tiny_models import KINDS, tiny_bridge
 from torch import nn
 
 import lig_lens
-from lig_lens.blocks.call import BlockCall, Seen, prepared
-from lig_lens.blocks.find import find_nodes
+from lig_lens.blocks.call import BlockCall, Seen
 from lig_lens.blocks.recording import record_calls
+from lig_lens.models.running import prepared
+from lig_lens.models.stack import stack_of
 
 
 def hooks_on(model: nn.Module) -> int:
@@ -44,18 +46,17 @@ def model(request: pytest.FixtureRequest, ids: torch.Tensor) -> Iterator[Any]:
 @pytest.mark.parametrize("layer", [0, 1])
 def test_block_alone_is_exact(kind: str, layer: int, ids: torch.Tensor) -> None:
     model = tiny_bridge(kind)
-    call = record_calls(model, ids[None], [layer], lambda call: call)[layer]
+    call = calls_at(model, ids, [layer])[layer]
     with torch.no_grad(), prepared(model, call.block):
         batch = call.resid_pre.expand(3, -1, -1)
         out = call.run(batch)
-    assert out is not None
     torch.testing.assert_close(out, call.resid_post.expand_as(out), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batch_items_do_not_mix(kind: str, ids: torch.Tensor) -> None:
     model = tiny_bridge(kind)
-    call = record_calls(model, ids[None], [1], lambda call: call)[1]
+    call = calls_at(model, ids, [1])[1]
     with torch.no_grad():
         batch = torch.stack([call.resid_pre, 0.5 * call.resid_pre, call.resid_pre.flip(0)])
         together = call.run(batch)
@@ -66,18 +67,19 @@ def test_batch_items_do_not_mix(kind: str, ids: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_tail_from_nodes_gives_resid_post(kind: str, ids: torch.Tensor) -> None:
     model = tiny_bridge(kind)
-    nodes = find_nodes(model, record_calls(model, ids[None], [1], lambda call: call)[1])
+    values = values_at(model, ids, [1])[1]
+    heads = values.heads
     with torch.no_grad():
-        out = nodes.run_tail(nodes.attn_out(nodes.z, 1.0)[None], nodes.resid_pre[None])
-        z = nodes.read_z(nodes.resid_pre[None])
-    torch.testing.assert_close(out[0], nodes.resid_post, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(z[0], nodes.z, atol=1e-5, rtol=1e-5)
+        out = values.run_tail(heads.attn_out(heads.z, 1.0)[None], values.resid_pre[None])
+        z = values.read_z(values.resid_pre[None])
+    torch.testing.assert_close(out[0], values.resid_post, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(z[0], heads.z, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_match_finite_differences(kind: str, ids: torch.Tensor) -> None:
     model = tiny_bridge(kind, torch.float64)
-    call = record_calls(model, ids[None], [0], lambda call: call)[0]
+    call = calls_at(model, ids, [0])[0]
     x = call.resid_pre[None].clone().requires_grad_()
     out = call.run(x)
     weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
@@ -137,5 +139,6 @@ def test_what_hooks_show_is_not_kept() -> None:
         alive.append(weakref.ref(call.seen))
         return gone
 
-    gone = record_calls(tiny_bridge("llama"), torch.tensor([[5, 12, 30]]), [0, 1], visit)
+    model = tiny_bridge("llama")
+    gone = record_calls(stack_of(model), inputs_of(model, [5, 12, 30]), [0, 1], visit).visited
     assert gone == {0: 0, 1: 1} and all(seen() is None for seen in alive)

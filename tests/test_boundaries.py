@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from at_blocks import values_at
 from tiny_hooked import has_hooked_transformer, tiny_hooked
 from tiny_models import KINDS, LAYOUTS, fresh_bridge, tiny_bridge
 
 import lig_lens
-from lig_lens.blocks.find import find_nodes
-from lig_lens.blocks.recording import record_calls
 from lig_lens.errors import BoundaryError, InputError, NonFiniteError
 
 
@@ -36,15 +35,16 @@ def test_layout_and_nodes(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_named_hooks_carry_the_nodes(kind: str, ids: torch.Tensor) -> None:
     model = tiny_bridge(kind)
-    nodes = find_nodes(model, record_calls(model, ids[None], [1], lambda call: call)[1])
+    values = values_at(model, ids, [1])[1]
+    heads = values.heads
     _, cache = model.run_with_cache(ids[None])
-    block = nodes.boundaries
+    block = values.block.boundaries
     close = {"atol": 1e-4, "rtol": 1e-4}
-    torch.testing.assert_close(cache[block.resid_pre][0], nodes.resid_pre, **close)
-    torch.testing.assert_close(cache[block.hook_z][0], nodes.z, **close)
-    torch.testing.assert_close(cache[block.resid_post][0], nodes.resid_post, **close)
+    torch.testing.assert_close(cache[block.resid_pre][0], values.resid_pre, **close)
+    torch.testing.assert_close(cache[block.hook_z][0], heads.z, **close)
+    torch.testing.assert_close(cache[block.resid_post][0], values.resid_post, **close)
     if kind in ("bert", "gpt2", "llama"):
-        middle = nodes.resid_pre + nodes.attn_out(nodes.z, 1.0)
+        middle = values.resid_pre + heads.attn_out(heads.z, 1.0)
         torch.testing.assert_close(cache[block.resid_mid][0], middle, **close)
 
 

@@ -2,17 +2,16 @@
 
 import pytest
 import torch
+from at_blocks import values_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import KINDS, tiny_bridge
 
 import lig_lens
-from lig_lens.blocks.find import find_nodes
-from lig_lens.blocks.recording import record_calls
 from lig_lens.errors import ConvergenceWarning
-from lig_lens.integrate.autograd import _FromResid
-from lig_lens.paths.baselines import ResidPath
-from lig_lens.targets.targets import Scalar
+from lig_lens.integrate.autograd import FromResid
+from lig_lens.paths.path import ResidPath
+from lig_lens.targets.l2 import L2
 
 prompts = st.lists(st.integers(5, 39), min_size=1, max_size=7)
 
@@ -100,13 +99,12 @@ def test_what_misses_is_counted_in_one_warning(ids: torch.Tensor) -> None:
 def test_rounding_allowance_is_a_millionth_of_the_vectors(ids: torch.Tensor) -> None:
     # What is not refined must stay out of sight: 8 eps of float32, relative to the longer end of the path.
     model = tiny_bridge("llama")
-    nodes = find_nodes(model, record_calls(model, ids[None], [1], lambda call: call)[1])
+    values = values_at(model, ids, [1])[1]
     dst = torch.arange(len(ids))
-    scalar = Scalar("l2", len(ids), nodes.resid_pre)
     with torch.no_grad():
-        integrand = _FromResid(nodes, ResidPath(nodes.resid_pre, None), scalar, dst, False, 64)
-    length = torch.maximum(integrand.start.norm(dim=-1), nodes.resid_post.norm(dim=-1)[:, None])
-    torch.testing.assert_close(integrand.noise(nodes.resid_post[:, None]), 8 * torch.finfo(torch.float32).eps * length)
+        integrand = FromResid(values, ResidPath(values.resid_pre, None), L2(), dst, False, 64)
+    length = torch.maximum(integrand.start.norm(dim=-1), values.resid_post.norm(dim=-1)[:, None])
+    torch.testing.assert_close(integrand.noise(values.resid_post[:, None]), 8 * torch.finfo(torch.float32).eps * length)
 
 
 def test_zero_ratio_reports_the_gap_of_the_share_it_took(ids: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from at_blocks import values_at
 from engine_pairs import both, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,8 +19,7 @@ from tiny_hooked import has_hooked_transformer
 from tiny_models import VOCAB, config_bridge
 
 import lig_lens
-from lig_lens.blocks.find import BlockNodes, find_nodes
-from lig_lens.blocks.recording import record_calls
+from lig_lens.blocks.values import Values
 
 IDS = [5, 12, 30, 7, 22, 39]
 # Rounding may decide whether a panel is halved, and the engines then differ by what `tol` allows.
@@ -131,19 +131,20 @@ def windowed(n_kv: int, window: int, dtype: torch.dtype) -> Any:
     return config_bridge(tf.MistralConfig(**sizes, head_dim=6, sliding_window=window), dtype)
 
 
-def shown(nodes: BlockNodes) -> Attention:
-    formula, rotary = nodes.formula, "none"
-    assert formula is not None, nodes.boundaries.why_hooks
+def shown(values: Values) -> Attention:
+    boundaries, rotary = values.block.boundaries, "none"
+    assert values.heads.formula is not None, boundaries.why_hooks
+    formula, bias = values.heads.formula.formula, values.heads.formula.bias
     if formula.rotary is not None:
         rotary = "neighbours" if formula.rotary.adjacent else "halves"
-    is_usual = abs(formula.scale * nodes.boundaries.d_head**0.5 - 1) < 1e-4
+    is_usual = abs(formula.scale * boundaries.d_head**0.5 - 1) < 1e-4
     return Attention(
-        layout=nodes.boundaries.layout,
+        layout=boundaries.layout,
         norm=formula.norm,
         rotary=rotary,
         n_kv=len(formula.b_k),
-        sees=int(torch.isfinite(formula.bias[0, -1]).sum()),
-        alibi=len(formula.bias) > 1,
+        sees=int(torch.isfinite(bias[0, -1]).sum()),
+        alibi=len(bias) > 1,
         scale=None if is_usual else round(formula.scale, 4),
     )
 
@@ -151,8 +152,8 @@ def shown(nodes: BlockNodes) -> Attention:
 @pytest.mark.parametrize("kind", kinds(cohere=COHERE))
 def test_the_formula_is_the_attention_that_is_meant(kind: str) -> None:
     model, expected = bridge(kind), KINDS[kind][1:]
-    calls = record_calls(model, torch.tensor([IDS]), [0, 1], lambda call: call)
-    assert [shown(find_nodes(model, calls[layer])) for layer in (0, 1)] == [expected[0], expected[-1]]
+    values = values_at(model, IDS, [0, 1])
+    assert [shown(values[layer]) for layer in (0, 1)] == [expected[0], expected[-1]]
 
 
 @pytest.mark.parametrize("baseline", ["itb", "zero", "corrupted"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from at_blocks import values_at
 from engine_pairs import both, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,13 +10,12 @@ from tiny_hooked import HOOKED_KINDS, has_hooked_transformer, tiny_hooked
 from tiny_models import KINDS, fresh_bridge, tiny_bridge
 
 import lig_lens
-from lig_lens.blocks.call import prepared
-from lig_lens.blocks.find import find_nodes
-from lig_lens.blocks.recording import record_calls
 from lig_lens.errors import InputError
 from lig_lens.integrate import closed_form
 from lig_lens.integrate.integrand import Budget
-from lig_lens.paths.baselines import resid_path
+from lig_lens.models.running import prepared
+from lig_lens.paths.path import ResidPath
+from lig_lens.targets.l2 import L2
 
 # Norms on heads (gemma3) and capped scores (gemma2) are outside the formula.
 COVERED = [kind for kind in KINDS if not kind.startswith("gemma")]
@@ -101,14 +101,14 @@ def test_portions_change_nothing(kind: str, baseline: str) -> None:
 @pytest.mark.parametrize("to_heads", [True, False])
 def test_attention_needs_no_gradient(to_heads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_bridge("llama")
-    nodes = find_nodes(model, record_calls(model, torch.tensor([[5, 12, 30, 7]]), [1], lambda call: call)[1])
+    values = values_at(model, [5, 12, 30, 7], [1])[1]
     calls = []
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (calls.append(1), grad(*a, **k))[1])
     with prepared(model, model.blocks[1]):
         budget = Budget(1e-2, 64, 4096)
-        path = resid_path(nodes, "itb", None, 0)
-        result = closed_form.integrate_resid(nodes, path, "l2", torch.arange(4), to_heads, budget)
+        path = ResidPath(values.resid_pre, None)
+        result = closed_form.resid_integral(values, path, L2(), torch.arange(4), to_heads, budget)
     assert not result.parts.requires_grad
     # The tail's backward serves all destinations at once: one call per portion, not one per destination and node.
     assert len(calls) == 0 if to_heads else 0 < len(calls) <= int(result.nodes.max())

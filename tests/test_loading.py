@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lig_lens
 from lig_lens.errors import InputError, MissingPackageError
-from lig_lens.inputs import prompts
+from lig_lens.inputs import token_ids
 from lig_lens.models import loading
 
 
@@ -123,4 +123,4 @@ def test_tokens_that_begin_with_a_space_keep_it():
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     model = SimpleNamespace(tokenizer=PreTrainedTokenizerFast(tokenizer_object=words))
     assert model.tokenizer.decode([1]) == "cat"  # what is dropped in the middle of a text as well
-    assert prompts._labels(model, [0, 1, 2, 3])[0] == (" the", " cat", "s", " ")
+    assert token_ids._labels(model.tokenizer, [0, 1, 2, 3])[0] == (" the", " cat", "s", " ")

@@ -73,7 +73,7 @@ def read_prompt(
             f"The {what} has {ids.shape[1]} tokens, more than the model's context of {n_ctx}: "
             "shorten it (nothing is cut silently)."
         )
-    return TokenIds(ids, *_labels(model, ids[0].tolist()))
+    return TokenIds(ids, *_labels(getattr(model, "tokenizer", None), ids[0].tolist()))
 
 
 def _from_text(model: HookedModel, text: str, prepend_bos: bool | None, what: str) -> Tensor:
@@ -160,8 +160,7 @@ def _kept(model: HookedModel, ids: Tensor, attention_mask: Any, what: str) -> Te
     return kept
 
 
-def _labels(model: HookedModel, ids: list[int]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
-    tokenizer = getattr(model, "tokenizer", None)
+def _labels(tokenizer: Any, ids: list[int]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
     if tokenizer is None:
         return tuple(str(i) for i in ids), tuple(False for _ in ids)
     special = set(getattr(tokenizer, "all_special_ids", []))

@@ -28,12 +28,14 @@ class Map(ABC):
         engines: those that can serve it, the preferred first.
         parts: tensors that come beside the contributions, `skip` or `bias`.
         needs_heads: whether it needs a block's attention nodes.
+        without_heads: what to do about a block that has none.
     """
 
     name: str
     engines: tuple[Engine, ...]
     parts: tuple[str, ...] = ()
     needs_heads = True
+    without_heads = "use maps=('block',) or leave the layer out."
 
     @abstractmethod
     def columns(self, job: Job, index: int, advance: Callable[[int], object]) -> Columns:
@@ -59,20 +61,25 @@ class Map(ABC):
         fitting = [engine for engine in self.engines if engine.serves(values)]
         return next((engine for engine in fitting if engine.name == wanted), fitting[0])
 
-    def check_block(self, job: Job, values: Values) -> None:
-        """Raise InputError if a block lacks what the map needs; before anything is integrated."""
+    def check_block(self, values: Values, wanted: str, by_message: bool) -> None:
+        """Raise InputError if a block lacks what the map needs; before anything is integrated.
+
+        Args:
+            values: of a prompt at the block.
+            wanted: name of the engine, or `auto`.
+            by_message: whether contributions are split by message.
+        """
         if self.needs_heads and values.attention is None:
             raise InputError(
                 f"Block {values.layer} has no attention with separable heads, so it has no {self.name!r} map: "
-                + ("leave the layer out." if job.target.per_metric else "use maps=('block',) or leave the layer out.")
+                f"{self.without_heads}"
             )
-        chosen = self.engine(job.engine, values).name
-        if job.engine in [engine.name for engine in self.engines] and len(self.engines) > 1 and chosen != job.engine:
+        chosen = self.engine(wanted, values).name
+        if chosen != wanted and wanted in [engine.name for engine in self.engines]:
             raise InputError(
-                f"engine={job.engine!r} cannot work on block {values.layer}: {values.block.boundaries.why_hooks}. Use "
+                f"engine={wanted!r} cannot work on block {values.layer}: {values.block.boundaries.why_hooks}. Use "
                 f"engine='auto', which takes {chosen!r} for such blocks."
             )
-        job.chosen[self.name].check_block(values)
 
     def finished(self, job: Job, index: int, columns: Columns) -> Columns:
         """Columns on the CPU.

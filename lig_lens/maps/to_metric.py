@@ -18,6 +18,7 @@ class AttnToMetric(Map):
     name = "attn"
     engines = ENGINES
     parts = ("skip",)
+    without_heads = "leave the layer out."
 
     def columns(self, job: Job, index: int, advance: Callable[[int], object]) -> Columns:
         """Heads [head src dst], skip [src], and one cell."""
@@ -35,8 +36,8 @@ class AttnToMetric(Map):
         cells = {name: value[0, 0] for name, value in cells_of(integral).items()}
         return self.finished(job, index, Columns(heads, **cells, skip=skip))
 
-    def check_block(self, job: Job, values: Values) -> None:
+    def check_block(self, values: Values, wanted: str, by_message: bool) -> None:
         """See the base class."""
-        super().check_block(job, values)
-        if job.by_message:
-            self.engine(job.engine, values).check_messages(values)
+        super().check_block(values, wanted, by_message)
+        if by_message:
+            self.engine(wanted, values).check_messages(values)
