@@ -35,7 +35,7 @@ from lig_lens.paths.baselines import (
     check_baseline,
     describe_baseline,
 )
-from lig_lens.settings import MAX_BATCH_TOKENS, MAX_NODES
+from lig_lens.settings import DEFAULTS
 from lig_lens.targets.metrics import Metric
 from lig_lens.targets.metrics import metric as as_metric
 from lig_lens.targets.targets import Direction, check_target, describe_target
@@ -50,23 +50,23 @@ def attribute(
     model: Any,
     prompt: Any,
     *,
-    maps: str | Sequence[str] | None = None,
-    layers: Selection = None,
-    destinations: Selection = None,
-    attn_baseline: str | Tensor | None = None,
-    mlp_baseline: str | Tensor = "att_itb_a0",
-    block_baseline: str | Tensor = "itb",
-    target: "str | Direction | Metric | Callable[[Tensor], Any]" = "l2",
-    corrupted: Any = None,
-    tol: float = 1e-3,
-    max_nodes: int = MAX_NODES,
-    max_batch_tokens: int = MAX_BATCH_TOKENS,
-    engine: str = "auto",
-    split: str = "source",
-    prepend_bos: bool | None = None,
-    attention_mask: Any = None,
-    out: "str | os.PathLike[str] | None" = None,
-    progress: bool = True,
+    maps: str | Sequence[str] | None = DEFAULTS.maps,
+    layers: Selection = DEFAULTS.layers,
+    destinations: Selection = DEFAULTS.destinations,
+    attn_baseline: str | Tensor | None = DEFAULTS.attn_baseline,
+    mlp_baseline: str | Tensor = DEFAULTS.mlp_baseline,
+    block_baseline: str | Tensor = DEFAULTS.block_baseline,
+    target: "str | Direction | Metric | Callable[[Tensor], Any]" = DEFAULTS.target,
+    corrupted: Any = DEFAULTS.corrupted,
+    tol: float = DEFAULTS.tol,
+    max_nodes: int = DEFAULTS.max_nodes,
+    max_batch_tokens: int = DEFAULTS.max_batch_tokens,
+    engine: str = DEFAULTS.engine,
+    split: str = DEFAULTS.split,
+    prepend_bos: bool | None = DEFAULTS.prepend_bos,
+    attention_mask: Any = DEFAULTS.attention_mask,
+    out: "str | os.PathLike[str] | None" = DEFAULTS.out,
+    progress: bool = DEFAULTS.progress,
 ) -> Flow | list[Flow]:
     """Layer-wise Integrated Gradients of one prompt or of several (LIG, arXiv 2606.21564).
 
