@@ -17,6 +17,7 @@ from lig_lens.cli.main import run
 from lig_lens.errors import ConvergenceWarning, InputError
 from lig_lens.flow.flow import Flow
 from lig_lens.names import MAPS
+from lig_lens.paths import BASELINES, BaselineEntry
 from lig_lens.settings import ExplainConfig, load_config, merge_settings, parse_numbers, parse_settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -211,6 +212,18 @@ def test_config_file_is_used_and_flags_win(core, tmp_path):
     assert core.loaded[0] == "smollm2" and core.asked["tol"] == 0.01 and core.asked["progress"] is False
     assert core.asked["attn_baseline"] == "itb" and core.asked["layers"] == (1,)
     assert (tmp_path / "f.json").exists()
+
+
+def test_a_baseline_of_ones_own_is_taken(core, tmp_path):
+    (tmp_path / "x.yaml").write_text("attn_baseline: mine\n")
+    BASELINES.add("mine", BaselineEntry(object(), maps=("attn",)))
+    try:
+        for arguments in (["--attn-baseline", "mine"], ["--config", str(tmp_path / "x.yaml")]):
+            assert run(["explain", "a", *arguments]) == 0
+            assert core.asked["attn_baseline"] == "mine"
+    finally:
+        BASELINES.remove("mine")
+    assert run(["explain", "a", "--attn-baseline", "mine"]) == 2
 
 
 BAD_YAML = [
