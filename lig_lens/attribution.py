@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lig_lens import __version__
-from lig_lens.asked import Settings
 from lig_lens.blocks.known import Blocks, Needs
 from lig_lens.blocks.values import Values
 from lig_lens.errors import ConvergenceWarning, InputError
@@ -35,14 +34,12 @@ from lig_lens.maps.map import Map
 from lig_lens.models.loading import check_evaluating, describe_processing, model_name
 from lig_lens.models.running import prepared
 from lig_lens.models.stack import Forward, stack_of
-from lig_lens.paths import BASELINES
 from lig_lens.paths.baseline import Baseline, chosen_baseline, describe_baseline
 from lig_lens.paths.columns import Columns
-from lig_lens.settings import MAX_BATCH_TOKENS, MAX_NODES
-from lig_lens.targets.direction import Direction
+from lig_lens.settings import DEFAULTS, Settings
 from lig_lens.targets.metrics import Metric
 from lig_lens.targets.resolve import as_target
-from lig_lens.targets.target import DestinationTarget
+from lig_lens.targets.target import DestinationTarget, Target
 
 _CELLS = ("converged", "gap", "error", "nodes")
 _OUR_FRAMES = ("lig_lens", "torch", "jaxtyping", "beartype")
@@ -53,23 +50,23 @@ def attribute(
     model: HookedModel | object,
     prompt: Any,
     *,
-    maps: str | Sequence[str] | None = None,
-    layers: Selection = None,
-    destinations: Selection = None,
-    attn_baseline: str | Tensor | None = None,
-    mlp_baseline: str | Tensor = "att_itb_a0",
-    block_baseline: str | Tensor = "itb",
-    target: "str | Direction | Metric | Callable[[Tensor], Any]" = "l2",
-    corrupted: Any = None,
-    tol: float = 1e-3,
-    max_nodes: int = MAX_NODES,
-    max_batch_tokens: int = MAX_BATCH_TOKENS,
-    engine: str = "auto",
-    split: str = "source",
-    prepend_bos: bool | None = None,
-    attention_mask: Any = None,
-    out: "str | os.PathLike[str] | None" = None,
-    progress: bool = True,
+    maps: str | Sequence[str] | None = DEFAULTS.maps,
+    layers: Selection = DEFAULTS.layers,
+    destinations: Selection = DEFAULTS.destinations,
+    attn_baseline: str | Tensor | None = DEFAULTS.attn_baseline,
+    mlp_baseline: str | Tensor = DEFAULTS.mlp_baseline,
+    block_baseline: str | Tensor = DEFAULTS.block_baseline,
+    target: "str | Target | Callable[[Tensor], Any]" = DEFAULTS.target,
+    corrupted: Any = DEFAULTS.corrupted,
+    tol: float = DEFAULTS.tol,
+    max_nodes: int = DEFAULTS.max_nodes,
+    max_batch_tokens: int = DEFAULTS.max_batch_tokens,
+    engine: str = DEFAULTS.engine,
+    split: str = DEFAULTS.split,
+    prepend_bos: bool | None = DEFAULTS.prepend_bos,
+    attention_mask: Any = DEFAULTS.attention_mask,
+    out: "str | os.PathLike[str] | None" = DEFAULTS.out,
+    progress: bool = DEFAULTS.progress,
 ) -> Flow | list[Flow]:
     """Layer-wise Integrated Gradients of one prompt or of several (LIG, arXiv 2606.21564).
 
@@ -121,33 +118,9 @@ def attribute(
     Warns:
         ConvergenceWarning: once per prompt, with the number of cells that missed `tol`.
     """
+    asked = {name: value for name, value in locals().items() if name in Settings.model_fields}
     hooked = check_hooked(model)
-    target = as_target(target)
-    if maps is None:
-        maps = ("attn",) if target.per_metric else MAPS.names()
-    if attn_baseline is None:
-        attn_baseline = "corrupted" if target.per_metric else "itb"
-    settings = Settings(
-        maps=tuple(dict.fromkeys([maps] if isinstance(maps, str) else maps)),
-        baselines={"attn": attn_baseline, "mlp": mlp_baseline, "block": block_baseline},
-        target=target,
-        tol=tol,
-        max_nodes=max_nodes,
-        max_batch_tokens=max_batch_tokens,
-        engine=engine,
-        progress=progress,
-        split=split,
-    )
-    uses = [name for name in settings.maps if _entry(settings, name, "second_prompt")]
-    if corrupted is not None and not uses:
-        raise InputError(
-            f"corrupted is given, but no baseline of the maps {', '.join(settings.maps)} is 'corrupted': set one, or "
-            "leave corrupted out."
-        )
-    if target.per_metric and destinations is not None:
-        raise InputError(
-            f"destinations={destinations}: contributions to a metric add up over all of them: leave it out."
-        )
+    settings = Settings.of(**asked | {"target": as_target(target)})
     if out is not None:
         if is_batch(prompt):
             raise InputError("out is one file, for one prompt: call attribute() for each prompt, or save the Flows.")
@@ -163,12 +136,6 @@ def attribute(
     rest = (run.prepare(*pair, dst) for pair, dst in zip(pairs[1:], wanted[1:], strict=True))
     flows = [run.flow(job, out) for job in itertools.chain([first], rest)]
     return flows if is_batch(prompt) else flows[0]
-
-
-def _entry(settings: Settings, map_name: str, fact: str) -> bool:
-    """Something that is known of the baseline of a map; of tensors nothing is."""
-    baseline = settings.baseline_of(map_name)
-    return isinstance(baseline, str) and bool(getattr(BASELINES.entry(baseline), fact))
 
 
 class _Run:
@@ -189,7 +156,7 @@ class _Run:
         needs = Needs(
             heads=heads,
             formula=settings.engine != "hooks",
-            pattern=any(_entry(settings, name, "pattern") for name in settings.maps),
+            pattern=any(settings.baseline_fact(name, "pattern") for name in settings.maps),
             v_path=by_message,
         )
         downstream = corrupted = None

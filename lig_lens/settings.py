@@ -1,52 +1,64 @@
-"""Names and settings that the library, the command line and the YAML files share. Loads no torch."""
+"""What can be asked of `attribute` and of the commands: names, types, defaults and texts. Loads no torch.
 
-import difflib
+Each setting is said once, as a field of a model. From it come the checks of `attribute`'s arguments (`Settings`), the
+flags (`lig_lens.cli.flags`) and the keys of config files (`ExplainConfig`, `CircuitConfig`): a field that is added has
+all three.
+"""
+
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    StrictBool,
-    StrictInt,
     StrictStr,
     ValidationError,
     field_validator,
+    model_validator,
 )
-from pydantic.types import Strict
 
 from lig_lens.errors import InputError, check_choice
-from lig_lens.names import DTYPES, ENGINES, MAPS
-from lig_lens.paths import baselines_of
+from lig_lens.fields import (
+    FEWEST_NODES,
+    Flag,
+    Names,
+    Nodes,
+    Positions,
+    PositiveInt,
+    Section,
+    Share,
+    Switch,
+    argument_error,
+    fields_of,
+    flag_of,
+    key_error,
+    type_of,
+)
+from lig_lens.names import DTYPES, ENGINES, MAPS, SPLITS
+from lig_lens.paths import BASELINES, baselines_of
+from lig_lens.targets import TARGETS
 
 PATCHED_NODES = ("hook_z", "resid_pre", "resid_mid")
 PATCHED = (*PATCHED_NODES, "heads", "edges", "edges_patched")
 # Integration nodes that may be spent on one cell, and tokens that are run through a block at once.
 MAX_NODES = 2048
 MAX_BATCH_TOKENS = 4096
+# What `maps` and `attn_baseline` are when they are left open, and with a metric as target.
+_OPEN: Any = None
+_LEFT_OPEN: dict[str, Any] = {"maps": MAPS, "attn_baseline": "itb"}
+_LEFT_OPEN_WITH_METRIC: dict[str, Any] = {"maps": ("attn",), "attn_baseline": "corrupted"}
+# What a file can hold. Anything else is an object that was made in Python, such as a tensor.
+_PLAIN = (str, int, float, list, tuple, dict, NoneType)
 
 
-def _no_repeats(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-    if values is not None:
-        if not values:
-            raise InputError("The list is empty: name at least one, or leave it out for all.")
-        repeated = sorted({value for value in values if values.count(value) > 1})
-        if repeated:
-            raise InputError(f"{repeated[0]!r} is given twice: name each once.")
-    return values
-
-
-PositiveInt = Annotated[StrictInt, Field(ge=1)]
-Positions = Annotated[tuple[StrictInt, ...], AfterValidator(_no_repeats)]
-
-
-class RunConfig(BaseModel):
-    """Settings that all commands share: every flag, under its name with `_` for `-`.
+class Asked(BaseModel):
+    """What `attribute`, `explain`, `patch` and `compare` are all asked.
 
     Unknown keys and values of the wrong type are errors, in a YAML file as on the command line. `None` means
     all layers, TransformerLens' device, no file.
@@ -54,64 +66,252 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
-    model: StrictStr = "minilm"
-    layers: Positions | None = None
-    tol: Annotated[float, Strict(), Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-3
-    max_batch_tokens: PositiveInt = MAX_BATCH_TOKENS
-    device: StrictStr | None = None
-    dtype: StrictStr | None = None
-    progress: StrictBool = True
-    json_path: StrictStr | None = Field(default=None, alias="json")  # `json` is a name of BaseModel's
-    html: StrictStr | None = None
+    layers: Annotated[Positions | None, Flag(shown="all")] = Field(
+        None, description="Block numbers: 0,3 or 0-5; -1 is the last."
+    )
+    tol: Annotated[
+        Share, Flag(Section.ACCURACY, wrong="is not between 0 and 1: it is a relative gap, such as 1e-3")
+    ] = Field(1e-3, description="Largest completeness gap of a column, relative.")
+    max_batch_tokens: Annotated[PositiveInt, Flag(Section.MACHINE, wrong="is too few: give at least 1")] = Field(
+        MAX_BATCH_TOKENS, description="Tokens run through a block at once; bounds memory."
+    )
+    progress: Annotated[Switch, Flag(Section.DISPLAY)] = Field(True, description="Show a progress bar.")
 
-    @field_validator("dtype")
     @classmethod
-    def _check_dtype(cls, value: str | None) -> str | None:
-        return value if value is None else check_choice("dtype", value, DTYPES)
+    def _called(cls, name: str) -> str:
+        """How messages call a setting."""
+        return name.replace("_", " ")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_names(cls, value: Any, info: Any) -> Any:
+        name = str(info.field_name)
+        field = cls.model_fields[name]
+        choices = flag_of(field).choices
+        if choices is None or (value is None and field.default is None):
+            return value
+        if not type_of(field)[1]:
+            return check_choice(cls._called(name), value, choices()) if isinstance(value, _PLAIN) else value
+        if isinstance(value, (list, tuple)):
+            for one in value:
+                check_choice(name.removesuffix("s"), one, choices())
+        return value
 
     def check_together(self) -> None:
-        """Check what no single key shows; called once flags and file are merged.
+        """Check what no single setting shows; called once flags and file are merged.
 
         Raises:
-            InputError: keys that do not go together, or two outputs with one path.
+            InputError: settings that do not go together.
         """
-        named = {"--out": getattr(self, "out", None), "--json": self.json_path, "--html": self.html}
-        paths = [path for path in named.values() if path is not None]
+
+
+class Attribution(Asked):
+    """What `attribute` and `explain` are asked."""
+
+    maps: Annotated[Names, Flag(shown=",".join(MAPS), choices=lambda: MAPS)] = _OPEN
+    destinations: Annotated[Positions | None, Flag(shown="all")] = Field(
+        None, description="Positions whose columns are computed: 4 or 2-6."
+    )
+    attn_baseline: Annotated[Any, Flag(shown=_LEFT_OPEN["attn_baseline"], choices=lambda: baselines_of("attn"))] = _OPEN
+    mlp_baseline: Annotated[Any, Flag(choices=lambda: baselines_of("mlp"))] = "att_itb_a0"
+    block_baseline: Annotated[Any, Flag(choices=lambda: baselines_of("block"))] = "itb"
+    corrupted: StrictStr | None = Field(
+        None, description="Second prompt of the same length, for the corrupted baselines."
+    )
+    engine: Annotated[StrictStr, Flag(Section.ACCURACY, choices=lambda: ENGINES)] = "auto"
+    max_nodes: Annotated[Nodes, Flag(Section.ACCURACY, wrong=f"is too few: give at least {FEWEST_NODES}")] = Field(
+        MAX_NODES, description="Integration nodes spent on one cell at most."
+    )
+    out: Annotated[StrictStr | None, Flag(Section.FILES)] = Field(
+        None, description="Write the Flow here, as safetensors."
+    )
+
+    @model_validator(mode="after")
+    def _fill_in(self) -> "Attribution":
+        """Say what was left open; the model is frozen for everybody else."""
+        for name, value in (_LEFT_OPEN_WITH_METRIC if self.per_metric else _LEFT_OPEN).items():
+            if getattr(self, name) is None:
+                self.__dict__[name] = value
+        return self
+
+    @property
+    def per_metric(self) -> bool:
+        """Whether the target is a metric of the logits."""
+        return bool(getattr(getattr(self, "target", None), "per_metric", False))
+
+    def baseline_of(self, map_name: str) -> Any:
+        """Where a map's path starts: a name, or an object such as a tensor."""
+        return getattr(self, f"{map_name}_baseline")
+
+    def baseline_fact(self, map_name: str, fact: str) -> bool:
+        """Something that the entry of a map's baseline says; tensors have none."""
+        baseline = self.baseline_of(map_name)
+        return isinstance(baseline, str) and bool(getattr(BASELINES.entry(baseline), fact))
+
+    def from_second_prompt(self) -> tuple[str, ...]:
+        """Maps whose path starts from the second prompt."""
+        return tuple(name for name in self.maps if self.baseline_fact(name, "second_prompt"))
+
+
+class Settings(Attribution):
+    """What `attribute` was asked, checked as far as it can be without a model and a prompt.
+
+    Made by `of`. Layers, destinations, prompts, tensors and target objects are kept as they were given.
+    """
+
+    if TYPE_CHECKING:
+        layers: Any
+        destinations: Any
+        corrupted: Any
+        out: Any
+
+    target: Annotated[Any, Flag(choices=TARGETS.names)] = Field("l2", description="What contributions add up to.")
+    split: Annotated[StrictStr, Flag(choices=lambda: SPLITS)] = "source"
+    prepend_bos: Any = Field(None, description="Handed to the model's tokenizer.")
+    attention_mask: Any = Field(None, description="For token ids, 0 marks padding.")
+
+    @classmethod
+    def of(cls, **asked: Any) -> "Settings":
+        """Settings from `attribute`'s keyword arguments.
+
+        Raises:
+            InputError: a value that cannot be used, or settings that do not go together.
+
+        >>> Settings.of(maps="attn", tol=0.01).maps
+        ('attn',)
+        >>> Settings.of(max_nodes=3)
+        Traceback (most recent call last):
+            ...
+        lig_lens.errors.InputError: max_nodes=3 is too few: give at least 7.
+        """
+        try:
+            settings = cls.model_validate(asked)
+        except ValidationError as error:
+            raise InputError(argument_error(error, cls)) from None
+        settings.check_together()
+        return settings
+
+    @classmethod
+    def _called(cls, name: str) -> str:
+        return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Take what Python may hand over beyond what a file can hold."""
+        read = {name: value for name, value in asked.items() if value is not None or name not in _LEFT_OPEN}
+        maps = read.get("maps")
+        if isinstance(maps, Iterable):
+            read["maps"] = tuple(dict.fromkeys([maps] if isinstance(maps, str) else maps))
+            if not read["maps"]:
+                raise InputError(f"maps is empty: name at least one of {', '.join(repr(name) for name in MAPS)}.")
+        for name in ("max_nodes", "max_batch_tokens"):
+            with suppress(TypeError, KeyError):
+                read[name] = operator.index(read[name])  # of NumPy's whole numbers
+        if "progress" in read:
+            read["progress"] = bool(read["progress"])
+        return read
+
+    @field_validator("layers", "destinations", "corrupted", "out", mode="wrap")
+    @classmethod
+    def _keep(cls, value: Any, _: Callable[[Any], Any]) -> Any:
+        """Arrays, prompts and paths are read with the model at hand."""
+        return value
+
+    def check_together(self) -> None:
+        """See the base class; also what a metric goes with, and baselines without their second prompt."""
+        if self.per_metric:
+            self._check_metric()
+        elif self.split != "source":
+            raise InputError(
+                f"split={self.split!r} goes with a metric as target: contributions to a head's output are those of "
+                "sources (split='source')."
+            )
+        used = self.from_second_prompt()
+        if used and self.corrupted is None:
+            raise InputError(
+                f"{used[0]}_baseline={self.baseline_of(used[0])!r} needs a second prompt: pass corrupted=... as well."
+            )
+        if self.corrupted is not None and not used:
+            raise InputError(
+                f"corrupted is given, but no baseline of the maps {', '.join(self.maps)} is 'corrupted': set one, or "
+                "leave corrupted out."
+            )
+        if self.per_metric and self.destinations is not None:
+            raise InputError(
+                f"destinations={self.destinations}: contributions to a metric add up over all of them: leave it out."
+            )
+        super().check_together()
+
+    def _check_metric(self) -> None:
+        name, baseline = self.target.name, self.attn_baseline
+        if self.maps != ("attn",):
+            raise InputError(
+                f"maps={self.maps}: contributions to a metric ({name}) are an attn map, and what bypasses the "
+                "heads comes with it: use maps='attn', or leave maps out."
+            )
+        if isinstance(baseline, str) and not self.baseline_fact("attn", "shared"):
+            raise InputError(
+                f"attn_baseline={baseline!r} has a path for each destination, and a metric ({name}) is one "
+                "number for all of them: use 'corrupted' with a second prompt, 'zero' or a tensor."
+            )
+
+
+# The defaults of `attribute`'s signature: `maps` and `attn_baseline` are None there, for what they are left open to be.
+DEFAULTS = Settings.model_construct()
+
+
+class RunConfig(Asked):
+    """Settings that all commands share: every flag, under its name with `_` for `-`."""
+
+    model: Annotated[StrictStr, Flag(Section.MODEL)] = Field(
+        "minilm", description="minilm, smollm2, a local folder or a hub id."
+    )
+    device: Annotated[StrictStr | None, Flag(Section.MACHINE)] = Field(None, description="cpu, cuda, cuda:1, mps.")
+    dtype: Annotated[StrictStr | None, Flag(Section.MACHINE, shown="float32", choices=lambda: DTYPES)] = None
+
+    def files(self) -> dict[str, str | None]:
+        """Paths of the files to write, under their flags."""
+        return {f"--{key}": getattr(self, name) for key, name in _files(type(self)).items()}
+
+    def check_together(self) -> None:
+        """See the base class; also two outputs with one path."""
+        super().check_together()
+        paths = [path for path in self.files().values() if path is not None]
         if len({Path(path).absolute() for path in paths}) < len(paths):
-            raise InputError(f"Two of --out, --json, --html name one path, {paths[0]!r}: give each its own.")
+            raise InputError(f"Two of {', '.join(self.files())} name one path, {paths[0]!r}: give each its own.")
+
+    def attribute_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `lig_lens.attribute`; the command itself writes files, once there is something."""
+        shared = Settings.model_fields.keys() & type(self).model_fields.keys() - _files(type(self)).values()
+        return {name: getattr(self, name) for name in type(self).model_fields if name in shared}
 
 
-class ExplainConfig(RunConfig):
+def _files(kind: type[RunConfig]) -> dict[str, str]:
+    """Names of the fields that are paths of files to write, by key."""
+    fields = kind.model_fields.items()
+    names = {field.alias or name: name for name, field in fields if flag_of(field).section is Section.FILES}
+    return {key: names[key] for key in fields_of(kind) if key in names}
+
+
+class ExplainConfig(RunConfig, Attribution):
     """Settings of one `lig-lens explain` run."""
 
-    maps: Annotated[tuple[StrictStr, ...], AfterValidator(_no_repeats)] = MAPS
-    destinations: Positions | None = None
-    attn_baseline: StrictStr = "itb"
-    mlp_baseline: StrictStr = "att_itb_a0"
-    block_baseline: StrictStr = "itb"
-    corrupted: StrictStr | None = None
-    engine: StrictStr = "auto"
-    max_nodes: PositiveInt = MAX_NODES
-    out: StrictStr | None = None
-
-    @field_validator("maps")
-    @classmethod
-    def _check_maps(cls, maps: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(check_choice("map", name, MAPS) for name in maps)
-
-    @field_validator("attn_baseline", "mlp_baseline", "block_baseline", "engine")
-    @classmethod
-    def _check_choices(cls, value: str, info: Any) -> str:
-        what = info.field_name.replace("_", " ")
-        valid = {"engine": ENGINES} | {f"{m}_baseline": baselines_of(m) for m in MAPS}
-        return check_choice(what, value, valid[info.field_name])
+    # `json` is a name of BaseModel's
+    json_path: Annotated[StrictStr | None, Flag(Section.FILES)] = Field(
+        None, alias="json", description="Write the Flow here, as JSON."
+    )
+    html: Annotated[StrictStr | None, Flag(Section.FILES)] = Field(
+        None, description="Write a page to explore the Flow in here."
+    )
 
     def check_together(self) -> None:
         """See the base class; also a `corrupted` baseline without a second prompt, or the other way round."""
-        used = [name for name in self.maps if getattr(self, f"{name}_baseline") == "corrupted"]
+        used = self.from_second_prompt()
         if used and self.corrupted is None:
             raise InputError(
-                f"The {used[0]} baseline is 'corrupted', but there is no second prompt: add --corrupted TEXT2."
+                f"The {used[0]} baseline is {self.baseline_of(used[0])!r}, but there is no second prompt: "
+                "add --corrupted TEXT2."
             )
         if self.corrupted is not None and not used:
             raise InputError(
@@ -120,33 +320,39 @@ class ExplainConfig(RunConfig):
             )
         super().check_together()
 
-    def attribute_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for `lig_lens.attribute`."""
-        arguments: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in ("maps", "layers", "destinations", "corrupted", "tol", "engine", "progress")
-        }
-        arguments |= {"max_nodes": self.max_nodes, "max_batch_tokens": self.max_batch_tokens}
-        return arguments | {f"{name}_baseline": getattr(self, f"{name}_baseline") for name in MAPS}
-
 
 class CircuitConfig(RunConfig):
     """Settings of one `lig-lens patch` or `lig-lens compare` run."""
 
-    model: StrictStr = "induction"
-    clean: StrictStr | None = None
-    corrupted: StrictStr | None = None
-    answer: StrictStr | None = None
-    wrong: StrictStr | None = None
-    at: StrictStr = "hook_z"
-    noising: StrictBool = False
-    edges: PositiveInt = 200
-    top: PositiveInt = 10
-
-    @field_validator("at")
-    @classmethod
-    def _check_at(cls, value: str) -> str:
-        return check_choice("at", value, PATCHED)
+    model: Annotated[StrictStr, Flag(Section.MODEL)] = Field(
+        "induction", description="induction, minilm, smollm2, a folder or a hub id."
+    )
+    clean: Annotated[StrictStr | None, Flag(Section.QUESTION, argument="CLEAN")] = Field(
+        None, description="The prompt."
+    )
+    corrupted: Annotated[StrictStr | None, Flag(Section.QUESTION, argument="CORRUPTED")] = Field(
+        None, description="A prompt of as many tokens."
+    )
+    answer: Annotated[StrictStr | None, Flag(Section.QUESTION)] = Field(
+        None, description="Right next token, such as ' Mary'; mind the space."
+    )
+    wrong: Annotated[StrictStr | None, Flag(Section.QUESTION)] = Field(
+        None, description="Other token: then the metric is the difference of logits."
+    )
+    at: Annotated[StrictStr, Flag(Section.INTERVENTION, choices=lambda: PATCHED)] = "hook_z"
+    noising: Annotated[Switch, Flag(Section.INTERVENTION, off="denoising")] = Field(
+        False, description="Patch corrupted values into the clean run."
+    )
+    edges: Annotated[PositiveInt, Flag(Section.INTERVENTION)] = Field(
+        200, description="Strongest edges of each score to knock out."
+    )
+    top: Annotated[PositiveInt, Flag(Section.SCOPE)] = Field(
+        10, description="Strongest effects to print; k of top-k overlap."
+    )
+    json_path: Annotated[StrictStr | None, Flag(Section.FILES)] = Field(
+        None, alias="json", description="Write the effects, or the table, here as JSON."
+    )
+    html: Annotated[StrictStr | None, Flag(Section.FILES)] = Field(None, description="Write a page of figures here.")
 
     def check_together(self) -> None:
         """See the base class; also prompts and answers that are missing."""
@@ -186,16 +392,17 @@ def parse_settings(
     try:
         config = kind.model_validate(dict(values))
     except ValidationError as error:
-        raise InputError(_one_line(error, origin, kind)) from None
+        raise InputError(key_error(error, origin, kind)) from None
     return config.model_dump(exclude_unset=True, by_alias=True)
 
 
 def merge_settings(kind: type[_Config], *layers: Mapping[str, Any]) -> _Config:
-    """One config from settings that `parse_settings` returned; later ones win."""
-    merged: dict[str, Any] = {}
-    for settings in layers:
-        merged |= settings
-    config = kind.model_validate(merged)
+    """One config from settings that `parse_settings` returned; later ones win.
+
+    Raises:
+        InputError: settings that do not go together.
+    """
+    config = kind.model_validate({key: value for layer in layers for key, value in layer.items()})
     config.check_together()
     return config
 
@@ -207,15 +414,23 @@ def load_config(path: str | Path, kind: type[RunConfig] = ExplainConfig) -> dict
         InputError: no such file, no valid YAML, not a mapping, a key given twice, or what `parse_settings`
             refuses.
     """
+    from ruamel.yaml import YAML  # late: `--help` reads no file
+    from ruamel.yaml.constructor import DuplicateKeyError
+    from ruamel.yaml.error import YAMLError
+
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise InputError(f"Cannot read the config {str(path)!r}: {reason}. Give a YAML file.") from error
     try:
-        values = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+        values = YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError) as error:
         where = " ".join(str(error).split())
+        if isinstance(error, DuplicateKeyError):
+            mark = error.problem_mark
+            key = text.splitlines()[mark.line][mark.column :].partition(":")[0].strip()
+            where = f"the key {key!r} is given twice, again in line {mark.line + 1}"
         raise InputError(f"The config {str(path)!r} is not valid YAML: {where}. Correct it.") from error
     if values is None:
         return {}
@@ -247,78 +462,3 @@ def parse_numbers(what: str, text: str) -> tuple[int, ...]:
             raise InputError(f"{what}: cannot read {part!r} in {text!r}: write numbers like 0,3 or ranges like 0-5.")
         numbers.extend(range(first, last + 1))
     return tuple(numbers)
-
-
-def parse_number(what: str, text: str, kind: type[float] | type[int]) -> float | int:
-    """One number from a flag.
-
-    Raises:
-        InputError: anything else.
-
-    >>> parse_number("--tol", "1e-3", float)
-    0.001
-    """
-    try:
-        return kind(text)
-    except ValueError:
-        example = "4096" if kind is int else "0.001"
-        raise InputError(f"{what}: {text!r} is not a number: write for example {example}.") from None
-
-
-def parse_names(text: str) -> tuple[str, ...]:
-    """Names from a flag: `"attn, mlp"` gives `("attn", "mlp")`."""
-    return tuple(part.strip() for part in text.split(","))
-
-
-def _one_line(error: ValidationError, origin: str, kind: type[RunConfig]) -> str:
-    problems = error.errors()
-    first = problems[0]
-    key = str(first["loc"][0]) if first["loc"] else ""
-    flag = origin.startswith("-")
-    shown = f"{origin}{key.replace('_', '-')}" if flag else f"{origin}{key}"
-    cause = first.get("ctx", {}).get("error")
-    if first["type"] == "extra_forbidden":
-        message = f"{origin}unknown key {key!r}.{_nearest(key, _keys(kind))}"
-    elif isinstance(cause, InputError):
-        message = f"{shown}: {cause}"
-    else:
-        hint = _type_hint(key)
-        message = f"{shown}: {first['msg']}, not {first['input']!r}{hint}."
-    return message + (f" ({len(problems) - 1} more wrong.)" if len(problems) > 1 else "")
-
-
-def _keys(kind: type[RunConfig]) -> list[str]:
-    return [field.alias or name for name, field in kind.model_fields.items()]
-
-
-def _nearest(key: str, valid: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key.replace("-", "_"), valid, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else f" Valid keys: {', '.join(valid)}."
-
-
-def _type_hint(key: str) -> str:
-    """Say what a list-valued key wants, for people who write one number or a comma list."""
-    if key in ("layers", "destinations"):
-        return "; write a list such as [0, 3]"
-    if key == "maps":
-        return "; write a list such as [attn, mlp]"
-    return ""
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without its two traps: a repeated key is an error, and 1e-3 is a number (YAML 1.1 reads text)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
-                )
-            seen.add(str(key_node.value))
-        return super().construct_mapping(node, deep)
-
-
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)

@@ -11,13 +11,13 @@ import warnings
 from pathlib import Path
 
 import pytest
-import yaml
 from flows import make_flow
 
 from lig_lens.cli.main import run
 from lig_lens.errors import ConvergenceWarning, InputError
 from lig_lens.flow.flow import Flow
 from lig_lens.names import MAPS
+from lig_lens.paths import BASELINES, BaselineEntry
 from lig_lens.settings import ExplainConfig, load_config, merge_settings, parse_numbers, parse_settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -45,9 +45,8 @@ class Core:
 @pytest.fixture
 def core(monkeypatch):
     core = Core()
-    for module, name in (("loading", "load_model"), ("attribution", "attribute")):
-        stand_in = types.SimpleNamespace(**{name: getattr(core, name)})
-        monkeypatch.setitem(sys.modules, f"lig_lens.{module}", stand_in)
+    for module, name in (("models.loading", "load_model"), ("attribution", "attribute")):
+        monkeypatch.setattr(importlib.import_module(f"lig_lens.{module}"), name, getattr(core, name))
     monkeypatch.delenv("LIG_LENS_TRACEBACK", raising=False)
     return core
 
@@ -200,7 +199,7 @@ def test_the_convergence_warning_is_one_line(core, capsys, monkeypatch):
         warnings.warn("3 of 9 cells missed tol", ConvergenceWarning, stacklevel=2)
         return core.flow
 
-    monkeypatch.setattr(sys.modules["lig_lens.attribution"], "attribute", attribute)
+    monkeypatch.setattr(importlib.import_module("lig_lens.attribution"), "attribute", attribute)
     assert run(["explain", "a"]) == 0
     assert capsys.readouterr().err == "lig-lens: warning: 3 of 9 cells missed tol\n"
 
@@ -213,6 +212,18 @@ def test_config_file_is_used_and_flags_win(core, tmp_path):
     assert core.loaded[0] == "smollm2" and core.asked["tol"] == 0.01 and core.asked["progress"] is False
     assert core.asked["attn_baseline"] == "itb" and core.asked["layers"] == (1,)
     assert (tmp_path / "f.json").exists()
+
+
+def test_a_baseline_of_ones_own_is_taken(core, tmp_path):
+    (tmp_path / "x.yaml").write_text("attn_baseline: mine\n")
+    BASELINES.add("mine", BaselineEntry(object(), maps=("attn",)))
+    try:
+        for arguments in (["--attn-baseline", "mine"], ["--config", str(tmp_path / "x.yaml")]):
+            assert run(["explain", "a", *arguments]) == 0
+            assert core.asked["attn_baseline"] == "mine"
+    finally:
+        BASELINES.remove("mine")
+    assert run(["explain", "a", "--attn-baseline", "mine"]) == 2
 
 
 BAD_YAML = [
@@ -265,7 +276,7 @@ def test_paper_yaml_is_valid():
     settings = merge_settings(ExplainConfig, load_config(CONFIGS / "paper.yaml"))
     assert settings.model == "bert-base-uncased"
     assert (settings.attn_baseline, settings.mlp_baseline) == ("itb", "att_itb_a0")
-    assert yaml.safe_load((CONFIGS / "paper.yaml").read_text())["maps"] == list(MAPS)
+    assert load_config(CONFIGS / "paper.yaml")["maps"] == MAPS
 
 
 def test_settings_that_are_absent_stay_absent():
@@ -329,10 +340,11 @@ def test_the_console_entry_point():
 
 def test_a_terminal_that_cannot_show_a_token_does_not_end_the_run():
     code = (
-        "import sys, types\nsys.path.insert(0, sys.argv.pop(1))\nfrom flows import make_flow\n"
-        "sys.modules['lig_lens.models.loading'] = types.SimpleNamespace(load_model=lambda *a, **k: None)\n"
-        "fake = types.SimpleNamespace(attribute=lambda *a, **k: make_flow(tokens=('Ġä', '日本')))\n"
-        "sys.modules['lig_lens.attribution'] = fake\nfrom lig_lens.cli.main import main\nmain()"
+        "import sys\nsys.path.insert(0, sys.argv.pop(1))\nfrom flows import make_flow\n"
+        "import lig_lens.attribution, lig_lens.models.loading\n"
+        "sys.modules['lig_lens.models.loading'].load_model = lambda *a, **k: None\n"
+        "sys.modules['lig_lens.attribution'].attribute = lambda *a, **k: make_flow(tokens=('Ġä', '日本'))\n"
+        "from lig_lens.cli.main import main\nmain()"
     )
     done = _python(code, str(Path(__file__).parent), "explain", "a", encoding="latin-1")
     assert done.returncode == 0, done.stderr

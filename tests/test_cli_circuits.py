@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 import lig_lens
 from lig_lens.cli.main import run
@@ -71,7 +71,7 @@ def test_configs(name: str):
     settings = merge_settings(CircuitConfig, load_config(CONFIGS / f"{name}.yaml", CircuitConfig))
     assert settings.clean and settings.corrupted and settings.answer
     keys = {field.alias or key for key, field in CircuitConfig.model_fields.items()}
-    assert set(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())) <= keys
+    assert set(YAML(typ="safe", pure=True).load(CONFIGS / f"{name}.yaml")) <= keys
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""The commands that look at what is there: `lig-lens boundaries` at a model, `lig-lens view` at saved Flows."""
+
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lig_lens.cli.flags import option
+from lig_lens.cli.shared import terminal_width
+from lig_lens.fields import help_of
+from lig_lens.files import check_writable
+from lig_lens.settings import RunConfig
+
+
+def boundaries(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help=help_of(RunConfig.model_fields["model"]), show_default=False),
+    ],
+    config_only: Annotated[
+        bool, typer.Option("--config-only", help="Build the architecture with random weights, load none.")
+    ] = False,
+) -> None:
+    """Print where the nodes of each block are: layout, heads, norms, engine and hooks, checked on MODEL."""
+    from lig_lens.blocks.find import describe_boundaries
+    from lig_lens.models.loading import load_model
+    from lig_lens.show.summary import boundaries_table
+
+    if config_only:
+        blocks = describe_boundaries(model, config_only=True)
+    else:
+        blocks = describe_boundaries(load_model(model))
+    typer.echo(boundaries_table(model, blocks, terminal_width()))
+
+
+def view(
+    flows: Annotated[
+        list[str], typer.Argument(metavar="FLOW...", help="Files that explain --out wrote.", show_default=False)
+    ],
+    html: Annotated[str | None, option("--html", default="beside the first file", help="Write the page here.")] = None,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
+) -> None:
+    """Open saved Flows in the explorer: several prompts, or several baselines of one."""
+    page = html if html is not None else str(Path(flows[0]).with_suffix(".html"))
+    check_writable(page, "--html")
+    from lig_lens.flow.flow import Flow
+    from lig_lens.show.explorer import write_explorer
+
+    loaded = [Flow.load(path) for path in flows]
+    written = write_explorer(loaded, page)
+    typer.echo(f"Wrote {written} ({written.stat().st_size / 1e6:.1f} MB)")
+    if open_browser and not webbrowser.open(written.absolute().as_uri()):
+        typer.echo("No browser found: open it yourself.")
