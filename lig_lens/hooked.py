@@ -1,15 +1,20 @@
 """What a hooked model has to offer."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import nn
 
 from lig_lens.errors import InputError
 
+if TYPE_CHECKING:
+    from abc import ABCMeta as _ProtocolMeta
+else:
+    _ProtocolMeta = type(Protocol)
 
-class _ByAttributes(type(Protocol)):
+
+class _ByAttributes(_ProtocolMeta):
     """Looks for a module's parts the way `nn.Module` gives them.
 
     `runtime_checkable` does not from Python 3.12 on: it looks attributes up statically, and a module's submodules are

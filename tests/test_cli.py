@@ -296,7 +296,7 @@ def test_boundaries_prints_one_row_per_block(capsys, monkeypatch):
 
     boundaries = types.SimpleNamespace(describe_boundaries=describe_boundaries)
     loading = types.SimpleNamespace(load_model=lambda name: f"loaded {name}")
-    monkeypatch.setitem(sys.modules, "lig_lens.blocks.find", boundaries)
+    monkeypatch.setitem(sys.modules, "lig_lens.blocks.describe", boundaries)
     monkeypatch.setitem(sys.modules, "lig_lens.models.loading", loading)
     assert run(["boundaries", "x"]) == 0
     assert run(["boundaries", "x", "--config-only"]) == 0

@@ -23,7 +23,7 @@ def boundaries(
     ] = False,
 ) -> None:
     """Print where the nodes of each block are: layout, heads, norms, engine and hooks, checked on MODEL."""
-    from lig_lens.blocks.find import describe_boundaries
+    from lig_lens.blocks.describe import describe_boundaries
     from lig_lens.models.loading import load_model
     from lig_lens.show.summary import boundaries_table
 

@@ -1,6 +1,6 @@
 """Columns: what the sources of one layer contribute to its destinations, with their errors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -37,28 +37,26 @@ class Columns:
 
     def one_group(self) -> "Columns":
         """The same without the axis of heads, where that has length 1."""
-        return Columns(**{name: None if value is None else value[0] for name, value in self._named()})
+        return self.each(lambda tensor: tensor[0])
 
     def cpu(self) -> "Columns":
         """The same on the CPU."""
-        return Columns(**{name: None if value is None else value.cpu() for name, value in self._named()})
+        return self.each(lambda tensor: tensor.cpu())
 
     def cells_only(self) -> "Columns":
         """The same without contributions, which may be large."""
         return replace(self, contributions=self.total, skip=None, bias=None)
 
-    def _named(self) -> list[tuple[str, Tensor | None]]:
-        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Columns":
+        """The same with every tensor changed."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in named.items() if value is not None})
 
 
 def joined(pieces: Sequence[Columns]) -> Columns:
     """Columns of several portions of the destinations, one beside the other."""
+    first = pieces[0]
     if len(pieces) == 1:
-        return pieces[0]
-    named = [dict(piece._named()) for piece in pieces]
-    return Columns(
-        **{
-            name: None if value is None else torch.cat([one[name] for one in named if one[name] is not None], -1)
-            for name, value in named[0].items()
-        }
-    )
+        return first
+    present = [field.name for field in fields(first) if getattr(first, field.name) is not None]
+    return replace(first, **{name: torch.cat([getattr(one, name) for one in pieces], -1) for name in present})
