@@ -21,7 +21,7 @@ class _ByAttributes(_ProtocolMeta):
     found by its `__getattr__`.
     """
 
-    def __instancecheck__(cls, instance: object) -> bool:
+    def __instancecheck__(self, instance: object) -> bool:
         return not missing_parts(instance)
 
 
