@@ -92,7 +92,7 @@ def answering(module: nn.Module, output: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def prepared(model: HookedModel, module: nn.Module) -> Iterator[None]:
+def prepared(model: HookedModel, module: nn.Module | HookedModel) -> Iterator[None]:
     """Hold a block, or all of the model, ready for integration: weights frozen, half precision raised to float32.
 
     The integrand is evaluated in float32 at least, because differences of half-precision outputs are mostly
