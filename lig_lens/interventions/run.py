@@ -1,115 +1,83 @@
-"""What interventions and gradient scores need of one prompt's run, block by block."""
+"""One prompt's run, of which any block can be run again with what follows."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from lig_lens.blocks.call import BlockCall, Hook, module_hooks, torch_hooks
-from lig_lens.blocks.find import BlockNodes, find_nodes
-from lig_lens.blocks.messages import Attention, attention_of
-from lig_lens.blocks.recording import record_calls
+from lig_lens.blocks.known import Blocks, Needs
+from lig_lens.blocks.recording import Recording
+from lig_lens.blocks.values import Messages, Values
 from lig_lens.errors import BoundaryError, InputError
-from lig_lens.inputs.prompts import Prompt, is_batch
-from lig_lens.inputs.request import read_prompts
-from lig_lens.models.stack import Rest
+from lig_lens.inputs.inputs import Inputs
+from lig_lens.interventions.intervention import Change, Trials
+from lig_lens.models.running import Hook, torch_hooks
+from lig_lens.models.stack import Forward
 from lig_lens.targets.metrics import BatchMetric
 
 
-def read_pair(model: Any, clean: Any, other: Any, prepend_bos: bool | None) -> tuple[Prompt, Prompt | None]:
-    """A prompt, and another of as many tokens if there is one.
-
-    Raises:
-        InputError: several prompts, prompts of different lengths, or what cannot be read.
-    """
-    if is_batch(clean) or is_batch(other):
-        raise InputError("A list of prompts: give one pair at a time, and average() the results.")
-    return read_prompts(model, clean, other, None, prepend_bos)[0]
-
-
 @dataclass(frozen=True)
-class BlockRun:
-    """One block in a run: its nodes, and its attention if the hooks show it."""
+class Run:
+    """A run of a model on one prompt. Use it inside `prepared(model, model)`, where it was made.
 
-    nodes: BlockNodes
-    attention: Attention | None
-
-
-class CircuitRun:
-    """A run of a model on one prompt, of which any block can be run again with what follows.
-
-    Make it and use it inside `prepared(model, model)`.
+    Attributes:
+        values: of the blocks, by layer.
+        forward: the run itself, to be continued from any of them.
     """
 
-    def __init__(self, model: Any, prompt: Prompt, layers: Sequence[int]) -> None:
-        """Run the model and verify the nodes of the blocks.
-
-        Raises:
-            BoundaryError: a block has no separable heads, or its nodes do not reproduce it.
-        """
-        self.model, self.prompt = model, prompt
-        self.rest = Rest(model, prompt.ids)
-        self.blocks = record_calls(model, prompt.ids, layers, self._visit)
-
-    def _visit(self, call: BlockCall) -> BlockRun:
-        seen = call.seen
-        nodes = find_nodes(self.model, call, heads=True, formula=False)
-        if nodes.z is None:
-            raise BoundaryError(
-                f"Block {call.layer} has no attention with separable heads, so nothing can be patched there: leave the "
-                "layer out."
-            )
-        assert seen is not None  # float32 at least, see the class's docstring
-        return BlockRun(replace(nodes, pattern=None), attention_of(nodes, seen.values))
+    values: Mapping[int, Values]
+    forward: Forward
 
     def measure(
         self,
         metric: BatchMetric,
         layer: int,
-        count: int,
-        make: Callable[[Tensor], tuple[Tensor | None, Tensor | None]],
+        trials: Trials,
         max_batch_tokens: int,
-        advance: Callable[[int], Any],
-    ) -> Float[Tensor, "count"]:
-        """The metric of `count` runs that differ from this one at what enters one block and at its heads.
+        advance: Callable[[int], object],
+    ) -> Float[Tensor, "run"]:
+        """The metric of runs that differ from this one at one block, in float64.
 
         Args:
             metric: of the logits.
             layer: number of the block.
-            count: how many runs.
-            make: numbers of some runs [run] -> residual vectors that enter the block [run pos d_model] and head
-                outputs [run pos head d_head]; None leaves what the block itself makes of the rest.
+            trials: what is changed there.
             max_batch_tokens: tokens that are run at once.
             advance: told how many runs are done.
         """
-        nodes = self.blocks[layer].nodes
-        assert nodes.z_path is not None
-        found = []
-        size = max(1, max_batch_tokens // len(self.prompt))
-        for first in range(0, count, size):
-            part = torch.arange(first, min(first + size, count), device=nodes.resid_pre.device)
-            resid, z = make(part)
-            if resid is None:
-                resid = nodes.resid_pre.expand(len(part), -1, -1)
-            hooks: dict[str, Hook] = {} if z is None else {nodes.z_path: _replacing(z)}
+        values, found = self.values[layer], [torch.zeros(0, dtype=torch.float64)]
+        size = max(1, max_batch_tokens // len(values))
+        for first in range(0, trials.count, size):
+            numbers = torch.arange(first, min(first + size, trials.count), device=values.resid_pre.device)
             with torch.no_grad():
-                found.append(metric(self.rest(nodes.call, resid, hooks)).cpu().double())
-            advance(len(part))
-        return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
+                changed = self._changed(values, trials.make(numbers), len(numbers))
+                found.append(metric(changed).cpu().double())
+            advance(len(numbers))
+        return torch.cat(found)
+
+    def _changed(self, values: Values, change: Change, count: int) -> Float[Tensor, "run *rest"]:
+        """The model's outputs with what is changed at a block."""
+        resid = values.resid_pre.expand(count, -1, -1) if change.resid is None else change.resid
+        hooks = {} if change.z is None else {values.heads.nodes.z_path: _replacing(change.z)}
+        pairs = [values.call.entering(resid), *torch_hooks(values.call.modules, hooks)]
+        return self.forward.onward(values.layer, resid, pairs)
 
     def noise(self, metric: BatchMetric) -> float:
         """Change of the metric that rounding alone can cause; 0 where it has no gradient to tell."""
         try:
-            sensitivity = metric.sensitivity(self.rest.logits)
+            sensitivity = metric.sensitivity(self.forward.output)
         except InputError:
             return 0.0
-        return 8 * sensitivity * max(block.nodes.rounding for block in self.blocks.values())
+        return 8 * sensitivity * max(values.block.rounding for values in self.values.values())
 
     def gradients(self, metric: BatchMetric) -> dict[int, Float[Tensor, "pos head d_head"]]:
-        """Gradient of the metric at the head outputs of every block, from one backward pass."""
+        """Gradient of the metric at the head outputs of every block, from one backward pass.
+
+        Raises:
+            InputError: the metric has no gradient.
+        """
         leaves: dict[int, Tensor] = {}
 
         def added(layer: int) -> Hook:
@@ -120,19 +88,76 @@ class CircuitRun:
 
             return hook
 
-        pairs = []
-        for layer, block in self.blocks.items():
-            assert block.nodes.z_path is not None
-            pairs += torch_hooks(block.nodes.call.modules, {block.nodes.z_path: added(layer)})
-        with torch.enable_grad(), module_hooks(pairs):
-            value = metric(self.rest.run())
-            grads = torch.autograd.grad(value.sum(), [leaves[layer] for layer in self.blocks], materialize_grads=True)
-        result = {}
-        for (layer, block), grad in zip(self.blocks.items(), grads, strict=True):
-            assert block.nodes.z is not None
-            result[layer] = grad.reshape(block.nodes.z.shape)
-        return result
+        # Nothing before the first of the blocks has a gradient to give.
+        first = self.values[min(self.values)]
+        resid = first.resid_pre[None]
+        pairs: list[tuple[nn.Module, Callable[..., object], bool]] = [first.call.entering(resid)]
+        for layer, values in self.values.items():
+            pairs += torch_hooks(values.call.modules, {values.heads.nodes.z_path: added(layer)})
+        with torch.enable_grad():
+            value = metric.checked(metric(self.forward.onward(first.layer, resid, pairs)))
+            wanted = [leaves[layer] for layer in self.values]
+            grads = torch.autograd.grad(value.sum(), wanted, materialize_grads=True)
+        return {
+            layer: grad.reshape(values.heads.z.shape)
+            for (layer, values), grad in zip(self.values.items(), grads, strict=True)
+        }
 
 
-def _replacing(z: Tensor) -> Hook:
+def _replacing(z: Float[Tensor, "run pos head d_head"]) -> Hook:
     return lambda now: z.to(now).reshape(now.shape).contiguous()
+
+
+class Recorder:
+    """Runs a model on prompts, one forward pass each. Make it and use it inside `prepared(model, model)`."""
+
+    def __init__(self, blocks: Blocks, needs: Needs) -> None:
+        self._blocks, self._needs = blocks, needs
+
+    def values(self, inputs: Inputs) -> Mapping[int, Values]:
+        """Values at the blocks, by layer; what comes after the last of them does not run.
+
+        Raises:
+            BoundaryError: a block has no separable heads, or its nodes do not reproduce it.
+        """
+        return self._record(inputs, whole=False).visited
+
+    def run(self, inputs: Inputs) -> Run:
+        """A whole run.
+
+        Raises:
+            BoundaryError: a block has no separable heads, or its nodes do not reproduce it.
+        """
+        recording = self._record(inputs, whole=True)
+        if recording.forward is None:
+            raise InputError("The model ended before its output: take off hooks that stop it.")
+        return Run(recording.visited, recording.forward)
+
+    def _record(self, inputs: Inputs, whole: bool) -> Recording[Values]:
+        recording = self._blocks.record(inputs, self._needs, whole=whole)
+        for layer, values in recording.visited.items():
+            if values.attention is None:
+                raise BoundaryError(
+                    f"Block {layer} has no attention with separable heads, so nothing can be patched there: leave the "
+                    "layer out."
+                )
+        return recording
+
+
+def messages_at(values: Values, otherwise: str) -> Messages:
+    """Pattern and values of a block's attention.
+
+    Args:
+        values: of a prompt at the block, recorded with `Needs(messages=True)`.
+        otherwise: what the message says where they cannot be read.
+
+    Raises:
+        InputError: no hook shows them, or head outputs are not their product.
+    """
+    messages = values.heads.messages
+    if messages is None:
+        raise InputError(
+            f"The pattern and values of block {values.layer} cannot be read, or head outputs are not their product: "
+            f"{otherwise}"
+        )
+    return messages
