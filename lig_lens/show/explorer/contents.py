@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lig_lens.errors import InputError
-from lig_lens.flow.compose import RULES
+from lig_lens.flow.compose import CANCELS, RULES, edges
 from lig_lens.flow.flow import Flow
 from lig_lens.show.plots.select import metric_change
 from lig_lens.show.plots.style import QUALITATIVE, show_token
@@ -47,7 +47,10 @@ def contents_of(flows: Mapping[str, Flow]) -> Contents:
         if flow.tokens not in samples:
             samples[flow.tokens] = _sample(flow)
         samples[flow.tokens]["views"].append(_view(label, flow, f"a{number}", arrays))
-    return Contents({"schema": 1, "samples": list(samples.values()), "colours": QUALITATIVE}, arrays)
+    # What the page's numbers depend on is said in Python alone.
+    rules = [{"name": rule, "conserves": rule == "conserving"} for rule in RULES]
+    composing = {"rules": rules, "cancels": CANCELS}
+    return Contents({"schema": 1, "samples": list(samples.values()), "colours": QUALITATIVE, **composing}, arrays)
 
 
 def _sample(flow: Flow) -> dict[str, Any]:
@@ -82,13 +85,14 @@ def _view(label: str, flow: Flow, prefix: str, arrays: dict[str, str]) -> dict[s
         return {"id": key, **spec}
 
     heads = flow.attn if flow.attn is not None else flow.mlp
+    n_heads = 0 if heads is None else heads.shape[1]
     view: dict[str, Any] = {
         "label": label,
         "facts": _facts(flow),
         "model": flow.model_name,
         "layers": list(flow.layers),
         "destinations": list(flow.destinations),
-        "n_heads": 0 if heads is None else heads.shape[1],
+        "n_heads": n_heads,
         "by_head": flow.attn is not None and dropped is None,
         "unit": f"the metric {flow.metric}"
         if flow.metric
@@ -96,17 +100,30 @@ def _view(label: str, flow: Flow, prefix: str, arrays: dict[str, str]) -> dict[s
         "half": half,
         "dropped": dropped,
         "split": flow.settings.get("split", "source"),
+        "rounding": _rounding(flow, n_heads),
         "arrays": {name: packed(name, tensor, name in large) for name, tensor in tensors.items()},
     }
-    for name in large & tensors.keys():
-        # Halves of a column that nearly cancels do not add up to its sum.
-        view["arrays"][f"{name}-sums"] = packed(f"{name}-sums", tensors[name].sum(-2), False)
+    # Halves of a column that nearly cancels do not add up to its sum, and without single heads its size is not known.
+    sums = {f"{name}-sums": tensors[name].sum(-2) for name in large & tensors.keys() - set(RULES)}
+    if (half or dropped) and flow.attn is not None and flow.mlp is not None:
+        for rule in RULES:
+            found = edges(flow, rule)
+            sums[f"{rule}-sums"] = (found.heads.sum((1, 2)) + found.skip).float()
+            sums[f"{rule}-sizes"] = (found.heads.abs().sum((1, 2)) + found.skip.abs()).float()
+    view["arrays"] |= {name: packed(name, tensor, False) for name, tensor in sums.items()}
     for name in flow.maps:
         view["arrays"][f"{name}-gap"] = packed(f"{name}-gap", flow.gap[name], False)
         view["arrays"][f"{name}-converged"] = packed(f"{name}-converged", flow.converged[name].float(), False)
     if flow.metric is not None:
         view["totals"] = [total if math.isfinite(total) else None for total in flow.total["attn"].tolist()]
     return view
+
+
+def _rounding(flow: Flow, n_heads: int) -> dict[str, float]:
+    """What of the largest size of a layer's columns is rounding, by map: as `Flow.shares` and `compose.shares` say."""
+    terms = {map: flow.columns(map).shape[-2] for map in flow.maps}
+    terms |= dict.fromkeys(RULES, n_heads * len(flow.tokens))
+    return {map: torch.finfo(torch.float32).eps * count for map, count in terms.items()}
 
 
 def _fitting(label: str, flow: Flow) -> tuple[dict[str, Tensor], str | None]:

@@ -1,6 +1,6 @@
-// What the page holds: arrays of every view, decoded when they are first needed, and the matrices that are drawn.
+// What the page holds: arrays of every view, decoded when they are first needed, and what compose.js makes of them,
+// remembered. How numbers are composed is said there.
 
-const EPS32 = 2 ** -23;
 let halfValues = null;
 
 /** Value of every half-precision number, by its bits. */
@@ -39,8 +39,10 @@ function decode(spec) {
  * The maps drawn are those of the Flow, what they compose to, and `metric`, the attn map of a Flow with one.
  */
 class View {
-  constructor(spec, sample) {
+  constructor(spec, sample, header) {
     Object.assign(this, { spec, sample });
+    this.rules = new Map(header.rules.map((rule) => [rule.name, rule]));
+    this.cancels = header.cancels;
     this.nTokens = sample.tokens.length;
     this.destinations = spec.destinations;
     this.nColumns = spec.destinations.length;
@@ -51,9 +53,9 @@ class View {
     this.arrays = new Map();
     this.cache = new Map();
     const has = (name) => name in spec.arrays;
-    const composes = has("mlp") && (spec.by_head || has("conserving"));
+    const rules = [...this.rules.keys()];
     this.maps = has("skip") && !has("mlp") ? ["metric"] : ["attn", "mlp", "block"].filter(has);
-    if (composes) this.maps.push("product", "conserving");
+    if (has("mlp") && (spec.by_head || rules.some(has))) this.maps.push(...rules);
     /** Whether paths can go from any token through all layers. */
     this.chained =
       spec.layers.every((layer, i) => layer === spec.layers[0] + i) &&
@@ -79,6 +81,11 @@ class View {
     return this.cache.get(key);
   }
 
+  /** Whether a map is put together by a rule: only such maps can be followed through blocks. */
+  composes(map) {
+    return this.rules.has(map);
+  }
+
   /** Whether a map says what each head carries. */
   byHead(map) {
     return map === "mlp" || (map !== "block" && this.spec.by_head);
@@ -94,92 +101,37 @@ class View {
     if (head === null && !this.byHead(map)) return this.slice(map, layer);
     const past = head === null ? this.past(map, layer) : null;
     if (!past) return this.headsMatrix(map, layer, head);
-    return this.remember(`m ${map} ${layer}`, () => {
-      const sum = this.headsMatrix(map, layer).slice();
-      past.forEach((value, c) => (sum[this.destinations[c] * this.nColumns + c] += value));
-      return sum;
-    });
+    return this.remember(`m ${map} ${layer}`, () => withPast(this.headsMatrix(map, layer), past, this.destinations));
   }
 
   /** The same without what goes past the heads. */
   headsMatrix(map, layer, head = null) {
     if (head !== null) return this.headMatrix(map, layer, head);
     return this.remember(`o ${map} ${layer}`, () => {
-      if (map === "block") return this.slice("block", layer);
-      if (!this.byHead(map)) {
-        const result = this.slice(map, layer).slice();
-        this.past(map, layer)?.forEach((value, c) => (result[this.destinations[c] * this.nColumns + c] -= value));
-        return result;
-      }
-      const sum = new Float32Array(this.nTokens * this.nColumns);
-      for (let h = 0; h < this.nHeads; h++) {
-        const one = this.headMatrix(map, layer, h);
-        for (let i = 0; i < sum.length; i++) sum[i] += one[i];
-      }
-      return sum;
+      if (this.byHead(map)) return addedUp(this.heads(map).map((one) => this.headMatrix(map, layer, one)));
+      const past = this.past(map, layer);
+      const all = this.slice(map, layer);
+      return past ? withPast(all, past.map((value) => -value), this.destinations) : all;
     });
   }
 
   headMatrix(map, layer, head) {
-    const size = this.nTokens * this.nColumns;
-    if (map === "attn" || map === "metric") return this.slice("attn", layer, head, size);
+    const into = () => this.slice("attn", layer, head, this.nTokens * this.nColumns);
+    if (map === "attn" || map === "metric") return into();
     return this.remember(`h ${map} ${layer} ${head}`, () => {
-      const result = new Float32Array(size);
       const through = this.slice("mlp", layer, head, this.nColumns);
-      if (map === "mlp") {
-        through.forEach((value, c) => (result[this.destinations[c] * this.nColumns + c] = value));
-        return result;
-      }
-      const into = this.slice("attn", layer, head, size);
-      const n = this.nColumns;
-      if (map === "product") {
-        for (let i = 0; i < size; i++) result[i] = into[i] * through[i % n];
-        return result;
-      }
-      const rounding = EPS32 * this.nTokens * this.strongestColumn(layer);
-      const sums = this.sums("attn", layer, head);
-      for (let i = 0; i < size; i++) {
-        const c = i % n;
-        if (Math.abs(sums[c]) > rounding) result[i] = (into[i] / sums[c]) * through[c];
-      }
-      // A head that does not move on its path leaves what the mlp map says of it with the destination.
-      for (let c = 0; c < n; c++) {
-        if (Math.abs(sums[c]) <= rounding) result[this.destinations[c] * n + c] += through[c];
-      }
-      return result;
+      if (map === "mlp") return withPast(new Float32Array(this.nTokens * this.nColumns), through, this.destinations);
+      return this.rules.get(map).conserves
+        ? conservingEdges(into(), this.divisors("attn", layer, head), through, this.destinations)
+        : productEdges(into(), through);
     });
-  }
-
-  /** Largest sum of absolute contributions in a column of a layer's attn map. */
-  strongestColumn(layer) {
-    return this.remember(`s ${layer}`, () => {
-      const n = this.nColumns;
-      let largest = 0;
-      for (let h = 0; h < this.nHeads; h++) {
-        const sums = columnSums(this.slice("attn", layer, h, this.nTokens * n), n, true);
-        for (const sum of sums) largest = Math.max(largest, sum);
-      }
-      return largest;
-    });
-  }
-
-  /** Sums of the columns of an array, as they were before halves were made of it. */
-  sums(name, layer, head = null) {
-    const n = this.nColumns;
-    if (`${name}-sums` in this.spec.arrays) {
-      return Float64Array.from(head === null ? this.slice(`${name}-sums`, layer) : this.slice(`${name}-sums`, layer, head, n));
-    }
-    return columnSums(head === null ? this.slice(name, layer) : this.slice(name, layer, head, this.nTokens * n), n);
   }
 
   /** What goes past the heads at each column, or null where the map has no such thing. */
   past(map, layer) {
     if (map === "metric") return this.slice("skip", layer);
-    if (map !== "mlp" && map !== "conserving") return null;
-    return this.remember(`p ${layer}`, () => {
-      const bias = this.slice("bias", layer);
-      return this.slice("skip", layer).map((value, c) => value + bias[c]);
-    });
+    if (map !== "mlp" && !this.rules.get(map)?.conserves) return null;
+    return this.remember(`p ${layer}`, () => addedUp([this.slice("skip", layer), this.slice("bias", layer)]));
   }
 
   /**
@@ -187,7 +139,34 @@ class View {
    * through several blocks then follows only what moves between tokens.
    */
   get forgets() {
-    return this.remember("forgets", () => this.maps.includes("product") && ["skip", "bias"].every((name) => this.array(name).every((value) => value === 0)));
+    return this.remember("forgets", () => {
+      const nothing = (name) => this.array(name).every((value) => value === 0);
+      return this.maps.some((map) => this.composes(map)) && nothing("skip") && nothing("bias");
+    });
+  }
+
+  /** What is added up in each column, [any, column] each; as `Flow.columns` and `compose.edges` have it. */
+  terms(map, layer, head = null) {
+    if (map === "mlp") return ["mlp", "skip", "bias"].map((name) => this.slice(name, layer));
+    if (!this.composes(map)) return [this.matrix(map, layer, head)];
+    const past = this.past(map, layer);
+    return [...this.heads(map).map((one) => this.headsMatrix(map, layer, one)), ...(past ? [past] : [])];
+  }
+
+  /** Sums and sizes of columns; as Python added them up where halves or heads that are left out would not tell. */
+  columns(map, layer, head = null) {
+    return this.remember(`c ${map} ${layer} ${head}`, () => {
+      const n = this.nColumns;
+      const known = (what) => {
+        const name = `${map}-${what}`;
+        if (!(name in this.spec.arrays)) return null;
+        return columnSums(head === null ? this.slice(name, layer) : this.slice(name, layer, head, n), n);
+      };
+      const [sums, sizes] = [known("sums"), known("sizes")];
+      if (sums && sizes) return { sums, sizes };
+      const terms = this.terms(map, layer, head);
+      return { sums: sums ?? addedColumns(terms, n), sizes: sizes ?? addedColumns(terms, n, true) };
+    });
   }
 
   /**
@@ -197,22 +176,59 @@ class View {
   divisors(map, layer, head = null) {
     const own = map === "attn" ? head : null;
     return this.remember(`d ${map} ${layer} ${own}`, () => {
-      const shown = this.matrix(map, layer, own);
-      const single = map !== "attn" || own !== null || !this.spec.by_head;
-      const exact = map in this.spec.arrays && single && map !== "mlp";
-      const sums = exact ? this.sums(map, layer, own) : columnSums(shown, this.nColumns);
-      if (map === "metric") return sums.fill(this.spec.totals[layer] ?? 0);
-      const sizes = columnSums(shown, this.nColumns, true);
-      const rounding = EPS32 * this.nTokens * sizes.reduce((a, b) => Math.max(a, b), 0);
-      return sums.map((sum) => (Math.abs(sum) <= rounding ? 0 : sum));
+      if (map === "metric") return new Float64Array(this.nColumns).fill(this.spec.totals[layer] ?? 0);
+      const { sums, sizes } = this.columns(map, layer, own);
+      const strongest = own === null ? largestSize(sizes) : this.strongestColumn(layer);
+      return divisorsOf(sums, this.spec.rounding[map] * strongest);
+    });
+  }
+
+  /** The largest size of a column of a layer's attn map, of all heads. */
+  strongestColumn(layer) {
+    return this.remember(`s ${layer}`, () => {
+      return largestSize(this.heads("attn").map((head) => largestSize(this.columns("attn", layer, head).sizes)));
     });
   }
 
   /** How many columns of what is divided by `divisors` nearly cancel. */
-  cancelling(map, layer, head) {
-    const matrix = this.matrix(map, layer, head);
-    const sums = this.divisors(map, layer, head);
-    return columnSums(matrix, this.nColumns, true).filter((size, c) => sums[c] !== 0 && size > CANCELS * Math.abs(sums[c])).length;
+  cancelling(map, layer, head = null) {
+    return nearlyCancelling(this.columns(map, layer, head).sizes, this.divisors(map, layer, head), this.cancels);
+  }
+
+  /** Shares [source, destination] of one step, of one head or all; needs a chained View, as all below. */
+  stepShares(map, layer, head = null) {
+    return this.remember(`shares ${map} ${layer} ${head}`, () => {
+      return stepShares(this.matrix(map, layer, head), this.divisors(map, layer), head === null);
+    });
+  }
+
+  /** What goes past the heads, as a share of the step: [destination]. */
+  pastShares(map, layer) {
+    return this.remember(`past ${map} ${layer}`, () => pastShares(this.past(map, layer), this.divisors(map, layer)));
+  }
+
+  /** How much of the node (row, position) is from every node below, and of every node above from it. */
+  rollout(map, row, position) {
+    return this.remember(`x ${map} ${row} ${position}`, () => {
+      const steps = this.spec.layers.map((_, layer) => this.stepShares(map, layer));
+      return rollout(steps, row, position, this.nTokens);
+    });
+  }
+
+  /** The k strongest ways to each node of a row; whichever node is chosen, these are the same. */
+  bestWays(map, row, k) {
+    return this.remember(`ways ${map} ${row} ${k}`, () => {
+      const layer = row - 1;
+      const below = layer > 0 ? this.bestWays(map, layer, k).map((ways) => ways.map((way) => way.product)) : null;
+      const best = below ?? Array(this.nTokens).fill([1]);
+      const heads = this.heads(map).map((head) => ({ head, matrix: this.headsMatrix(map, layer, head) }));
+      return bestWays(best, heads, this.pastShares(map, layer), this.divisors(map, layer), k);
+    });
+  }
+
+  /** The k strongest paths from any token that enters the first layer to the node (row, position). */
+  paths(map, row, position, k) {
+    return walkBack(Array.from({ length: row }, (_, layer) => this.bestWays(map, layer + 1, k)), position);
   }
 
   /**
@@ -221,8 +237,8 @@ class View {
    * has its own.
    */
   certainty(map, layer, head, column) {
-    if (head === "past" && map === "conserving") return this.certainty("mlp", layer, null, column);
-    if (map === "product" || map === "conserving") {
+    if (this.composes(map)) {
+      if (head === "past") return this.certainty("mlp", layer, null, column);
       if (head === null) return null;
       const parts = ["attn", "mlp"].map((part) => this.certainty(part, layer, head, column));
       return { gap: Math.max(...parts.map((part) => part.gap)), converged: parts.every((part) => part.converged) };
@@ -233,13 +249,4 @@ class View {
     const cell = (what) => this.slice(`${name}-${what}`, layer)[index];
     return { gap: cell("gap"), converged: cell("converged") > 0 };
   }
-}
-
-function columnSums(matrix, nColumns, absolute = false) {
-  const sums = new Float64Array(nColumns);
-  for (let i = 0, c = 0; i < matrix.length; i++) {
-    sums[c] += absolute ? Math.abs(matrix[i]) : matrix[i];
-    if (++c === nColumns) c = 0;
-  }
-  return sums;
 }

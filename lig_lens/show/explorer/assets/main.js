@@ -4,7 +4,7 @@ const byId = (id) => document.getElementById(id);
 const header = JSON.parse(byId("header").textContent);
 const samples = header.samples.map((sample) => ({
   ...sample,
-  views: sample.views.map((spec) => new View(spec, sample)),
+  views: sample.views.map((spec) => new View(spec, sample, header)),
 }));
 
 const DEFAULTS = {
@@ -50,7 +50,8 @@ function settle() {
   state.view = within(state.view, samples[state.sample].views.length);
   const view = currentView();
   if (!view.maps.includes(state.map)) {
-    state.map = view.maps.includes("conserving") && !view.forgets ? "conserving" : view.maps[0];
+    const composed = view.forgets ? undefined : view.maps.find((map) => view.rules.get(map)?.conserves);
+    state.map = composed ?? view.maps[0];
   }
   state.layer = within(state.layer, view.nLayers);
   if (state.head !== null && !(view.byHead(state.map) && Number.isInteger(state.head) && state.head >= 0 && state.head < view.nHeads)) {
@@ -181,13 +182,13 @@ function notesOf(view, end) {
 
 function warningOf(view) {
   const warnings = [];
-  if (view.forgets && (state.map === "product" || state.map === "conserving")) {
+  if (view.forgets && view.composes(state.map)) {
     warnings.push(
       "What a token keeps of itself is not part of this flow: on this path of the mlp map the skip connection does not move. " +
         "To follow content through blocks, compute with attn_baseline='itb_map_ratio', mlp_baseline='zero'."
     );
   }
-  const cancelling = scene.cone ? view.spec.layers.reduce((sum, _, layer) => sum + stepTotals(view, state.map, layer).cancels, 0) : 0;
+  const cancelling = scene.cone ? view.spec.layers.reduce((sum, _, layer) => sum + view.cancelling(state.map, layer), 0) : 0;
   if (cancelling) {
     const many = cancelling > 1 ? `${cancelling.toLocaleString("en")} steps nearly cancel` : "One step nearly cancels";
     warnings.push(`${many}: shares there, and of what passes through, are large and of both signs.`);
@@ -226,14 +227,17 @@ function signKey() {
   const item = document.createElement("span");
   const sign = (name, text) => Object.assign(document.createElement("b"), { className: name, textContent: text });
   const [red, blue] = state.scale === "share" || scene.cone ? ["sign of the total", "opposite sign"]
-    : state.map === "product" ? ["both maps of one sign", "of opposite signs"]
+    : multiplies(currentView()) ? ["both maps of one sign", "of opposite signs"]
     : [`raises the ${state.map === "metric" ? "metric" : "target"}`, "lowers it"];
   item.append(sign("positive", "red"), ` ${red}, `, sign("negative", "blue"), ` ${blue}`);
   return item;
 }
 
+/** Whether the map is put together by a rule that multiplies contributions, so that it has no unit of the target. */
+const multiplies = (view) => view.composes(state.map) && !view.rules.get(state.map).conserves;
+
 function unitOf(view) {
-  if (state.scale === "absolute" && state.map === "product") return "products of the two maps' contributions";
+  if (state.scale === "absolute" && multiplies(view)) return "products of the two maps' contributions";
   if (state.scale === "absolute") return `in units of ${view.spec.unit}`;
   if (state.map === "metric") return "share of the layer's total";
   return state.map === "attn" ? "share of the column" : "share of the step";
@@ -247,7 +251,7 @@ function showPaths(view) {
   box.append(title);
   if (!follows(view, state)) {
     title.textContent = view.chained
-      ? view.maps.includes("product") ? "Paths are available for the composed maps only." : "Paths need the attn and mlp maps of one Flow."
+      ? view.maps.some((map) => view.composes(map)) ? "Paths are available for the composed maps only." : "Paths need the attn and mlp maps of one Flow."
       : "Paths need every layer in between and all destinations.";
     return;
   }
@@ -344,8 +348,8 @@ function fillSelect(select, options, chosen) {
 }
 
 const MAP_NAMES = {
-  attn: "attn: sources → heads", mlp: "mlp: heads → output", block: "block: direct", product: "composed: product",
-  conserving: "composed: conserving", metric: "contributions to the metric",
+  attn: "attn: sources → heads", mlp: "mlp: heads → output", block: "block: direct", metric: "contributions to the metric",
+  ...Object.fromEntries(header.rules.map(({ name }) => [name, `composed: ${name}`])),
 };
 
 function showControls(view) {
@@ -415,6 +419,7 @@ const inspect = {
   get state() { return state; },
   get scene() { return scene; },
   get view() { return currentView(); },
+  get samples() { return samples; },
   get rows() { return listed.rows; },
   get large() { return large; },
   /** Where a node stands in the window. */
@@ -440,8 +445,8 @@ requestAnimationFrame(() => requestAnimationFrame(() => {
 function prepareLayer(view, layer) {
   if (layer < view.nLayers) {
     if (follows(view, state)) {
-      stepShares(view, state.map, layer);
-      bestWays(view, state.map, layer + 1, state.k);
+      view.stepShares(state.map, layer);
+      view.bestWays(state.map, layer + 1, state.k);
     }
     if (view.byHead(state.map) && state.map !== "mlp") colourTop(view, { ...state, layer }, view.heads(state.map));
     setTimeout(() => prepareLayer(view, layer + 1), 0);

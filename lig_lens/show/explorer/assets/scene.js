@@ -26,15 +26,6 @@ function shownValues(view, state, matrix) {
   return Float32Array.from(shown.flatMap((src) => columns.map((c) => matrix[src * view.nColumns + c])));
 }
 
-function largestSize(values) {
-  let largest = 0;
-  for (let i = 0; i < values.length; i++) {
-    const size = Math.abs(values[i]);
-    if (size > largest) largest = size;
-  }
-  return largest;
-}
-
 /**
  * Rows of nodes from below: what enters a layer and what leaves it are one row where layers follow each other.
  * Gives the row below and above each layer, and a label for each row.
@@ -69,28 +60,19 @@ function weights(view, state, layer) {
 }
 
 function scaled(view, state, layer, head, matrix) {
-  if (state.scale === "absolute") return matrix;
-  const divisors = view.divisors(state.map, layer, head);
-  const result = new Float32Array(matrix.length);
-  for (let i = 0, c = 0; i < matrix.length; i++) {
-    if (divisors[c] !== 0) result[i] = matrix[i] / divisors[c];
-    if (++c === view.nColumns) c = 0;
-  }
-  return result;
+  return state.scale === "absolute" ? matrix : divided(matrix, view.divisors(state.map, layer, head));
 }
 
 /** Same for what goes past the heads, by column; null where there is no such thing or one head stands alone. */
 function pastWeights(view, state, layer) {
   if (headIn(view, state, layer) !== null) return null;
   const past = view.past(state.map, layer);
-  if (!past || state.scale === "absolute") return past;
-  const divisors = view.divisors(state.map, layer);
-  return past.map((value, c) => (divisors[c] === 0 ? 0 : value / divisors[c]));
+  return !past || state.scale === "absolute" ? past : divided(past, view.divisors(state.map, layer));
 }
 
 /** Whether flow can be followed through all layers in the chosen map. */
 function follows(view, state) {
-  return view.chained && (state.map === "product" || state.map === "conserving");
+  return view.chained && view.composes(state.map);
 }
 
 /** Everything that is drawn, as numbers. */
@@ -99,17 +81,12 @@ function sceneOf(view, state) {
   const visible = new Uint8Array(view.nTokens);
   positions.forEach((i) => (visible[i] = 1));
   const rows = rowsOf(view);
-  const cone = state.node && follows(view, state)
-    ? view.remember(`x ${state.map} ${state.node.row} ${state.node.pos}`, () =>
-        rolloutOf(view, state.map, state.node.row, state.node.pos))
-    : null;
+  const cone = state.node && follows(view, state) ? view.rollout(state.map, state.node.row, state.node.pos) : null;
   const nodes = nodeValues(view, state, rows, cone);
   const counts = { above: 0, below: 0 };
   const edges = view.spec.layers.flatMap((_, layer) => edgesOf(view, state, layer, rows, visible, cone, counts));
   edges.sort((a, b) => b.size - a.size);
-  const paths = state.node && state.node.row > 0 && state.paths && follows(view, state)
-    ? strongestPaths(view, state.map, state.node.row, state.node.pos, state.k)
-    : [];
+  const paths = cone && state.paths ? view.paths(state.map, state.node.row, state.node.pos, state.k) : [];
   return { positions, visible, rows, cone, nodes, edges, ...counts, paths, steps: stepsOf(paths) };
 }
 
@@ -161,8 +138,8 @@ function edgesOf(view, state, layer, rows, visible, cone, counts) {
   const columns = view.nColumns;
   const [low, high] = [rows.low[layer], rows.high[layer]];
   const node = state.node;
-  const shares = cone && stepShares(view, state.map, layer, head);
-  const pastShare = cone && head === null ? pastShares(view, state.map, layer) : null;
+  const shares = cone && view.stepShares(state.map, layer, head);
+  const pastShare = cone && head === null ? view.pastShares(state.map, layer) : null;
   const reference = state.scale === "absolute" && !cone ? layerTop(view, state, layer) : 1;
   const least = state.threshold * reference;
   // Contributions to a metric are in one unit throughout: those beside the chosen node stay, quietly. So do other blocks
