@@ -11,7 +11,7 @@ from .errors import LigLensError as LigLensError
 from .errors import MissingPackageError as MissingPackageError
 from .errors import NonFiniteError as NonFiniteError
 from .flow.average import average as average
-from .flow.compose import consistency_table as consistency_table
+from .flow.consistency import consistency_table as consistency_table
 from .flow.effects import Effects as Effects
 from .flow.flow import Flow as Flow
 from .inputs.induction import induction_pairs as induction_pairs
@@ -22,6 +22,7 @@ from .interventions.agreement import compare_table as compare_table
 from .interventions.agreement import precision_recall as precision_recall
 from .interventions.scores import scores as scores
 from .models.loading import load_model as load_model
+from .show.explorer import Explorer as Explorer
 from .show.explorer import explore as explore
 from .targets.metrics import class_logit as class_logit
 from .targets.metrics import kl_divergence as kl_divergence

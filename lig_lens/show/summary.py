@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lig_lens.flow.data import Edge
 from lig_lens.flow.effects import Effects
-from lig_lens.flow.flow import Edge, Flow
+from lig_lens.flow.flow import Flow
 from lig_lens.show.plots import show_token
 
 _EDGES_PER_LAYER = 3

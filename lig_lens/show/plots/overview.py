@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lig_lens.errors import InputError, check_choice
+from lig_lens.flow.choose import find_places, of_flow
 from lig_lens.flow.flow import Flow
-from lig_lens.flow.labels import axis_places
 from lig_lens.names import head_name
 from lig_lens.show.plots.matrix import (
     PRINTED,
@@ -99,8 +99,8 @@ def importance(
     else:
         table = _of_output(flow, shown.places) if map == "mlp" else _of_movement(flow, share, shown.places)
     layers = flow.layers if layers is None else tuple(layers)
-    rows, n_heads = axis_places("layer", layers, flow.layers), table.heads.shape[1]
-    columns = axis_places("head", range(n_heads) if heads is None else heads, range(n_heads))
+    rows, n_heads = find_places(layers, flow.layers, of_flow("layer")), table.heads.shape[1]
+    columns = find_places(heads, range(n_heads), of_flow("head"))
     of_heads, rest = table.heads[rows][:, columns].numpy(), table.rest[rows].numpy()
     if table.signed or bool((of_heads < 0).any()):
         scale = signed_scale(table.unit, of_heads, percent=table.percent, cut=False)
@@ -230,7 +230,7 @@ def gap_map(
     map = max(flow.maps, key=flow.worst_gap) if map is None else map
     flow.columns(map)
     layers = flow.layers if layers is None else tuple(layers)
-    rows = axis_places("layer", layers, flow.layers)
+    rows = find_places(layers, flow.layers, of_flow("layer"))
     gaps, missed = flow.gap[map][rows], ~flow.converged[map][rows]
     shown = pick("gap_map", flow, tokens)
     if (flow.metric is not None and tokens is not None) or (gaps.ndim < 3 and heads is not None):
@@ -240,7 +240,7 @@ def gap_map(
         )
     numbers = [*range(gaps.shape[1])] if gaps.ndim == 3 else []
     if heads is not None:
-        numbers = axis_places("head", heads, numbers)
+        numbers = find_places(heads, numbers, of_flow("head"))
         gaps, missed = gaps[:, numbers], missed[:, numbers]
     if flow.metric is None:
         gaps, missed = gaps[..., shown.places], missed[..., shown.places]

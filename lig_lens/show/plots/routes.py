@@ -8,8 +8,8 @@ from itertools import accumulate, groupby, pairwise
 import numpy as np
 import plotly.graph_objects as go
 
-from lig_lens.flow.compose import Path
 from lig_lens.flow.flow import Flow
+from lig_lens.flow.routes import Path
 from lig_lens.names import head_name
 from lig_lens.show.plots.select import baselines, describe, worst_gap
 from lig_lens.show.plots.style import (
