@@ -11,7 +11,7 @@ from flows import make_flow
 from tiny_models import tiny_bridge
 
 import lig_lens
-from lig_lens.flow import routes
+from lig_lens.flow import compose, routes
 
 pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
 
