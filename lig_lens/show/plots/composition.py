@@ -10,8 +10,9 @@ from lig_lens.errors import InputError, check_choice
 from lig_lens.flow.choose import find_places, of_flow
 from lig_lens.flow.consistency import Consistency
 from lig_lens.flow.flow import Flow
-from lig_lens.show.plots.matrix import PRINTED, Panel, Values, draw, large_cells, printed, share_scale, signed_scale
-from lig_lens.show.plots.select import baselines, describe, pick, token_axis, worst_gap
+from lig_lens.show.plots.facts import about, baselines, worst_gap
+from lig_lens.show.plots.matrix import PRINTED, Heatmap, Values, draw, large_cells, printed, share_scale, signed_scale
+from lig_lens.show.plots.select import pick, token_axis
 from lig_lens.show.plots.style import FAINT, INK, LINE, QUALITATIVE, plain_text, set_frame, short
 
 _NOTABLE = -0.02  # negative shares from here on get colours of their own
@@ -56,7 +57,7 @@ def rollout_map(
     )
     layers = f"layer {first}" if first == last else f"layers {first} to {last}"
     facts = [
-        *describe(flow, target=False),
+        *about(flow, target=False),
         *baselines(flow, ("attn", "mlp")),
         f"rule {rule}",
         worst_gap([flow], ("attn", "mlp")),
@@ -66,7 +67,7 @@ def rollout_map(
     ]
     return draw(
         [
-            Panel(
+            Heatmap(
                 values,
                 scale,
                 value=f"{'%{z:+.2%}' if scale.signed else '%{z:.2%}'} of the residual",

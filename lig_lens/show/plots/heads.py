@@ -8,10 +8,11 @@ from lig_lens.errors import InputError, check_choice
 from lig_lens.flow.choose import find_places, of_flow
 from lig_lens.flow.flow import Flow
 from lig_lens.names import MAPS, head_name
+from lig_lens.show.plots.facts import cancelling_fact, unit, whole
 from lig_lens.show.plots.matrix import (
     PRINTED,
     Axis,
-    Panel,
+    Heatmap,
     Scale,
     Values,
     draw,
@@ -21,7 +22,7 @@ from lig_lens.show.plots.matrix import (
     signed_scale,
     strongest,
 )
-from lig_lens.show.plots.select import Drawn, Positions, cancelling_fact, drawn, pick, token_axis, unit, whole
+from lig_lens.show.plots.select import Drawn, Positions, drawn, pick, token_axis
 
 _TITLES = {
     "attn": "Source tokens → heads",
@@ -80,7 +81,7 @@ def head_grid(
     heads_of_rows: list[int | None] = [None]
     if map == "attn":
         n_heads = given.terms.shape[1]
-        heads_of_rows = list(find_places(heads, range(n_heads), of_flow("head")))
+        heads_of_rows = [*find_places(heads, range(n_heads), of_flow("head"))]
     values = [[_values(given, shown, place, head) for head in heads_of_rows] for place in places]
     if scale == "layer" and not share:
         cut = any(strongest(*row) < strongest(*row, cut=False) for row in values)
@@ -89,7 +90,7 @@ def head_grid(
     else:
         scales = [_scale(flow, given, [panel for row in values for panel in row])] * len(layers)
     panels = [
-        Panel(
+        Heatmap(
             panel,
             scales[number],
             hover=head_name(layer, head),
@@ -143,7 +144,7 @@ def head_map(
     down, across = _axes(flow, given, shown, numbered=True)
     where = head_name(layer, head)
     texts = printed(values, given.share, given.minus) if max(values.shape) <= PRINTED else None
-    panel = Panel(values, _scale(flow, given, [values]), hover=where, value=given.hover, texts=texts)
+    panel = Heatmap(values, _scale(flow, given, [values]), hover=where, value=given.hover, texts=texts)
     heading = f"<b>{where[0].upper()}{where[1:]}</b>: {_TITLES[map].lower()}, {given.what}"
     facts = [*given.facts, *_cancelling(given, shown, [place], [head])]
     return draw([panel], down, across, heading, facts, cell=large_cells(*values.shape))
