@@ -4,10 +4,10 @@ The arcs are read from the code, so the picture is true of it; tests/test_docs.p
 """
 
 import html
-import tomllib
 from pathlib import Path
 
 import grimp
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "img" / "rooms.svg"

@@ -11,7 +11,7 @@ from .errors import LigLensError as LigLensError
 from .errors import MissingPackageError as MissingPackageError
 from .errors import NonFiniteError as NonFiniteError
 from .flow.average import average as average
-from .flow.compose import consistency_table as consistency_table
+from .flow.consistency import consistency_table as consistency_table
 from .flow.effects import Effects as Effects
 from .flow.flow import Flow as Flow
 from .inputs.induction import induction_pairs as induction_pairs
@@ -24,6 +24,7 @@ from .interventions.scores import scores as scores
 from .models.loading import load_model as load_model
 from .paths import register_baseline as register_baseline
 from .paths.baseline import Baseline as Baseline
+from .show.explorer import Explorer as Explorer
 from .show.explorer import explore as explore
 from .targets.direction import direction as direction
 from .targets.metrics import class_logit as class_logit

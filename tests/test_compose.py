@@ -11,7 +11,7 @@ from flows import make_flow
 from tiny_models import tiny_bridge
 
 import lig_lens
-from lig_lens.flow import compose
+from lig_lens.flow import compose, routes
 
 pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
 
@@ -126,12 +126,12 @@ def test_paths_equal_brute_force(kind: str, rule: str):
 
 
 def test_a_path_in_words():
-    def step(layer: int, head: int | None, src: int, dst: int) -> compose.Step:
-        return compose.Step(layer, head, src, "abc"[src], dst, "abc"[dst], 0.5)
+    def step(layer: int, head: int | None, src: int, dst: int) -> routes.Step:
+        return routes.Step(layer, head, src, "abc"[src], dst, "abc"[dst], 0.5)
 
-    path = compose.Path(0.25, (step(0, None, 0, 0), step(1, 4, 0, 2), step(2, None, 2, 2)))
+    path = routes.Path(0.25, (step(0, None, 0, 0), step(1, 4, 0, 2), step(2, None, 2, 2)))
     assert str(path) == "+0.25: 'a' (0) L1H4 → 'c' (2)"
-    assert str(compose.Path(0.5, (step(0, None, 1, 1),))) == "+0.5: 'b' (1) skip"
+    assert str(routes.Path(0.5, (step(0, None, 1, 1),))) == "+0.5: 'b' (1) skip"
 
 
 def test_graph_has_the_same_edges():

@@ -54,9 +54,7 @@ def test_a_second_prompt_pays_for_its_own_values_alone(kind: str, found: list[in
 
 
 def test_clean_and_corrupted_prompts_share_their_blocks(found: list[int]) -> None:
-    lig_lens.attribute(
-        fresh("llama"), FIRST, corrupted=SECOND, maps="attn", attn_baseline="corrupted", progress=False
-    )
+    lig_lens.attribute(fresh("llama"), FIRST, corrupted=SECOND, maps="attn", attn_baseline="corrupted", progress=False)
     assert found == [0, 1]
 
 

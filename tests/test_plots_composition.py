@@ -14,7 +14,7 @@ from plot_cases import HOSTILE, metric_flow
 
 import lig_lens
 from lig_lens.errors import InputError, MissingPackageError
-from lig_lens.flow.compose import Consistency
+from lig_lens.flow.consistency import Consistency
 from lig_lens.show.plots import consistency_plot, paths_graph, rollout_map, to_circuitsvis
 
 pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows

@@ -12,7 +12,7 @@ from plot_cases import make_effects, metric_flow
 from lig_lens.errors import InputError
 from lig_lens.show.plots import agreement_scatter, effects_map
 from lig_lens.show.plots.labels import place_names
-from lig_lens.show.plots.style import MINUS
+from lig_lens.show.text import MINUS
 
 WORDS = ("a", "b", "c", "d")
 

@@ -10,7 +10,7 @@ from plot_cases import metric_flow
 
 from lig_lens.errors import InputError
 from lig_lens.show.plots import gap_map, head_map, importance
-from lig_lens.show.plots.style import MINUS
+from lig_lens.show.text import MINUS
 
 pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
 

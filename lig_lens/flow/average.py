@@ -10,7 +10,7 @@ from torch import Tensor
 from lig_lens.errors import InputError
 from lig_lens.flow.effects import Effects
 from lig_lens.flow.flow import Flow
-from lig_lens.flow.labels import AXES
+from lig_lens.flow.labels import TENSORS
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _flows(flows: Sequence[Flow]) -> AverageFlow:
     first = flows[0]
     stderr: dict[str, Tensor] = {}
     fields: dict[str, Any] = {}
-    for name in AXES:
+    for name in TENSORS:
         if getattr(first, name) is not None:
             fields[name], stderr[name] = _mean([getattr(flow, name) for flow in flows])
     totals = {name: _mean([flow.total[name] for flow in flows]) for name in first.maps}

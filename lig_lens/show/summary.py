@@ -2,16 +2,22 @@
 
 import io
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lig_lens.blocks.block import BlockBoundaries
+from lig_lens.flow.data import Edge
+from lig_lens.flow.describe import Facts, describe
 from lig_lens.flow.effects import Effects
-from lig_lens.flow.flow import Edge, Flow
-from lig_lens.show.plots import show_token
+from lig_lens.flow.flow import Flow
+from lig_lens.show.text import show_token
+
+if TYPE_CHECKING:
+    import pandas
 
 _EDGES_PER_LAYER = 3
 _PLAIN_WIDTH = 400  # wider than any row: piped text is never wrapped
@@ -39,18 +45,17 @@ def summarize(flow: Flow, width: int | None = None) -> str:
         table.add_column(name, justify="right", no_wrap=True)
     for row in _rows(flow, edge_map):
         table.add_row(*[Text(cell) for cell in row])
-    return "\n".join([*_header(flow, width), "", _render(table, width), "", _convergence(flow)])
+    facts = describe(flow)
+    return "\n".join([*_header(flow, facts, width), "", _render(table, width), "", _convergence(facts)])
 
 
-def _header(flow: Flow, width: int | None) -> list[str]:
-    counts = f"{_count(len(flow.tokens), 'token')}, {_count(len(flow.layers), 'layer')} of {flow.model_name}"
-    if len(flow.destinations) < len(flow.tokens):
-        counts += f", {_count(len(flow.destinations), 'destination')}"
-    settings = flow.settings
-    baselines = ", ".join(
-        f"{name} from {settings[f'{name}_baseline']}" for name in flow.maps if f"{name}_baseline" in settings
-    )
-    asked = ", ".join(f"{key} {settings[key]}" for key in ("target", "tol") if key in settings)
+def _header(flow: Flow, facts: Facts, width: int | None) -> list[str]:
+    counts = f"{_count(facts.n_tokens, 'token')}, {_count(facts.n_layers, 'layer')} of {facts.model}"
+    if facts.n_destinations < facts.n_tokens:
+        counts += f", {_count(facts.n_destinations, 'destination')}"
+    baselines = ", ".join(f"{name} from {baseline}" for name, baseline in facts.baselines.items())
+    named = (("target", facts.target), ("tol", facts.tol))
+    asked = ", ".join(f"{name} {value}" for name, value in named if value is not None)
     tokens = " ".join(show_token(token) for token in flow.tokens)
     return [
         line
@@ -98,20 +103,16 @@ def _carrier(edge: Edge) -> str:
     return edge.part if edge.head is None else f"head {edge.head}"
 
 
-def _convergence(flow: Flow) -> str:
-    masks = [flow.converged[name] for name in flow.maps]
-    cells, missed = sum(mask.numel() for mask in masks), sum(int((~mask).sum()) for mask in masks)
-    tol = flow.settings.get("tol")
-    within = f"tol {tol}" if tol is not None else "the tolerance"
-    gaps = ", ".join(f"{name} {flow.worst_gap(name):.1e}" for name in flow.maps)
-    columns = "columns" if flow.metric is None else "layers"
-    if missed:
-        miss = f"{missed:,} of {cells:,} {columns} miss {within}: allow more nodes or a larger tol."
+def _convergence(facts: Facts) -> str:
+    within = "the tolerance" if facts.tol is None else f"tol {facts.tol}"
+    gaps = ", ".join(f"{name} {gap:.1e}" for name, gap in facts.gaps.items())
+    if facts.missed:
+        miss = f"{facts.missed:,} of {facts.cells:,} {facts.counted} miss {within}: allow more nodes or a larger tol."
         return f"Worst gaps: {gaps}; {miss}"
-    return f"Worst gaps: {gaps}; all {cells:,} {columns} add up within {within}."
+    return f"Worst gaps: {gaps}; all {facts.cells:,} {facts.counted} add up within {within}."
 
 
-def boundaries_table(model_name: str, blocks: Sequence[Any], width: int | None = None) -> str:
+def boundaries_table(model_name: str, blocks: Sequence[BlockBoundaries], width: int | None = None) -> str:
     """Lay out `describe_boundaries`: one row per block, hook names without their `blocks.N.`."""
     table = _table("block", "layout", "heads", "d_head", "norms", "engine")
     nodes = ("resid_pre", "hook_z", "resid_mid", "resid_post")
@@ -185,7 +186,7 @@ def summarize_effects(effects: Effects, k: int, width: int | None = None) -> str
     return "\n".join([title, "", _render(table, width)])
 
 
-def summarize_agreement(agreement: Any, effects: Effects, width: int | None = None) -> str:
+def summarize_agreement(agreement: "pandas.DataFrame", effects: Effects, width: int | None = None) -> str:
     """Write a table of `compare_table` in lines.
 
     Args:
@@ -197,8 +198,8 @@ def summarize_agreement(agreement: Any, effects: Effects, width: int | None = No
     table = _table("score")
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
-    for name, row in agreement.iterrows():
-        table.add_row(Text(str(name)), *[Text(f"{row[column]:+.3f}") for column in columns])
+    for score, row in agreement.iterrows():
+        table.add_row(Text(str(score)), *[Text(f"{row[column]:+.3f}") for column in columns])
     first = agreement.iloc[0]
     title = (
         f"Against {effects.name}, {effects.metric}: {int(first['n']):,} measured, {int(first['n_present'])} of them at "

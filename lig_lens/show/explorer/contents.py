@@ -5,7 +5,7 @@ import math
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -14,9 +14,13 @@ from torch import Tensor
 
 from lig_lens.errors import InputError
 from lig_lens.flow.compose import CANCELS, RULES, edges
+from lig_lens.flow.describe import Facts, averaged, describe
 from lig_lens.flow.flow import Flow
-from lig_lens.show.plots.select import metric_change
-from lig_lens.show.plots.style import QUALITATIVE, show_token
+from lig_lens.flow.labels import TENSORS
+from lig_lens.flow.rules import rule_of
+from lig_lens.show.plots.style import QUALITATIVE
+from lig_lens.show.text import show_token
+from lig_lens.show.words import beside_gap, by_message, change, mean_of
 
 # Numbers of one Flow: up to the first they are written as float32, up to the second a page holds them at all.
 EXACT_NUMBERS = 2**20
@@ -24,11 +28,77 @@ MOST_NUMBERS = 2**23
 _UNITS = {"l2": "vector length (l2)"}
 
 
+class Packed(TypedDict):
+    """An array of the page: its element's id, the type of its numbers, and what each layer's are multiplied by."""
+
+    id: str
+    dtype: str
+    scales: list[float]
+
+
+class Token(TypedDict):
+    """A token: its text, how it is shown, and of which kind it is."""
+
+    text: str
+    shown: str
+    special: bool
+    punctuation: bool
+
+
+class View(TypedDict):
+    """One Flow: labels and arrays."""
+
+    label: str
+    facts: str
+    model: str
+    layers: list[int]
+    destinations: list[int]
+    n_heads: int
+    by_head: bool
+    unit: str
+    half: bool
+    dropped: str | None
+    split: str
+    rounding: dict[str, float]
+    arrays: dict[str, Packed]
+
+
+class MetricView(View):
+    """One Flow of contributions to a metric, with the metric's change at each layer; None where it is not finite."""
+
+    totals: list[float | None]
+
+
+class RuleSpec(TypedDict):
+    """A rule of composition, and whether it deals out what the mlp map explains, none made and none lost."""
+
+    name: str
+    conserves: bool
+
+
+class Sample(TypedDict):
+    """One prompt and its Flows."""
+
+    label: str
+    tokens: list[Token]
+    views: list[View]
+
+
+class Header(TypedDict):
+    """All that the page holds beside its arrays."""
+
+    schema: int
+    samples: list[Sample]
+    colours: list[str]
+    rules: list[RuleSpec]
+    cancels: float
+
+
 @dataclass(frozen=True)
 class Contents:
     """What the page is filled with: the header and the arrays by their element's id."""
 
-    header: dict[str, Any]
+    header: Header
     arrays: dict[str, str]
 
 
@@ -42,28 +112,34 @@ def contents_of(flows: Mapping[str, Flow]) -> Contents:
         InputError: a Flow that has more numbers than a page can hold, even without single heads.
     """
     arrays: dict[str, str] = {}
-    samples: dict[tuple[str, ...], dict[str, Any]] = {}
+    samples: dict[tuple[str, ...], Sample] = {}
     for number, (label, flow) in enumerate(flows.items()):
         if flow.tokens not in samples:
             samples[flow.tokens] = _sample(flow)
         samples[flow.tokens]["views"].append(_view(label, flow, f"a{number}", arrays))
     # What the page's numbers depend on is said in Python alone.
-    rules = [{"name": rule, "conserves": rule == "conserving"} for rule in RULES]
-    composing = {"rules": rules, "cancels": CANCELS}
-    return Contents({"schema": 1, "samples": list(samples.values()), "colours": QUALITATIVE, **composing}, arrays)
+    rules: list[RuleSpec] = [{"name": name, "conserves": rule_of(name).conserves} for name in RULES]
+    header: Header = {
+        "schema": 1,
+        "samples": list(samples.values()),
+        "colours": QUALITATIVE,
+        "rules": rules,
+        "cancels": CANCELS,
+    }
+    return Contents(header, arrays)
 
 
-def _sample(flow: Flow) -> dict[str, Any]:
+def _sample(flow: Flow) -> Sample:
     # Half a surrogate pair, which some tokens are, cannot be written.
     texts = [token.encode("utf-8", "replace").decode() for token in flow.tokens]
     label = " ".join(("" if any(text.startswith(" ") for text in texts[1:]) else " ").join(texts).split())
-    averaged = "averaged" in flow.settings  # then a * stands for tokens that differ
-    tokens = [
+    mean = averaged(flow.settings) is not None  # then a * stands for tokens that differ
+    tokens: list[Token] = [
         {
             "text": text,
             "shown": show_token(text, 24),
             "special": special,
-            "punctuation": _is_punctuation(text) and not (averaged and text == "*"),
+            "punctuation": _is_punctuation(text) and not (mean and text == "*"),
         }
         for text, special in zip(texts, flow.special, strict=True)
     ]
@@ -74,49 +150,51 @@ def _is_punctuation(text: str) -> bool:
     return bool(text.strip()) and all(unicodedata.category(char).startswith("P") for char in text.strip())
 
 
-def _view(label: str, flow: Flow, prefix: str, arrays: dict[str, str]) -> dict[str, Any]:
+def _view(label: str, flow: Flow, prefix: str, arrays: dict[str, str]) -> View:
     tensors, dropped = _fitting(label, flow)
     half = sum(tensor.numel() for tensor in tensors.values()) > EXACT_NUMBERS
     large = {"attn", "block", "metric", *RULES} if half else set()
+    packed: dict[str, Packed] = {}
 
-    def packed(name: str, tensor: Tensor, half: bool) -> dict[str, Any]:
+    def pack(name: str, tensor: Tensor, half: bool = False) -> None:
         key = f"{prefix}-{name}"
-        arrays[key], spec = _encoded(tensor.numpy(), half)
-        return {"id": key, **spec}
+        arrays[key], dtype, scales = _encoded(tensor.numpy(), half)
+        packed[name] = {"id": key, "dtype": dtype, "scales": scales}
 
-    heads = flow.attn if flow.attn is not None else flow.mlp
+    facts, heads = describe(flow), flow.attn if flow.attn is not None else flow.mlp
     n_heads = 0 if heads is None else heads.shape[1]
-    view: dict[str, Any] = {
+    for name, tensor in tensors.items():
+        pack(name, tensor, name in large)
+    # Halves of a column that nearly cancels do not add up to its sum, and without single heads its size is not known.
+    for name in large & tensors.keys() - set(RULES):
+        pack(f"{name}-sums", tensors[name].sum(-2))
+    if (half or dropped) and flow.attn is not None and flow.mlp is not None:
+        for rule in RULES:
+            found = edges(flow, rule)
+            pack(f"{rule}-sums", (found.heads.sum((1, 2)) + found.skip).float())
+            pack(f"{rule}-sizes", (found.heads.abs().sum((1, 2)) + found.skip.abs()).float())
+    for name in flow.maps:
+        pack(f"{name}-gap", flow.gap[name])
+        pack(f"{name}-converged", flow.converged[name].float())
+    view: View = {
         "label": label,
-        "facts": _facts(flow),
-        "model": flow.model_name,
+        "facts": _in_a_line(facts),
+        "model": facts.model,
         "layers": list(flow.layers),
         "destinations": list(flow.destinations),
         "n_heads": n_heads,
         "by_head": flow.attn is not None and dropped is None,
-        "unit": f"the metric {flow.metric}"
-        if flow.metric
-        else _UNITS.get(str(flow.settings.get("target")), "the target"),
+        "unit": f"the metric {facts.metric}" if facts.metric else _UNITS.get(facts.target or "", "the target"),
         "half": half,
         "dropped": dropped,
-        "split": flow.settings.get("split", "source"),
+        "split": "message" if facts.by_message else "source",
         "rounding": _rounding(flow, n_heads),
-        "arrays": {name: packed(name, tensor, name in large) for name, tensor in tensors.items()},
+        "arrays": packed,
     }
-    # Halves of a column that nearly cancels do not add up to its sum, and without single heads its size is not known.
-    sums = {f"{name}-sums": tensors[name].sum(-2) for name in large & tensors.keys() - set(RULES)}
-    if (half or dropped) and flow.attn is not None and flow.mlp is not None:
-        for rule in RULES:
-            found = edges(flow, rule)
-            sums[f"{rule}-sums"] = (found.heads.sum((1, 2)) + found.skip).float()
-            sums[f"{rule}-sizes"] = (found.heads.abs().sum((1, 2)) + found.skip.abs()).float()
-    view["arrays"] |= {name: packed(name, tensor, False) for name, tensor in sums.items()}
-    for name in flow.maps:
-        view["arrays"][f"{name}-gap"] = packed(f"{name}-gap", flow.gap[name], False)
-        view["arrays"][f"{name}-converged"] = packed(f"{name}-converged", flow.converged[name].float(), False)
-    if flow.metric is not None:
-        view["totals"] = [total if math.isfinite(total) else None for total in flow.total["attn"].tolist()]
-    return view
+    if flow.metric is None:
+        return view
+    totals = [total if math.isfinite(total) else None for total in flow.total["attn"].tolist()]
+    return MetricView(**view, totals=totals)
 
 
 def _rounding(flow: Flow, n_heads: int) -> dict[str, float]:
@@ -128,8 +206,7 @@ def _rounding(flow: Flow, n_heads: int) -> dict[str, float]:
 
 def _fitting(label: str, flow: Flow) -> tuple[dict[str, Tensor], str | None]:
     """A Flow's tensors as far as a page can hold them, and what was left out, in words."""
-    named = ("attn", "mlp", "skip", "bias", "block")
-    tensors: dict[str, Tensor] = {name: getattr(flow, name) for name in named if getattr(flow, name) is not None}
+    tensors: dict[str, Tensor] = {name: getattr(flow, name) for name in TENSORS if getattr(flow, name) is not None}
     count = sum(tensor.numel() for tensor in tensors.values())
     if count <= MOST_NUMBERS:
         return tensors, None
@@ -158,31 +235,30 @@ def _fitting(label: str, flow: Flow) -> tuple[dict[str, Tensor], str | None]:
     return tensors, dropped
 
 
-def _facts(flow: Flow) -> str:
-    """Model, size and certainty, in a line."""
-    facts = [flow.model_name or "model", f"{len(flow.tokens)} tokens", f"{len(flow.layers)} blocks"]
-    if "averaged" in flow.settings:
-        facts.append(f"mean of {flow.settings['averaged']} prompts")
-    if flow.metric is not None:
-        facts.append(f"metric {flow.metric}{_split(flow)}{metric_change(flow)}")
-    tol = flow.settings.get("tol")
-    facts.append(f"worst gap {flow.worst_gap():.0e}" + (f" (tol {tol:g})" if isinstance(tol, float) else ""))
-    if flow.converged_share() < 1:
-        sums = "layers" if flow.metric is not None else "columns"
-        facts.append(f"{1 - flow.converged_share():.1%} of the {sums} not converged")
-    return " · ".join(facts)
+def _in_a_line(facts: Facts) -> str:
+    """Model, size and certainty."""
+    said = [facts.model or "model", f"{facts.n_tokens} tokens", f"{facts.n_layers} blocks", *mean_of(facts.averaged)]
+    if facts.metric is not None:
+        said.append(f"metric {facts.metric}{by_message(facts)}{change(facts)}")
+    said.append(f"worst gap {facts.worst_gap:.0e}{beside_gap(facts)}")
+    if facts.missed:
+        said.append(f"{1 - facts.converged_share:.1%} of the {facts.counted} not converged")
+    return " · ".join(said)
 
 
-def _encoded(values: NDArray[np.float32], half: bool) -> tuple[str, dict[str, Any]]:
-    """Base64 of an array, for halves each layer divided by its largest value, so that none overflows or fades."""
+def _encoded(values: NDArray[np.float32], half: bool) -> tuple[str, str, list[float]]:
+    """Base64 of an array, its type, and what its layers are to be multiplied by.
+
+    Of halves each layer is divided by its largest value, so that none overflows or fades.
+    """
     by_layer = values.reshape(len(values), -1).astype("<f4")
     scales = np.abs(by_layer).max(axis=1, initial=0.0) if half else np.ones(len(by_layer), dtype=np.float32)
     scales = np.where(scales > 0, scales, 1.0)
     raw = (by_layer / scales[:, None]).astype("<f2" if half else "<f4")
-    return base64.b64encode(raw.tobytes()).decode(), {"dtype": "f2" if half else "f4", "scales": scales.tolist()}
+    return base64.b64encode(raw.tobytes()).decode(), "f2" if half else "f4", scales.tolist()
 
 
-def labelled(flows: Any) -> dict[str, Flow]:
+def labelled(flows: object) -> dict[str, Flow]:
     """Flows by their labels; those without get their baselines, or metric, as one.
 
     Args:
@@ -202,22 +278,17 @@ def labelled(flows: Any) -> dict[str, Flow]:
             f"explore: got {type(odd[0]).__name__}: give a Flow, several, or a mapping of labels to Flows (of an "
             "average its .mean)."
         )
-    named = [(_name(flow) if label is None else str(label), flow) for label, flow in given]
+    named = [(_name(describe(flow)) if label is None else str(label), flow) for label, flow in given]
     if not named:
         raise InputError("explore: no Flow: give at least one.")
     return dict(_unique(named))
 
 
-def _name(flow: Flow) -> str:
+def _name(facts: Facts) -> str:
     """The baselines of a Flow, or its metric."""
-    if flow.metric is not None:
-        return f"{flow.metric}{_split(flow)}, from {flow.settings.get('attn_baseline')}"
-    parts = [f"{name} {flow.settings.get(f'{name}_baseline', '?')}" for name in flow.maps]
-    return ", ".join(parts)
-
-
-def _split(flow: Flow) -> str:
-    return ", by message" if flow.settings.get("split") == "message" else ""
+    if facts.metric is not None:
+        return f"{facts.metric}{by_message(facts)}, from {facts.baselines.get('attn')}"
+    return ", ".join(f"{name} {facts.baselines.get(name, '?')}" for name in facts.maps)
 
 
 def _unique(named: Sequence[tuple[str, Flow]]) -> Iterator[tuple[str, Flow]]:

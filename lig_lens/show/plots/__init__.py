@@ -1,25 +1,19 @@
-"""Figures, returned and never shown."""
+"""Figures, returned and never shown. A figure is a file here, and a line below."""
 
-from lig_lens.show.plots.circuitsvis import to_circuitsvis
-from lig_lens.show.plots.composition import consistency_plot, rollout_map
-from lig_lens.show.plots.effects import agreement_scatter, effects_map
-from lig_lens.show.plots.heads import head_grid, head_map
-from lig_lens.show.plots.overview import gap_map, importance
-from lig_lens.show.plots.page import write_html
-from lig_lens.show.plots.routes import paths_graph
-from lig_lens.show.plots.style import show_token
+import inspect
 
-__all__ = [
-    "agreement_scatter",
-    "consistency_plot",
-    "effects_map",
-    "gap_map",
-    "head_grid",
-    "head_map",
-    "importance",
-    "paths_graph",
-    "rollout_map",
-    "show_token",
-    "to_circuitsvis",
-    "write_html",
-]
+from lig_lens.show.plots.circuitsvis import to_circuitsvis as to_circuitsvis
+from lig_lens.show.plots.composition import consistency_plot as consistency_plot
+from lig_lens.show.plots.composition import rollout_map as rollout_map
+from lig_lens.show.plots.effects import agreement_scatter as agreement_scatter
+from lig_lens.show.plots.effects import effects_map as effects_map
+from lig_lens.show.plots.heads import head_grid as head_grid
+from lig_lens.show.plots.heads import head_map as head_map
+from lig_lens.show.plots.overview import gap_map as gap_map
+from lig_lens.show.plots.overview import importance as importance
+from lig_lens.show.plots.page import write_html as write_html
+from lig_lens.show.plots.routes import paths_graph as paths_graph
+from lig_lens.show.text import show_token as show_token
+
+# All functions above, and none of the modules that loading them leaves here.
+__all__ = sorted(name for name, value in globals().items() if inspect.isfunction(value))

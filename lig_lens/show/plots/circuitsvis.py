@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from lig_lens.errors import InputError, optional
+from lig_lens.flow.choose import find_places, of_flow
 from lig_lens.flow.flow import Flow
-from lig_lens.flow.labels import axis_places
 from lig_lens.names import head_name
-from lig_lens.show.plots.style import DIVERGING, show_token
+from lig_lens.show.plots.style import DIVERGING
+from lig_lens.show.text import show_token
 
 
 def to_circuitsvis(flow: Flow, layer: int, heads: Sequence[int] | None = None) -> Any:
@@ -32,9 +33,9 @@ def to_circuitsvis(flow: Flow, layer: int, heads: Sequence[int] | None = None) -
         MissingPackageError: circuitsvis is not installed (`pip install circuitsvis`).
     """
     shares = flow.shares("attn")
-    (place,) = axis_places("layer", [layer], flow.layers)
-    rows = axis_places("head", range(shares.shape[1]) if heads is None else heads, range(shares.shape[1]))
-    if flow.destinations != tuple(range(len(flow.tokens))):
+    (place,) = find_places([layer], flow.layers, of_flow("layer"))
+    rows = find_places(heads, range(shares.shape[1]), of_flow("head"))
+    if not flow.has_all_destinations:
         raise InputError(
             f"to_circuitsvis: CircuitsVis draws square patterns, and this Flow has {len(flow.destinations)} "
             f"destinations of {len(flow.tokens)}: ask attribute() for all."

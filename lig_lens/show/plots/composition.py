@@ -7,11 +7,12 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lig_lens.errors import InputError, check_choice
-from lig_lens.flow.compose import Consistency
+from lig_lens.flow.choose import find_places, of_flow
+from lig_lens.flow.consistency import Consistency
 from lig_lens.flow.flow import Flow
-from lig_lens.flow.labels import axis_places
-from lig_lens.show.plots.matrix import PRINTED, Panel, Values, draw, large_cells, printed, share_scale, signed_scale
-from lig_lens.show.plots.select import baselines, describe, pick, token_axis, worst_gap
+from lig_lens.show.plots.facts import about, baselines, worst_gap
+from lig_lens.show.plots.matrix import PRINTED, Heatmap, Values, draw, large_cells, printed, share_scale, signed_scale
+from lig_lens.show.plots.select import pick, token_axis
 from lig_lens.show.plots.style import FAINT, INK, LINE, QUALITATIVE, plain_text, set_frame, short
 
 _NOTABLE = -0.02  # negative shares from here on get colours of their own
@@ -56,7 +57,7 @@ def rollout_map(
     )
     layers = f"layer {first}" if first == last else f"layers {first} to {last}"
     facts = [
-        *describe(flow, target=False),
+        *about(flow, target=False),
         *baselines(flow, ("attn", "mlp")),
         f"rule {rule}",
         worst_gap([flow], ("attn", "mlp")),
@@ -66,7 +67,7 @@ def rollout_map(
     ]
     return draw(
         [
-            Panel(
+            Heatmap(
                 values,
                 scale,
                 value=f"{'%{z:+.2%}' if scale.signed else '%{z:.2%}'} of the residual",
@@ -111,7 +112,7 @@ def consistency_plot(
         # Beside each other, so that bars of several results are told apart.
         aside = (number - (len(listed) - 1) / 2) * min(0.1, 0.6 / len(listed))
         shown = result.layers if layers is None else tuple(sorted(layers))
-        values = getattr(result, measure).double().numpy()[axis_places("layer", shown, result.layers)]
+        values = getattr(result, measure).double().numpy()[find_places(shown, result.layers, of_flow("layer"))]
         named = name if taken[name] == 1 else f"{name} ({taken[name]})"
         figure.add_traces(_line(values, shown, named, number, aside))
         drawn |= set(shown)

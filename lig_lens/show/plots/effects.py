@@ -11,25 +11,26 @@ import torch
 from numpy.typing import NDArray
 
 from lig_lens.errors import InputError, MissingPackageError
+from lig_lens.flow.choose import find_places, of_argument, of_tokens
+from lig_lens.flow.describe import averaged
 from lig_lens.flow.effects import Effects
 from lig_lens.flow.flow import Flow
 from lig_lens.interventions.agreement import compare, points
 from lig_lens.names import head_name
 from lig_lens.show.plots.labels import place_names
-from lig_lens.show.plots.matrix import PRINTED, Axis, Panel, Values, draw, printed, row_cells, signed_scale
-from lig_lens.show.plots.select import averaged, chosen_positions
+from lig_lens.show.plots.matrix import PRINTED, Axis, Heatmap, Values, draw, printed, row_cells, signed_scale
 from lig_lens.show.plots.style import (
     DIVERGING,
     FAINT,
     LINE,
-    MINUS,
     QUIET,
     plain_text,
     set_frame,
     short,
-    signed_number,
     token_label,
 )
+from lig_lens.show.text import MINUS, signed_number
+from lig_lens.show.words import mean_of
 
 _SIZE, _RIGHT = (600.0, 500.0), 90.0  # of the scatter plot, and its margin, into which names may reach; in pixels
 _OUTLYING, _NEAR = 0.2, 0.01  # shares of the largest: from the one on dots are named, below the other they count as 0
@@ -73,13 +74,13 @@ def effects_map(
         across = Axis("position", labels, "position")
     few = len(across.labels) <= PRINTED and len(rows) <= 40
     facts = [short(effects.metric, 100), _measured(effects)]
-    facts += [averaged(effects.settings)] if averaged(effects.settings) else []
+    facts += mean_of(averaged(effects.settings))
     if math.isfinite(effects.reference):
         facts.append(f"metric without any intervention {signed_number(effects.reference)}")
     missing, name = int(np.isnan(values).sum()), short(effects.name[:1].upper() + effects.name[1:], 80)
     return draw(
         [
-            Panel(
+            Heatmap(
                 values,
                 signed_scale(_measured(effects), values, cut=False),
                 name=_measured(effects),
@@ -109,28 +110,18 @@ def _chosen(
     Raises:
         InputError: a layer, head or position that is missing, or a selection on an axis that there is not.
     """
-    chosen = {"layer": _places(call, "layers", layers, effects.layers)}
+    chosen = {"layer": find_places(layers, effects.layers, of_argument(call, "layers"))}
     if "head" in effects.axes:
-        chosen["head"] = _places(call, "heads", heads, range(effects.values.shape[1]))
+        chosen["head"] = find_places(heads, range(effects.values.shape[1]), of_argument(call, "heads"))
     elif heads is not None:
         raise _no_axis(call, effects, "heads", heads)
     if effects.on != "heads":
-        chosen |= dict.fromkeys(("pos", "src", "dst"), chosen_positions(call, tokens, len(effects.tokens)))
+        n_pos = len(effects.tokens)
+        positions = find_places(tokens, range(n_pos), of_tokens(call, n_pos), from_end=True)
+        chosen |= dict.fromkeys(("pos", "src", "dst"), positions)
     elif tokens is not None:
         raise _no_axis(call, effects, "tokens", tokens)
     return chosen
-
-
-def _places(call: str, what: str, wanted: Sequence[int] | None, present: Sequence[int]) -> list[int]:
-    """Where the wanted layers or heads stand on their axis."""
-    wanted = present if wanted is None else wanted
-    missing = [number for number in wanted if number not in present]
-    if missing or len(wanted) == 0:
-        raise InputError(
-            f"{call}: {what}={list(wanted)}: use some of {list(present)}"
-            + (f", which has no {missing[0]}." if missing else ", or leave it out for all.")
-        )
-    return [list(present).index(number) for number in wanted]
 
 
 def _no_axis(call: str, effects: Effects, what: str, given: Sequence[int]) -> InputError:

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from lig_lens.errors import InputError, check_choice
+from lig_lens.flow.choose import find_places, of_flow
 from lig_lens.flow.flow import Flow
-from lig_lens.flow.labels import axis_places
 from lig_lens.names import MAPS, head_name
+from lig_lens.show.plots.facts import cancelling_fact, unit, whole
 from lig_lens.show.plots.matrix import (
     PRINTED,
     Axis,
-    Panel,
+    Heatmap,
     Scale,
     Values,
     draw,
@@ -21,7 +22,7 @@ from lig_lens.show.plots.matrix import (
     signed_scale,
     strongest,
 )
-from lig_lens.show.plots.select import Drawn, Positions, cancelling_fact, drawn, pick, token_axis, unit, whole
+from lig_lens.show.plots.select import Drawn, Positions, drawn, pick, token_axis
 
 _TITLES = {
     "attn": "Source tokens → heads",
@@ -71,7 +72,7 @@ def head_grid(
     check_choice("scale", scale, ("layer", "shared"))
     given = drawn("head_grid", flow, map, share, minus)
     layers = flow.layers if layers is None else tuple(layers)
-    places = axis_places("layer", layers, flow.layers)
+    places = find_places(layers, flow.layers, of_flow("layer"))
     if map != "attn" and heads is not None:
         raise InputError(
             f"head_grid: heads={list(heads)} picks panels of the 'attn' map, not of {map!r}: leave it out."
@@ -80,7 +81,7 @@ def head_grid(
     heads_of_rows: list[int | None] = [None]
     if map == "attn":
         n_heads = given.terms.shape[1]
-        heads_of_rows = list(axis_places("head", range(n_heads) if heads is None else heads, range(n_heads)))
+        heads_of_rows = [*find_places(heads, range(n_heads), of_flow("head"))]
     values = [[_values(given, shown, place, head) for head in heads_of_rows] for place in places]
     if scale == "layer" and not share:
         cut = any(strongest(*row) < strongest(*row, cut=False) for row in values)
@@ -89,7 +90,7 @@ def head_grid(
     else:
         scales = [_scale(flow, given, [panel for row in values for panel in row])] * len(layers)
     panels = [
-        Panel(
+        Heatmap(
             panel,
             scales[number],
             hover=head_name(layer, head),
@@ -132,18 +133,18 @@ def head_map(
     """
     check_choice("map", map, MAPS)
     given = drawn("head_map", flow, map, share, minus)
-    (place,) = axis_places("layer", [layer], flow.layers)
+    (place,) = find_places([layer], flow.layers, of_flow("layer"))
     if (map == "attn") != (head is not None):
         remedy = "name one, or draw the layer with map='block'" if head is None else "leave it out"
         raise InputError(f"head_map: head={head} with the {map!r} map: {remedy}.")
     if head is not None:
-        axis_places("head", [head], range(given.terms.shape[1]))
+        find_places([head], range(given.terms.shape[1]), of_flow("head"))
     shown = pick("head_map", flow, tokens)
     values = _values(given, shown, place, head)
     down, across = _axes(flow, given, shown, numbered=True)
     where = head_name(layer, head)
     texts = printed(values, given.share, given.minus) if max(values.shape) <= PRINTED else None
-    panel = Panel(values, _scale(flow, given, [values]), hover=where, value=given.hover, texts=texts)
+    panel = Heatmap(values, _scale(flow, given, [values]), hover=where, value=given.hover, texts=texts)
     heading = f"<b>{where[0].upper()}{where[1:]}</b>: {_TITLES[map].lower()}, {given.what}"
     facts = [*given.facts, *_cancelling(given, shown, [place], [head])]
     return draw([panel], down, across, heading, facts, cell=large_cells(*values.shape))

@@ -11,7 +11,8 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
-from lig_lens.show.plots.style import DIVERGING, FAINT, INK, LINE, MINUS, QUIET, SEQUENTIAL, label_width, set_frame
+from lig_lens.show.plots.style import DIVERGING, FAINT, INK, LINE, QUIET, SEQUENTIAL, label_width, set_frame
+from lig_lens.show.text import MINUS
 
 Values = NDArray[np.floating[Any]]
 _QUANTILE, _OUTLYING = 0.995, 3.0  # colours end at the largest value, at most at that many times this quantile
@@ -111,7 +112,7 @@ def strongest(*values: Values, cut: bool = True) -> float:
 
 
 @dataclass(frozen=True)
-class Panel:
+class Heatmap:
     """One heatmap: `values[y, x]`, their colours, the caption above, and the first and last line of the hover.
 
     `texts` stand in the cells, `notes` before the value in their hover; `value` may show `name` as `%{fullData.name}`,
@@ -129,7 +130,7 @@ class Panel:
 
 
 def draw(
-    panels: Sequence[Panel],
+    panels: Sequence[Heatmap],
     down: Axis,
     across: Axis,
     heading: str,
@@ -212,7 +213,7 @@ def draw(
     return figure
 
 
-def _beyond(panels: Sequence[Panel]) -> list[str]:
+def _beyond(panels: Sequence[Heatmap]) -> list[str]:
     """What a reader has to know of values outside their scales."""
     finite = [(panel.scale, panel.values[np.isfinite(panel.values)]) for panel in panels]
     tops = [(scale, float((np.abs(some) if scale.signed else some).max(initial=-np.inf))) for scale, some in finite]
@@ -314,7 +315,7 @@ def _hover_axes(down: Axis, across: Axis) -> tuple[NDArray[np.float32] | None, l
     return (np.stack(layers, axis=-1) if layers else None), lines
 
 
-def _hover(panel: Panel, lines: Sequence[str]) -> str:
+def _hover(panel: Heatmap, lines: Sequence[str]) -> str:
     head = [f"<b>{panel.hover}</b>"] if panel.hover else []
     notes = ["%{hovertext}"] if panel.notes is not None else []
     return "<br>".join(filter(None, [*head, *lines, *notes, panel.value])) + "<extra></extra>"

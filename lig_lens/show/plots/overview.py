@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from lig_lens.errors import InputError, check_choice
+from lig_lens.flow.choose import find_places, of_flow
+from lig_lens.flow.describe import describe
 from lig_lens.flow.flow import Flow
-from lig_lens.flow.labels import axis_places
 from lig_lens.names import head_name
+from lig_lens.show.plots.facts import about, baselines, cancelling_fact, unit, worst_gap
 from lig_lens.show.plots.matrix import (
     PRINTED,
     ROOMY,
     Axis,
-    Panel,
+    Heatmap,
     Scale,
     draw,
     printed,
@@ -25,18 +27,10 @@ from lig_lens.show.plots.matrix import (
     signed_scale,
     strongest,
 )
-from lig_lens.show.plots.select import (
-    baselines,
-    cancelling,
-    cancelling_fact,
-    describe,
-    metric_change,
-    pick,
-    token_axis,
-    unit,
-    worst_gap,
-)
-from lig_lens.show.plots.style import INK, LINE, MINUS, QUALITATIVE, TIMES, short
+from lig_lens.show.plots.select import cancelling, pick, token_axis
+from lig_lens.show.plots.style import INK, LINE, QUALITATIVE, short
+from lig_lens.show.text import MINUS, TIMES
+from lig_lens.show.words import change
 
 _BESIDE = "beside the heads greys have a scale of their own"
 _DECADES = 5  # that a scale of gaps spans at most
@@ -99,8 +93,8 @@ def importance(
     else:
         table = _of_output(flow, shown.places) if map == "mlp" else _of_movement(flow, share, shown.places)
     layers = flow.layers if layers is None else tuple(layers)
-    rows, n_heads = axis_places("layer", layers, flow.layers), table.heads.shape[1]
-    columns = axis_places("head", range(n_heads) if heads is None else heads, range(n_heads))
+    rows, n_heads = find_places(layers, flow.layers, of_flow("layer")), table.heads.shape[1]
+    columns = find_places(heads, range(n_heads), of_flow("head"))
     of_heads, rest = table.heads[rows][:, columns].numpy(), table.rest[rows].numpy()
     if table.signed or bool((of_heads < 0).any()):
         scale = signed_scale(table.unit, of_heads, percent=table.percent, cut=False)
@@ -111,7 +105,7 @@ def importance(
     number = ("%{z:+.2%}" if table.signed else "%{z:.2%}") if table.percent else "%{z:+.4g}"
     figure = draw(
         [
-            Panel(
+            Heatmap(
                 of_heads,
                 scale,
                 value=f"{table.unit}: {number}",
@@ -123,7 +117,7 @@ def importance(
         Axis("head", labels),
         f"<b>{table.title}</b>",
         [
-            *describe(flow, target=False),
+            *about(flow, target=False),
             *table.facts,
             *([] if tokens is None else [f"{len(shown.places)} of {len(flow.destinations)} destinations"]),
             *baselines(flow, [map]),
@@ -167,11 +161,11 @@ def _of_metric(flow: Flow, share: bool, places: Sequence[int], positions: Sequen
         cancels = cancelling(flow, "attn")
         heads, rest = (_divided(part, total).masked_fill(cancels[:, None], torch.nan) for part in (heads, rest))
     title = f"Contribution of each head to {short(flow.metric or '', 40)}"
-    change = f"the metric's change{metric_change(flow)}"
+    changed = f"the metric's change{change(describe(flow))}"
     everywhere = "" if len(places) == len(flow.destinations) else ", at all positions,"
     facts = (
-        "sum over sources and destinations" + (f", divided by {change}" if share else ", in the metric's units"),
-        f"all heads of a layer and skip{everywhere} add up to {'100%' if share else change}",
+        "sum over sources and destinations" + (f", divided by {changed}" if share else ", in the metric's units"),
+        f"all heads of a layer and skip{everywhere} add up to {'100%' if share else changed}",
         _BESIDE,
     )
     of = "share" if share else unit(flow)
@@ -194,7 +188,7 @@ def _of_movement(flow: Flow, share: bool, places: Sequence[int]) -> _Table:
     moved = flow.total["attn"][..., places].mean(2)
     whole = moved.sum(1, keepdim=True) if share else moved.abs().amax(1, keepdim=True)
     what = "share of the sum over the layer's heads" if share else "relative to the layer's largest"
-    target = short(str(flow.settings.get("target", "the target")))
+    target = short(describe(flow).target or "the target")
     facts = (f"L(x) {MINUS} L(x0) of {target}, mean over destinations, {what}",)
     return _Table(_divided(moved, whole), moved[:, :0], (), "How far each head's output moves", what, facts)
 
@@ -230,7 +224,7 @@ def gap_map(
     map = max(flow.maps, key=flow.worst_gap) if map is None else map
     flow.columns(map)
     layers = flow.layers if layers is None else tuple(layers)
-    rows = axis_places("layer", layers, flow.layers)
+    rows = find_places(layers, flow.layers, of_flow("layer"))
     gaps, missed = flow.gap[map][rows], ~flow.converged[map][rows]
     shown = pick("gap_map", flow, tokens)
     if (flow.metric is not None and tokens is not None) or (gaps.ndim < 3 and heads is not None):
@@ -240,16 +234,15 @@ def gap_map(
         )
     numbers = [*range(gaps.shape[1])] if gaps.ndim == 3 else []
     if heads is not None:
-        numbers = axis_places("head", heads, numbers)
+        numbers = find_places(heads, numbers, of_flow("head"))
         gaps, missed = gaps[:, numbers], missed[:, numbers]
     if flow.metric is None:
         gaps, missed = gaps[..., shown.places], missed[..., shown.places]
-    tol = flow.settings.get("tol")
-    within = f"tol {tol:g}" if isinstance(tol, float) else "the tolerance"
-    counted = "columns" if flow.metric is None else "layers"
-    count = f"all {missed.numel():,} {counted} within {within}"
+    tol = describe(flow).tol
+    within = "the tolerance" if tol is None else f"tol {tol:g}"
+    count = f"all {missed.numel():,} {flow.axes.counted} within {within}"
     if missed.any():
-        count = f"{int(missed.sum()):,} of {missed.numel():,} {counted} miss {within} ({TIMES})"
+        count = f"{int(missed.sum()):,} of {missed.numel():,} {flow.axes.counted} miss {within} ({TIMES})"
     if flow.metric is None:
         across, cell = token_axis(flow, shown.destinations, "destination"), row_cells(gaps.shape[-1])
     else:
@@ -270,15 +263,15 @@ def gap_map(
         for row, line in enumerate(table)
     ]
     texts = [["" if miss else _short_gap(gap) for gap, miss in line] for line in table]
-    scale = _log_scale(gaps, tol if isinstance(tol, float) and tol > 0 else None)
+    scale = _log_scale(gaps, tol if tol is not None and tol > 0 else None)
     values = np.maximum(np.log10(np.maximum(gaps.numpy(), 1e-30)), scale.low)
     printed_texts = texts if values.shape[1] <= PRINTED else None
     figure = draw(
-        [Panel(values, scale, value="", texts=printed_texts, notes=notes)],
+        [Heatmap(values, scale, value="", texts=printed_texts, notes=notes)],
         Axis("layer", [str(layer) for layer in layers], "layer"),
         across,
         f"<b>Completeness gaps</b> of the {map} map" + (", the worst head of each cell" if per_head else ""),
-        [*describe(flow), *baselines(flow, [map]), f"|sum of contributions {MINUS} total| / |total|", count],
+        [*about(flow), *baselines(flow, [map]), f"|sum of contributions {MINUS} total| / |total|", count],
         cell=cell,
         upwards=True,
     )

@@ -8,10 +8,10 @@ from itertools import accumulate, groupby, pairwise
 import numpy as np
 import plotly.graph_objects as go
 
-from lig_lens.flow.compose import Path
 from lig_lens.flow.flow import Flow
+from lig_lens.flow.routes import Path
 from lig_lens.names import head_name
-from lig_lens.show.plots.select import baselines, describe, worst_gap
+from lig_lens.show.plots.facts import about, baselines, worst_gap
 from lig_lens.show.plots.style import (
     INK,
     LINE,
@@ -20,9 +20,9 @@ from lig_lens.show.plots.style import (
     label_width,
     quiet,
     set_frame,
-    signed_percent,
     token_label,
 )
+from lig_lens.show.text import signed_percent
 
 _ALL = 32  # tokens up to which also those are shown that no path visits
 _WIDEST, _THINNEST = 9.0, 1.2  # pixels of an edge
@@ -129,7 +129,7 @@ def paths_graph(
         figure,
         f"<b>Strongest paths to {token_label(flow.tokens[dst], flow.special[dst], dst)}</b> through {layers}",
         [
-            *describe(flow, target=False),
+            *about(flow, target=False),
             *baselines(flow, ("attn", "mlp")),
             f"rule {rule}",
             worst_gap([flow], ("attn", "mlp")),

@@ -2,34 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from lig_lens.errors import InputError, check_whole
+from lig_lens.errors import InputError
+from lig_lens.flow.choose import find_places, of_tokens
 from lig_lens.flow.compose import CANCELS
 from lig_lens.flow.flow import Flow
+from lig_lens.show.plots.facts import about, baselines, whole, worst_gap
 from lig_lens.show.plots.matrix import Axis
-from lig_lens.show.plots.style import short, signed_number, token_label
-
-
-def chosen_positions(call: str, tokens: Sequence[int] | None, n_pos: int) -> list[int]:
-    """Positions to show, all by default; negative ones count from the end.
-
-    Raises:
-        InputError: one outside the prompt, or none at all.
-    """
-    if tokens is None:
-        return list(range(n_pos))
-    found = []
-    for position in tokens:
-        place = check_whole(f"{call}: a position of tokens", position)
-        if not -n_pos <= place < n_pos:
-            raise InputError(f"{call}: tokens={list(tokens)}: {place} is outside the prompt's {n_pos} tokens.")
-        found.append(place % n_pos)
-    if not found:
-        raise InputError(f"{call}: tokens=[] shows nothing: name a position, or leave it out for all.")
-    return found
+from lig_lens.show.plots.style import short, token_label
 
 
 @dataclass(frozen=True)
@@ -42,14 +24,14 @@ class Positions:
 
 
 def pick(call: str, flow: Flow, tokens: Sequence[int] | None) -> Positions:
-    """Sources and destinations of a Flow among some positions.
+    """Sources and destinations of a Flow among some positions, all by default; negative ones count from the end.
 
     Raises:
-        InputError: see `chosen_positions`, or none of them is a destination.
+        InputError: one outside the prompt, none at all, or none that is a destination.
     """
     if tokens is None:
         return Positions(list(range(len(flow.tokens))), list(flow.destinations), list(range(len(flow.destinations))))
-    sources = chosen_positions(call, tokens, len(flow.tokens))
+    sources = find_places(tokens, range(len(flow.tokens)), of_tokens(call, len(flow.tokens)), from_end=True)
     destinations = [position for position in sources if position in flow.destinations]
     if not destinations:
         raise InputError(
@@ -69,11 +51,6 @@ def token_axis(flow: Flow, positions: Sequence[int], name: str, numbered: bool =
     """
     labels = [token_label(flow.tokens[at], flow.special[at], at if numbered else None) for at in positions]
     return Axis(f"{name} token", labels, name, None if numbered else positions)
-
-
-def whole(flow: Flow) -> str:
-    """What shares are shares of: in figures, where destinations stand down, "column" would mislead."""
-    return "destination's total" if flow.metric is None else "layer's total"
 
 
 @dataclass(frozen=True)
@@ -108,7 +85,7 @@ def drawn(call: str, flow: Flow, map: str, share: bool, minus: Flow | None) -> D
     what = f"share of each {whole(flow)}" if share else "signed contribution"
     value = "%{z:+.2%}" if share and minus is not None else "%{z:.2%}" if share else "%{z:+.4g}"
     words = f"share of the {whole(flow)}" if share else "contribution"
-    facts = describe(flow)
+    facts = about(flow)
     if minus is None:
         facts += [*baselines(flow, [map]), worst_gap([flow], [map])]
     else:
@@ -128,8 +105,7 @@ def _terms(flow: Flow, map: str, share: bool) -> tuple[torch.Tensor, torch.Tenso
         terms = flow.columns(map)
         return terms, torch.zeros_like(flow.total[map], dtype=torch.bool)
     terms, cancels = flow.shares(map), cancelling(flow, map)
-    spread = cancels.reshape(-1, 1, 1, 1) if flow.metric is not None else cancels.unsqueeze(-2)
-    return terms.masked_fill(spread, torch.nan), cancels
+    return terms.masked_fill(flow.axes.spread(map, cancels), torch.nan), cancels
 
 
 def cancelling(flow: Flow, map: str) -> torch.Tensor:
@@ -145,55 +121,6 @@ def cancelling(flow: Flow, map: str) -> torch.Tensor:
         return (size > CANCELS * total.abs()) & (total != 0)
     size, total = terms.abs().sum(-2), terms.sum(-2)
     return (size > CANCELS * total.abs()) & (shares != 0).any(-2)
-
-
-def cancelling_fact(cancels: torch.Tensor) -> list[str]:
-    """What a reader has to know of shares that are not shown."""
-    count = int(cancels.sum())
-    return [f"{count:,} of {cancels.numel():,} totals nearly cancel: shares not shown (grey)"] if count else []
-
-
-def baselines(flow: Flow, maps: Sequence[str]) -> list[str]:
-    """Where the paths of some maps start, as escaped text."""
-    named = [(map, flow.settings.get(f"{map}_baseline")) for map in maps]
-    return [f"{map} baseline {short(str(baseline))}" for map, baseline in named if baseline]
-
-
-def worst_gap(flows: Sequence[Flow], maps: Sequence[str]) -> str:
-    """The largest completeness gap of some maps, beside the tolerance."""
-    gap, tol = max(flow.worst_gap(map) for flow in flows for map in maps), flows[0].settings.get("tol")
-    return f"worst completeness gap {gap:.1e}" + (f" (tol {tol:g})" if isinstance(tol, float) else "")
-
-
-def describe(flow: Flow, target: bool = True) -> list[str]:
-    """Model, number of tokens and prompts and, if asked for, target of a Flow, as escaped text."""
-    facts = [short(flow.model_name), f"{len(flow.tokens)} tokens", averaged(flow.settings)]
-    if target and flow.metric is not None:
-        by_message = ", by message" if flow.settings.get("split") == "message" else ""
-        facts.append(f"metric {short(flow.metric)}{metric_change(flow)}{by_message}")
-    elif target and "target" in flow.settings:
-        facts.append(f"target {short(str(flow.settings['target']))}")
-    return [fact for fact in facts if fact]
-
-
-def averaged(settings: dict[str, Any]) -> str:
-    """Over how many prompts `average` has gone, or nothing."""
-    return f"mean of {settings['averaged']} prompts" if "averaged" in settings else ""
-
-
-def metric_change(flow: Flow) -> str:
-    """From where to where the metric goes, if the Flow knows."""
-    ends = flow.settings.get("metric")
-    known = [ends.get(name) for name in ("corrupted", "clean")] if isinstance(ends, dict) else []
-    numbers = [signed_number(end) for end in known if isinstance(end, float)]
-    return f" ({' → '.join(numbers)})" if len(numbers) == 2 else ""
-
-
-def unit(flow: Flow) -> str:
-    """What contributions are measured in, as escaped text."""
-    if flow.metric is not None:
-        return "in the metric's units"
-    return "in units of vector length (l2)" if flow.settings.get("target") == "l2" else "in the target's unit"
 
 
 def _check_alike(call: str, flow: Flow, minus: Flow, map: str, share: bool) -> None:

@@ -1,4 +1,4 @@
-"""What all figures share: colours, tokens as people read them, and the frame around a plot."""
+"""What all figures share: colours, labels as markup, and the frame around a plot."""
 
 import html
 import math
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from lig_lens.show.text import JOINS, show_token
+
 # ColorBrewer's RdBu and Purples: told apart under the common kinds of colour blindness.
 DIVERGING = ["#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#fafafa", "#fddbc7", "#f4a582", "#d6604d", "#b2182b"]
 SEQUENTIAL = ["#fcfbfd", "#efedf5", "#dadaeb", "#bcbddc", "#9e9ac8", "#807dba", "#6a51a3", "#54278f", "#3f007d"]
@@ -16,28 +18,8 @@ SEQUENTIAL = ["#fcfbfd", "#efedf5", "#dadaeb", "#bcbddc", "#9e9ac8", "#807dba", 
 QUALITATIVE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a2be2", "#774422"]
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 INK, QUIET, LINE, FAINT = "#24292f", "#6e7781", "#d0d7de", "#f3f4f6"
-MINUS, TIMES, JOINS = "\u2212", "\u00d7", "\u2011"
 LETTER = 5.6  # pixels that a letter of a label is wide, on average
 _EDGE = 12  # pixels between the heading and the figure's edges
-_MARKS = {"Ġ": "·", "▁": "·", " ": "·", "\u00a0": "·", "Ċ": "↵", "\n": "↵", "\r": "↵", "\t": "⇥", "ĉ": "⇥"}
-
-
-def show_token(token: str, longest: int = 40) -> str:
-    """Write a token for people: spaces (also `Ġ` and `▁`) as `·`, line breaks as `↵`, the rest as it is.
-
-    The result is plain text. BERT's `##ing`, which continues a word, is written with a (non-breaking) hyphen, and
-    characters that do not print as their escapes.
-
-    >>> show_token("Ġcat"), show_token("##ing"), show_token("")
-    ('·cat', '‑ing', '∅')
-    """
-    token = re.sub(r"^##(?=\w)", JOINS, token)
-    shown = "".join(
-        _MARKS.get(char, char if char.isprintable() else char.encode("unicode_escape").decode()) for char in token
-    )
-    if len(shown) > longest:
-        shown = shown[: longest - 1] + "…"
-    return shown or "∅"
 
 
 def plain_text(plain: str) -> str:
@@ -73,20 +55,6 @@ def label_width(labels: Sequence[str]) -> float:
 def _bare(markup: str) -> str:
     """The letters of some markup."""
     return html.unescape(re.sub("<[^>]*>", "", markup))
-
-
-def signed_number(value: float, digits: int = 3) -> str:
-    """A number with its sign, as people write it."""
-    return f"{value:+.{digits}g}".replace("-", MINUS)
-
-
-def signed_percent(value: float) -> str:
-    """A share with its sign, to a tenth of a percent where that matters, and one digit of what is smaller."""
-    if value == 0:
-        return "0%"
-    if abs(value) < 0.0005:
-        return f"{100 * value:+.1g}%".replace("-", MINUS)
-    return f"{value:+.{0 if abs(value) >= 0.0995 else 1}%}".replace("-", MINUS)
 
 
 def set_frame(

@@ -1,0 +1,38 @@
+"""Tokens and numbers as people read them; plain text."""
+
+import re
+
+MINUS, TIMES, JOINS = "\u2212", "\u00d7", "\u2011"
+_MARKS = {"Ġ": "·", "▁": "·", " ": "·", "\u00a0": "·", "Ċ": "↵", "\n": "↵", "\r": "↵", "\t": "⇥", "ĉ": "⇥"}
+
+
+def show_token(token: str, longest: int = 40) -> str:
+    """Write a token for people: spaces (also `Ġ` and `▁`) as `·`, line breaks as `↵`, the rest as it is.
+
+    The result is plain text. BERT's `##ing`, which continues a word, is written with a (non-breaking) hyphen, and
+    characters that do not print as their escapes.
+
+    >>> show_token("Ġcat"), show_token("##ing"), show_token("")
+    ('·cat', '‑ing', '∅')
+    """
+    token = re.sub(r"^##(?=\w)", JOINS, token)
+    shown = "".join(
+        _MARKS.get(char, char if char.isprintable() else char.encode("unicode_escape").decode()) for char in token
+    )
+    if len(shown) > longest:
+        shown = shown[: longest - 1] + "…"
+    return shown or "∅"
+
+
+def signed_number(value: float, digits: int = 3) -> str:
+    """A number with its sign, as people write it."""
+    return f"{value:+.{digits}g}".replace("-", MINUS)
+
+
+def signed_percent(value: float) -> str:
+    """A share with its sign, to a tenth of a percent where that matters, and one digit of what is smaller."""
+    if value == 0:
+        return "0%"
+    if abs(value) < 0.0005:
+        return f"{100 * value:+.1g}%".replace("-", MINUS)
+    return f"{value:+.{0 if abs(value) >= 0.0995 else 1}%}".replace("-", MINUS)
