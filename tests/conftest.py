@@ -4,6 +4,14 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Processes that share the cores run faster with a thread each. Said before torch is loaded, which reads it then;
+    # programs that tests start inherit it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +25,33 @@ settings.register_profile(
     "lig_lens", deadline=None, derandomize=True, max_examples=3, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("lig_lens")
+
+NO_MODELS = str(Path(__file__).with_name("no_models"))
+
+
+def _needs_no_model(item: pytest.Item) -> bool:
+    return bool(item.get_closest_marker("one_generation")) and not item.get_closest_marker("each_generation")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need no model come first: nothing that others made on a model is cached by then."""
+    items.sort(key=lambda item: not _needs_no_model(item))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Keep TransformerLens out of tests marked `one_generation`, fixtures included: so the mark is true.
+
+    CI runs these on the newest TransformerLens alone.
+    """
+    if not _needs_no_model(item):
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_lens"]:
+            patch.delitem(sys.modules, name)
+        patch.syspath_prepend(NO_MODELS)
+        patch.setenv("PYTHONPATH", NO_MODELS, prepend=os.pathsep)  # for programs that the test starts
+        return (yield)
 
 
 @pytest.fixture

@@ -11,7 +11,10 @@ from drawn import BLUE, GREY, RED, WHITE, everything_is_told, is_percent, named,
 from flows import make_flow
 from plot_cases import metric_flow
 
-pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
+pytestmark = [
+    pytest.mark.one_generation,
+    pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning"),  # random Flows
+]
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat")
 MAPS = ("attn", "mlp", "block", "product", "conserving", "metric")

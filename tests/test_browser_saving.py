@@ -14,7 +14,10 @@ from drawn import BLUE, RED, is_gap, is_percent, named, number_in
 from PIL import Image
 from plot_cases import metric_flow
 
-pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
+pytestmark = [
+    pytest.mark.one_generation,
+    pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning"),  # random Flows
+]
 
 HEADS = {"skip and bias": "past", "all heads": None}
 CSV_HEADS = {"past": "past", "all": None}

@@ -20,6 +20,8 @@ from lig_lens.names import MAPS
 from lig_lens.paths import BASELINES, BaselineEntry
 from lig_lens.settings import ExplainConfig, load_config, merge_settings, parse_numbers, parse_settings
 
+pytestmark = pytest.mark.one_generation
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 

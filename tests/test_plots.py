@@ -12,7 +12,10 @@ from lig_lens.flow.compose import CANCELS
 from lig_lens.show.plots import head_grid, show_token, write_html
 from lig_lens.show.plots.matrix import strongest
 
-pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
+pytestmark = [
+    pytest.mark.one_generation,
+    pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning"),  # random Flows
+]
 
 
 def _alias(figure, axis, position):

@@ -14,7 +14,10 @@ from plot_cases import HOSTILE, every_figure
 
 from lig_lens.show.plots import write_html
 
-pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
+pytestmark = [
+    pytest.mark.one_generation,
+    pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning"),  # random Flows
+]
 
 FIGURES = dict(every_figure())
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

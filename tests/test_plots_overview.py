@@ -12,7 +12,10 @@ from lig_lens.errors import InputError
 from lig_lens.show.plots import gap_map, head_map, importance
 from lig_lens.show.text import MINUS
 
-pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
+pytestmark = [
+    pytest.mark.one_generation,
+    pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning"),  # random Flows
+]
 
 WORDS = tuple(f"w{number}" for number in range(40))
 
