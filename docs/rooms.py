@@ -57,7 +57,7 @@ def draw() -> str:
         f'font-family="system-ui, sans-serif" font-size="13">',
         f'<rect width="100%" height="100%" fill="white"/><text x="{_LEFT}" y="28" fill="{_INK}" font-size="15" '
         'font-weight="600">Rooms of lig_lens: each imports only rooms below it</text>'
-        f'<text x="{_LEFT}" y="47" fill="{_QUIET}">An arc goes from a room to what it imports; thicker for more.</text>',
+        f'<text x="{_LEFT}" y="47" fill="{_QUIET}">An arc goes from a room to what it imports.</text>',
     ]
     for (room, other), count in sorted(arcs.items(), key=lambda item: -abs(place[item[0][0]] - place[item[0][1]])):
         start, end = place[room] + 15, place[other] + 19
