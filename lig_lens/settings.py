@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -22,6 +22,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from lig_lens.errors import InputError, check_choice
 from lig_lens.fields import (
@@ -53,8 +54,6 @@ MAX_BATCH_TOKENS = 4096
 _OPEN: Any = None
 _LEFT_OPEN: dict[str, Any] = {"maps": MAPS, "attn_baseline": "itb"}
 _LEFT_OPEN_WITH_METRIC: dict[str, Any] = {"maps": ("attn",), "attn_baseline": "corrupted"}
-# What a file can hold. Anything else is an object that was made in Python, such as a tensor.
-_PLAIN = (str, int, float, list, tuple, dict, NoneType)
 
 
 class Asked(BaseModel):
@@ -65,6 +64,8 @@ class Asked(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    # Types of the values that have to be one of the names.
+    _named: ClassVar[Any] = str
 
     layers: Annotated[Positions | None, Flag(shown="all")] = Field(
         None, description="Block numbers: 0,3 or 0-5; -1 is the last."
@@ -87,14 +88,17 @@ class Asked(BaseModel):
     def _check_names(cls, value: Any, info: Any) -> Any:
         name = str(info.field_name)
         field = cls.model_fields[name]
-        choices = flag_of(field).choices
-        if choices is None or (value is None and field.default is None):
+        choices, several = flag_of(field).choices, type_of(field)[1]
+        if choices is None or (value is None and NoneType in get_args(field.annotation)):
             return value
-        if not type_of(field)[1]:
-            return check_choice(cls._called(name), value, choices()) if isinstance(value, _PLAIN) else value
-        if isinstance(value, (list, tuple)):
-            for one in value:
-                check_choice(name.removesuffix("s"), one, choices())
+        if several:
+            for one in value if isinstance(value, (list, tuple)) else ():
+                if isinstance(one, cls._named):
+                    check_choice(name.removesuffix("s"), one, choices())
+        elif isinstance(value, cls._named):
+            check_choice(cls._called(name), value, choices())
+        elif cls._named is str:
+            raise PydanticCustomError("string_type", "Input should be a valid string")
         return value
 
     def check_together(self) -> None:
@@ -159,6 +163,8 @@ class Settings(Attribution):
     Made by `of`. Layers, destinations, prompts, tensors and target objects are kept as they were given.
     """
 
+    # Anything else stands for itself, such as a tensor.
+    _named = (str, int, float, list, tuple, dict, NoneType)
     if TYPE_CHECKING:
         layers: Any
         destinations: Any
