@@ -1,11 +1,13 @@
 """Do scores foretell what interventions find? Rank correlations, overlap of the strongest, precision and recall."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy import float64
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lig_lens.errors import InputError, check_whole, optional
@@ -14,6 +16,9 @@ from lig_lens.flow.flow import Flow
 
 if TYPE_CHECKING:
     import pandas
+
+# Axes of what a score is on, by that and what is wanted: a position is that of the destination.
+_SUMMED_OVER = {("edges", "heads_by_pos"): (2,), ("edges", "heads"): (2, 3), ("heads_by_pos", "heads"): (2,)}
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class PrecisionRecall:
     recall: Float[Tensor, "place"]
 
 
-def aligned(score: "Flow | Effects", effects: Effects) -> Float[Tensor, "..."]:
+def aligned(score: Flow | Effects, effects: Effects) -> Float[Tensor, "..."]:
     """A score on the axes of some effects.
 
     Edges add up over sources to heads at positions (dst), those over positions to heads. Of a Flow with a metric,
@@ -74,39 +79,42 @@ def aligned(score: "Flow | Effects", effects: Effects) -> Float[Tensor, "..."]:
     return values
 
 
-def _values(score: "Flow | Effects", effects: Effects) -> Float[Tensor, "..."]:
+def _values(score: Flow | Effects, effects: Effects) -> Float[Tensor, "..."]:
     """A score on the axes of some effects, for its own layers."""
-    if isinstance(score, Flow):
-        if effects.on == "positions":
-            if effects.settings.get("at") == "resid_mid":
-                raise InputError(
-                    "compare: a Flow says what leaves resid_pre, nothing of resid_mid: patch at='resid_pre'."
-                )
-            if score.metric is None or score.attn is None or score.skip is None:
-                raise InputError("compare: only a Flow with a metric as target adds up over what leaves a position.")
-            if score.settings.get("split") == "message":
-                raise InputError(
-                    "compare: a Flow with split='message' says what moves along edges, not because of which position: "
-                    "use split='source' to compare positions."
-                )
-            return score.attn.sum((1, 3)) + score.skip
-        if score.attn is None or score.destinations != tuple(range(len(score.tokens))):
-            raise InputError("compare: the Flow has no attn map for all destinations in order: ask attribute() for it.")
-        return _summed("edges", score.attn, effects.on)
-    return _summed(score.on, score.values, effects.on)
+    if isinstance(score, Effects):
+        return _summed(score.on, score.values, effects.on)
+    if effects.on == "positions":
+        return _leaving(score, effects)
+    if score.attn is None or score.destinations != tuple(range(len(score.tokens))):
+        raise InputError("compare: the Flow has no attn map for all destinations in order: ask attribute() for it.")
+    return _summed("edges", score.attn, effects.on)
 
 
-def _summed(have: str, values: Tensor, wanted: str) -> Tensor:
+def _leaving(flow: Flow, effects: Effects) -> Float[Tensor, "layer pos"]:
+    """What all that leaves a residual adds up to."""
+    if effects.settings.get("at") == "resid_mid":
+        raise InputError("compare: a Flow says what leaves resid_pre, nothing of resid_mid: patch at='resid_pre'.")
+    if flow.metric is None or flow.attn is None or flow.skip is None:
+        raise InputError("compare: only a Flow with a metric as target adds up over what leaves a position.")
+    if flow.settings.get("split") == "message":
+        raise InputError(
+            "compare: a Flow with split='message' says what moves along edges, not because of which position: use "
+            "split='source' to compare positions."
+        )
+    return flow.attn.sum((1, 3)) + flow.skip
+
+
+def _summed(have: str, values: Float[Tensor, "..."], wanted: str) -> Float[Tensor, "..."]:
+    """Values on other axes: what is not among them is added up."""
     if have == wanted:
         return values
-    if have == "edges" and wanted in ("heads_by_pos", "heads"):
-        return values.sum(2) if wanted == "heads_by_pos" else values.sum((2, 3))
-    if have == "heads_by_pos" and wanted == "heads":
-        return values.sum(2)
-    raise InputError(f"compare: a score on {have} says nothing of effects on {wanted}.")
+    over = _SUMMED_OVER.get((have, wanted))
+    if over is None:
+        raise InputError(f"compare: a score on {have} says nothing of effects on {wanted}.")
+    return values.sum(over)
 
 
-def compare(score: "Flow | Effects", effects: Effects, *, k: int = 10, threshold: float | None = None) -> Agreement:
+def compare(score: Flow | Effects, effects: Effects, *, k: int = 10, threshold: float | None = None) -> Agreement:
     """Agreement of a score with effects.
 
     Args:
@@ -132,21 +140,14 @@ def compare(score: "Flow | Effects", effects: Effects, *, k: int = 10, threshold
     best, strongest = (set(_by_size(side)[:k].tolist()) for side in (x, y))
     nan = float("nan")
     at = min(n_present, len(curve.precision))
-
     constant = not n_present or bool((x.abs() == x[0].abs()).all())
     steps = curve.recall.diff(prepend=torch.zeros(1).double())
-
-    def correlation(function: Any, a: Tensor, b: Tensor) -> float:
-        if len(a) < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all()):
-            return float("nan")
-        return float(function(a.numpy(), b.numpy()).statistic)
-
     return Agreement(
         n=len(x),
-        spearman=correlation(stats.spearmanr, x, y),
-        spearman_size=correlation(stats.spearmanr, x.abs(), y.abs()),
-        kendall=correlation(stats.kendalltau, x, y),
-        pearson=correlation(stats.pearsonr, x, y),
+        spearman=_correlation(lambda a, b: stats.spearmanr(a, b).statistic, x, y),
+        spearman_size=_correlation(lambda a, b: stats.spearmanr(a, b).statistic, x.abs(), y.abs()),
+        kendall=_correlation(lambda a, b: stats.kendalltau(a, b).statistic, x, y),
+        pearson=_correlation(lambda a, b: stats.pearsonr(a, b).statistic, x, y),
         k=k,
         top_k_overlap=len(best & strongest) / len(strongest) if strongest else nan,
         threshold=threshold,
@@ -156,7 +157,7 @@ def compare(score: "Flow | Effects", effects: Effects, *, k: int = 10, threshold
     )
 
 
-def precision_recall(score: "Flow | Effects", effects: Effects, *, threshold: float | None = None) -> PrecisionRecall:
+def precision_recall(score: Flow | Effects, effects: Effects, *, threshold: float | None = None) -> PrecisionRecall:
     """How many of the effects that are present the strongest scores find; arguments as in `compare`.
 
     Raises:
@@ -164,6 +165,17 @@ def precision_recall(score: "Flow | Effects", effects: Effects, *, threshold: fl
     """
     x, y = points(score, effects)
     return _precision_recall(x, y, _threshold(y, threshold))
+
+
+def _correlation(
+    function: Callable[[NDArray[float64], NDArray[float64]], float],
+    a: Float[Tensor, "entry"],
+    b: Float[Tensor, "entry"],
+) -> float:
+    """A correlation; NaN where one side is constant, or a single entry."""
+    if len(a) < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all()):
+        return float("nan")
+    return float(function(a.numpy(), b.numpy()))
 
 
 def _by_size(values: Float[Tensor, "entry"]) -> Int[Tensor, "place"]:
@@ -191,7 +203,7 @@ def _precision_recall(x: Float[Tensor, "entry"], y: Float[Tensor, "entry"], thre
     return PrecisionRecall(torch.full_like(precision, torch.nan) if none else precision, hits / present.sum())
 
 
-def points(score: "Flow | Effects", effects: Effects) -> tuple[Tensor, Tensor]:
+def points(score: Flow | Effects, effects: Effects) -> tuple[Float[Tensor, "entry"], Float[Tensor, "entry"]]:
     """Score and effect of every entry that was measured, in float64."""
     measured = ~effects.values.isnan()
     x, y = aligned(score, effects)[measured].double(), effects.values[measured].double()
@@ -203,7 +215,7 @@ def points(score: "Flow | Effects", effects: Effects) -> tuple[Tensor, Tensor]:
 
 
 def compare_table(
-    scores: Mapping[str, "Flow | Effects"], effects: Effects, *, k: int = 10, threshold: float | None = None
+    scores: Mapping[str, Flow | Effects], effects: Effects, *, k: int = 10, threshold: float | None = None
 ) -> "pandas.DataFrame":
     """One row for each score, columns as in `Agreement`; arguments as in `compare`.
 

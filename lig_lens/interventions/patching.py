@@ -1,6 +1,7 @@
 """Interventions: activation patching, knock-outs of attention edges, ablation of heads.
 
-Exact and batched (`runner`), on every model that `attribute` takes.
+Exact and batched (`runner`), on every model that `attribute` takes. Differences that rounding alone can cause are given
+as 0.
 
 Signs: an effect is positive where what is put back, or left in, raises the metric. So patching clean activations into
 the corrupted run (denoising) counts f(patched) - f(corrupted), and taking something out of the clean run counts

@@ -14,7 +14,7 @@ from lig_lens.interventions.run import Run, messages_at
 from lig_lens.targets.metrics import BatchMetric
 
 
-class Prompt:
+class ScoredRun:
     """One of the two prompts: its run, and the metric's gradient there, which is computed once somebody asks for it."""
 
     def __init__(self, run: Run, metric: BatchMetric) -> None:
@@ -42,7 +42,7 @@ class Side:
 
     values: Values
     messages: Messages
-    prompt: Prompt = field(repr=False)
+    prompt: ScoredRun = field(repr=False)
 
     @property
     def gradient(self) -> Float[Tensor, "pos head d_head"]:
@@ -54,7 +54,7 @@ class Side:
         return self.messages.pattern.mT * torch.einsum("jhe,ihe->hij", gradient, self.messages.values)
 
 
-def sides(prompts: Sequence[Prompt], layer: int) -> list[Side]:
+def sides(prompts: Sequence[ScoredRun], layer: int) -> list[Side]:
     """Prompts at one block.
 
     Raises:

@@ -20,7 +20,7 @@ from lig_lens.errors import InputError, check_choice
 from lig_lens.flow.effects import Effects
 from lig_lens.inputs.chosen import Selection
 from lig_lens.interventions import SCORED_BY
-from lig_lens.interventions.scores.score import Prompt, Score, sides
+from lig_lens.interventions.scores.score import Score, ScoredRun, sides
 from lig_lens.interventions.subject import read_subject
 from lig_lens.models.running import prepared
 from lig_lens.targets.metrics import Function, Metric
@@ -66,7 +66,7 @@ def scores(
         recorder = subject.recorder(Needs(formula=False, messages=True))
         runs = [recorder.run(inputs) for inputs in subject.prompts]
         ready = as_metric(metric).on(subject.model, runs[0].forward.output)
-        prompts = [Prompt(run, ready) for run in runs]
+        prompts = [ScoredRun(run, ready) for run in runs]
         rows: dict[str, list[torch.Tensor]] = {name: [] for name in chosen}
         for layer in subject.layers:
             at = sides(prompts, layer)
