@@ -14,6 +14,7 @@ from plot_cases import metric_flow
 
 import lig_lens
 from lig_lens.cli.main import run
+from lig_lens.flow.compose import CANCELS, RULES
 from lig_lens.show.explorer import contents, explore, write_explorer
 
 pytestmark = pytest.mark.one_generation
@@ -69,6 +70,16 @@ def test_too_many_numbers_leave_single_heads_out_and_say_so(monkeypatch):
     monkeypatch.setattr(contents, "MOST_NUMBERS", 100)
     with pytest.raises(lig_lens.InputError, match=r"without single heads, and a page holds 100: choose fewer"):
         explore(flow)
+
+
+def test_what_decides_numbers_is_said_in_python():
+    flow = make_flow()
+    page = explore(flow).html
+    header = header_of(page)
+    assert header["cancels"] == CANCELS and tuple(rule["name"] for rule in header["rules"]) == RULES
+    assert set(header["samples"][0]["views"][0]["rounding"]) == {*flow.maps, *RULES}
+    script = page.rsplit("<script>", 1)[1]
+    assert not re.search("|".join(f"[\"'`]{rule}[\"'`]" for rule in RULES), script) and "CANCELS" not in script
 
 
 def test_flows_of_one_prompt_stand_together():

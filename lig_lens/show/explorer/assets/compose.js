@@ -139,8 +139,8 @@ function rollout(steps, row, position, n) {
 
 /**
  * One layer of `compose.paths`: for each destination its k strongest ways, strongest first, with their last edge and
- * the number of the way (among those of the edge's source, whose weights are `best`) that it prolongs. Python looks at all
- * options; the k best ways into a node pass through at most k of its edges: those whose best way is strongest.
+ * the number of the way (among those of the edge's source, whose weights are `best`) that it prolongs. Python looks at
+ * all options; the k best ways into a node pass through at most k of its edges: those whose best way is strongest.
  */
 function bestWays(best, heads, past, divisors, k) {
   return strongestEdges(best, heads, past, divisors, k).map((into) => {
