@@ -226,28 +226,29 @@ def gap_map(
     layers = flow.layers if layers is None else tuple(layers)
     rows = find_places(layers, flow.layers, of_flow("layer"))
     gaps, missed = flow.gap[map][rows], ~flow.converged[map][rows]
-    shown = pick("gap_map", flow, tokens)
-    if (flow.metric is not None and tokens is not None) or (gaps.ndim < 3 and heads is not None):
+    shown, axes = pick("gap_map", flow, tokens), flow.axes.cells[map]
+    per_head, per_destination = "head" in axes, "dst" in axes
+    if (tokens is not None and not per_destination) or (heads is not None and not per_head):
         raise InputError(
-            f"gap_map: the gaps of this {map} map are those of whole {'layers' if gaps.ndim == 1 else 'destinations'}: "
-            f"leave out {'tokens and heads' if gaps.ndim == 1 else 'heads'}."
+            f"gap_map: the gaps of this {map} map are those of whole "
+            f"{'destinations' if per_destination else 'layers'}: "
+            f"leave out {'heads' if per_destination else 'tokens and heads'}."
         )
-    numbers = [*range(gaps.shape[1])] if gaps.ndim == 3 else []
+    numbers = [*range(gaps.shape[1])] if per_head else []
     if heads is not None:
         numbers = find_places(heads, numbers, of_flow("head"))
         gaps, missed = gaps[:, numbers], missed[:, numbers]
-    if flow.metric is None:
+    if per_destination:
         gaps, missed = gaps[..., shown.places], missed[..., shown.places]
     tol = describe(flow).tol
     within = "the tolerance" if tol is None else f"tol {tol:g}"
     count = f"all {missed.numel():,} {flow.axes.counted} within {within}"
     if missed.any():
         count = f"{int(missed.sum()):,} of {missed.numel():,} {flow.axes.counted} miss {within} ({TIMES})"
-    if flow.metric is None:
+    if per_destination:
         across, cell = token_axis(flow, shown.destinations, "destination"), row_cells(gaps.shape[-1])
     else:
         across, cell = Axis("", ["all heads and destinations"]), (200.0, 26.0)
-    per_head = gaps.ndim == 3
     worst = gaps.argmax(1).tolist() if per_head else None
     # As tables of layers and destinations: the gap, and how many heads have not converged.
     gaps = gaps.amax(1) if per_head else gaps.reshape(len(rows), -1)
