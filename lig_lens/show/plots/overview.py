@@ -20,6 +20,7 @@ from lig_lens.show.plots.matrix import (
     Axis,
     Heatmap,
     Scale,
+    Values,
     draw,
     printed,
     row_cells,
@@ -128,27 +129,34 @@ def importance(
         upwards=True,
     )
     if table.beside:
-        top = strongest(rest, cut=False)
-        figure.add_trace(
-            go.Heatmap(
-                x=list(range(len(columns), len(labels))),
-                z=rest,
-                colorscale=[LINE, "white", LINE],
-                zmin=-top,
-                zmax=top,
-                showscale=False,
-                hoverongaps=False,
-                xgap=1,
-                ygap=1,
-                text=printed(rest, table.percent, table.signed, digits=3),
-                texttemplate="%{text}",
-                textfont={"size": 10},
-                hovertext=[[f"<b>layer {layer}, {name}</b>" for name in table.beside] for layer in layers],
-                hovertemplate=f"%{{hovertext}}<br>{table.unit}: {number}<extra></extra>",
-            )
-        )
-        figure.add_vline(x=len(columns) - 0.5, line={"color": "white", "width": 6})
+        _add_beside(figure, table, rest, layers, len(columns), number)
     return figure
+
+
+def _add_beside(
+    figure: go.Figure, table: _Table, rest: Values, layers: Sequence[int], n_heads: int, number: str
+) -> None:
+    """Draw what stands beside the heads, on greys of its own."""
+    top = strongest(rest, cut=False)
+    figure.add_trace(
+        go.Heatmap(
+            x=list(range(n_heads, n_heads + len(table.beside))),
+            z=rest,
+            colorscale=[LINE, "white", LINE],
+            zmin=-top,
+            zmax=top,
+            showscale=False,
+            hoverongaps=False,
+            xgap=1,
+            ygap=1,
+            text=printed(rest, table.percent, table.signed, digits=3),
+            texttemplate="%{text}",
+            textfont={"size": 10},
+            hovertext=[[f"<b>layer {layer}, {name}</b>" for name in table.beside] for layer in layers],
+            hovertemplate=f"%{{hovertext}}<br>{table.unit}: {number}<extra></extra>",
+        )
+    )
+    figure.add_vline(x=n_heads - 0.5, line={"color": "white", "width": 6})
 
 
 def _of_metric(flow: Flow, share: bool, places: Sequence[int], positions: Sequence[int]) -> _Table:
@@ -276,25 +284,31 @@ def gap_map(
         cell=cell,
         upwards=True,
     )
-    marked = missed.nonzero().tolist()
-    if marked:
-        figure.add_trace(
-            go.Scatter(
-                x=[column for _, column in marked],
-                y=[row for row, _ in marked],
-                mode="markers",
-                marker={
-                    "symbol": "x",
-                    "size": max(3.0, min(9.0, 0.5 * cell[0])),
-                    "color": QUALITATIVE[4],
-                    "line": {"color": INK, "width": 1 if cell[0] >= 12 else 0},
-                },
-                hoverinfo="skip",
-                showlegend=False,
-                name="not converged",
-            )
-        )
+    _add_crosses(figure, missed, cell[0])
     return figure
+
+
+def _add_crosses(figure: go.Figure, missed: Tensor, width: float) -> None:
+    """Mark cells, `width` pixels wide, in which something has not converged."""
+    marked = missed.nonzero().tolist()
+    if not marked:
+        return
+    figure.add_trace(
+        go.Scatter(
+            x=[column for _, column in marked],
+            y=[row for row, _ in marked],
+            mode="markers",
+            marker={
+                "symbol": "x",
+                "size": max(3.0, min(9.0, 0.5 * width)),
+                "color": QUALITATIVE[4],
+                "line": {"color": INK, "width": 1 if width >= 12 else 0},
+            },
+            hoverinfo="skip",
+            showlegend=False,
+            name="not converged",
+        )
+    )
 
 
 def _short_gap(gap: float) -> str:
