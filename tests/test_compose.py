@@ -11,7 +11,8 @@ from flows import make_flow
 from tiny_models import tiny_bridge
 
 import lig_lens
-from lig_lens.flow import compose, routes
+from lig_lens.flow import compose, routes, rules
+from lig_lens.registry import Entry
 
 pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
 
@@ -216,3 +217,21 @@ def _without(flow: lig_lens.Flow, name: str) -> dict:
     groups = ("total", "gap", "converged", "engines")
     fields = {group: {key: v for key, v in getattr(flow, group).items() if key != name} for group in groups}
     return fields | dict.fromkeys(("mlp", "skip", "bias") if name == "mlp" else (name,))
+
+
+def test_a_rule_is_a_class_and_a_line(monkeypatch):
+    class Even(rules.Rule):
+        """Every source has the same part of what the mlp map explains."""
+
+        def edges(self, maps):
+            heads = torch.ones_like(maps.attn).double() / maps.attn.shape[2] * maps.mlp.double()[:, :, None]
+            return rules.Edges(heads, maps.past.double())
+
+    monkeypatch.setattr(rules.RULES, "_entries", dict(rules.RULES._entries))
+    rules.RULES.add("even", Entry(Even))
+    flow = make_flow(layers=(0, 1))
+    torch.testing.assert_close(flow.compose("even").sum(1), flow.total["mlp"])
+    torch.testing.assert_close(flow.rollout(rule="even").sum(0), torch.ones(len(flow.tokens)))
+    assert flow.paths(2, 3, rule="even")
+    with pytest.raises(lig_lens.InputError, match="Unknown rule 'evn': use one of 'product', 'conserving', 'even'"):
+        flow.compose("evn")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def average(results: Sequence[Flow] | Sequence[Effects]) -> AverageFlow | Averag
     return _flows(flows) if flows else _effects(effects)
 
 
-def _same(results: Sequence[Any], names: Sequence[str]) -> None:
+def _same(results: Sequence[object], names: Sequence[str]) -> None:
     first = results[0]
     for name in names:
         for number, result in enumerate(results):
@@ -70,7 +70,7 @@ def _same(results: Sequence[Any], names: Sequence[str]) -> None:
                 )
 
 
-def _tokens(results: Sequence[Any]) -> tuple[str, ...]:
+def _tokens(results: Sequence[Flow] | Sequence[Effects]) -> tuple[str, ...]:
     """Labels of positions, `*` where prompts differ."""
     lengths = sorted({len(result.tokens) for result in results})
     if len(lengths) > 1:
@@ -78,7 +78,7 @@ def _tokens(results: Sequence[Any]) -> tuple[str, ...]:
     return tuple(names[0] if len(set(names)) == 1 else "*" for names in zip(*(r.tokens for r in results), strict=True))
 
 
-def _settings(flows: Sequence[Flow]) -> dict[str, Any]:
+def _settings(flows: Sequence[Flow]) -> dict[str, object]:
     """Settings that hold for all, with the mean values of the metric on both prompts."""
     common = {k: v for k, v in flows[0].settings.items() if all(f.settings.get(k) == v for f in flows)}
     values = [flow.settings.get("metric") for flow in flows]
@@ -91,7 +91,7 @@ def _settings(flows: Sequence[Flow]) -> dict[str, Any]:
     return common | {"averaged": len(flows)}
 
 
-def _metric(results: Sequence[Any]) -> str | None:
+def _metric(results: Sequence[Flow] | Sequence[Effects]) -> str | None:
     """Name of the metric; where every prompt has answers of its own, what they have in common."""
     names = {result.metric for result in results}
     # logit_difference(' Mary', ' John', pos=3): the function and where it looks.
@@ -116,24 +116,33 @@ def _flows(flows: Sequence[Flow]) -> AverageFlow:
     targets = {str(flow.settings.get("target")) for flow in flows}
     if flows[0].metric is None and len(targets) > 1:
         raise InputError(f"average: the Flows have the targets {sorted(targets)}: average like with like.")
-    first = flows[0]
-    stderr: dict[str, Tensor] = {}
-    fields: dict[str, Any] = {}
-    for name in TENSORS:
-        if getattr(first, name) is not None:
-            fields[name], stderr[name] = _mean([getattr(flow, name) for flow in flows])
-    totals = {name: _mean([flow.total[name] for flow in flows]) for name in first.maps}
-    stderr |= {f"total.{name}": error for name, (_, error) in totals.items()}
+    first, stderr = flows[0], dict[str, Tensor]()
+
+    def part(name: str) -> Tensor | None:
+        tensors = [getattr(flow, name) for flow in flows]
+        if tensors[0] is None:
+            return None
+        mean, stderr[name] = _mean(tensors)
+        return mean
+
+    parts = {name: part(name) for name in TENSORS}
+    total = {}
+    for name in first.maps:
+        total[name], stderr[f"total.{name}"] = _mean([flow.total[name] for flow in flows])
     mean = replace(
         first,
         tokens=_tokens(flows),
         special=tuple(all(marks) for marks in zip(*(flow.special for flow in flows), strict=True)),
         settings=_settings(flows),
         metric=_metric(flows),
-        total={name: value for name, (value, _) in totals.items()},
+        total=total,
         gap={name: torch.stack([flow.gap[name] for flow in flows]).amax(0) for name in first.maps},
         converged={name: torch.stack([flow.converged[name] for flow in flows]).all(0) for name in first.maps},
-        **fields,
+        attn=parts["attn"],
+        mlp=parts["mlp"],
+        skip=parts["skip"],
+        bias=parts["bias"],
+        block=parts["block"],
     )
     return AverageFlow(len(flows), mean, stderr)
 

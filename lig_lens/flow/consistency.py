@@ -1,9 +1,9 @@
 """Agreement of compositions with the directly measured block map."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -12,11 +12,12 @@ from torch import Tensor
 from lig_lens.errors import InputError, optional
 from lig_lens.flow.compose import RULES, compose
 from lig_lens.flow.data import FlowData
-from lig_lens.flow.labels import CELLS, PER_DESTINATION
 from lig_lens.names import MAPS
 
 if TYPE_CHECKING:
     import pandas
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,19 @@ def consistency_table(flows: Sequence[FlowData], rules: Sequence[str] = RULES) -
 
 def _put_together(first: FlowData, second: FlowData) -> FlowData:
     """The attn map of one Flow and the mlp map of another."""
-    cells: dict[str, Any] = {}
-    for group in (*CELLS, "engines"):
-        cells[group] = {"attn": getattr(first, group)["attn"], "mlp": getattr(second, group)["mlp"]}
-    settings = first.settings | {"mlp_baseline": second.settings.get("mlp_baseline")}
-    parts = {name: getattr(second, name) for name in PER_DESTINATION.parts["mlp"]}
-    return dataclasses.replace(first, **parts, **cells, block=None, settings=settings)
+
+    def both(group: Callable[[FlowData], Mapping[str, T]]) -> dict[str, T]:
+        return {"attn": group(first)["attn"], "mlp": group(second)["mlp"]}
+
+    return dataclasses.replace(
+        first,
+        mlp=second.mlp,
+        skip=second.skip,
+        bias=second.bias,
+        block=None,
+        total=both(lambda flow: flow.total),
+        gap=both(lambda flow: flow.gap),
+        converged=both(lambda flow: flow.converged),
+        engines=both(lambda flow: flow.engines),
+        settings=first.settings | {"mlp_baseline": second.settings.get("mlp_baseline")},
+    )

@@ -101,7 +101,7 @@ class Effects:
             MissingPackageError: pandas is not installed.
         """
         places = (~self.values.isnan()).nonzero()
-        columns: dict[str, Any] = {}
+        columns: dict[str, list[object]] = {}
         for axis, numbers in zip(self.axes, places.T.tolist(), strict=True):
             columns[axis] = [self.layers[n] for n in numbers] if axis == "layer" else numbers
             if axis in ("pos", "src", "dst"):

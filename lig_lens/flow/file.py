@@ -41,9 +41,9 @@ class GrowingFile:
     shows before anything is computed.
     """
 
-    def __init__(self, stream: BinaryIO, labels: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, stream: BinaryIO, labels: Mapping[str, object], shapes: Mapping[str, Sequence[int]]) -> None:
         self._stream, self._shapes, self._starts = stream, shapes, {}
-        entries: dict[str, Any] = {"__metadata__": _metadata(labels)}
+        entries: dict[str, object] = {"__metadata__": _metadata(labels)}
         end = 0
         # safetensors wants large elements first.
         for name in sorted(shapes, key=_dtype, reverse=True):
@@ -74,7 +74,7 @@ class GrowingFile:
 
 @contextlib.contextmanager
 def growing(
-    path: str | os.PathLike[str], labels: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+    path: str | os.PathLike[str], labels: Mapping[str, object], shapes: Mapping[str, Sequence[int]]
 ) -> Iterator[GrowingFile]:
     """Open a Flow file to be filled; it is there, whole, once this ends without an error.
 
@@ -97,7 +97,7 @@ def _dtype(name: str) -> str:
     return "BOOL" if name.startswith("converged") else "F32"
 
 
-def _metadata(labels: Mapping[str, Any]) -> dict[str, str]:
+def _metadata(labels: Mapping[str, object]) -> dict[str, str]:
     return {"lig_lens": json.dumps(header_of(labels), ensure_ascii=False, allow_nan=False)}
 
 

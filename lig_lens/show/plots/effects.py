@@ -174,10 +174,7 @@ def agreement_scatter(
     """
     if labels < 0:
         raise InputError(f"agreement_scatter: labels={labels}: give 0 or more.")
-    chosen = _chosen("agreement_scatter", effects, layers, heads, tokens)
-    kept = torch.zeros_like(effects.values, dtype=torch.bool)
-    kept[np.ix_(*(chosen[axis] for axis in effects.axes))] = True
-    effects = dataclasses.replace(effects, values=effects.values.masked_fill(~kept, torch.nan))
+    effects = _only(effects, _chosen("agreement_scatter", effects, layers, heads, tokens))
     x, y = (side.numpy() for side in points(score, effects))
     plain = [
         effects.label((effects.layers[layer], *rest)) for layer, *rest in (~effects.values.isnan()).nonzero().tolist()
@@ -230,6 +227,13 @@ def agreement_scatter(
     heading = f"<b>{short(title)}</b> against {short(effects.name, 80)}"
     set_frame(figure, heading, facts, width=_SIZE[0], height=_SIZE[1], left=80.0, right=_RIGHT, above=28.0)
     return figure.update_layout(plot_bgcolor="white", showlegend=False)
+
+
+def _only(effects: Effects, chosen: dict[str, list[int]]) -> Effects:
+    """Effects of which only some places of each axis were measured."""
+    kept = torch.zeros_like(effects.values, dtype=torch.bool)
+    kept[np.ix_(*(chosen[axis] for axis in effects.axes))] = True
+    return dataclasses.replace(effects, values=effects.values.masked_fill(~kept, torch.nan))
 
 
 def _measured(effects: Effects) -> str:

@@ -207,10 +207,15 @@ def draw(
         bottom=size.bottom,
         above=above,
     )
-    outer = {"showarrow": False, "xref": "paper", "yref": "paper", "font": {"size": 12, "color": INK}}
-    figure.add_annotation(text=across.title, x=0.5, y=0, yanchor="bottom", yshift=8 - size.bottom, **outer)
-    figure.add_annotation(text=down.title, x=0, y=0.5, xanchor="left", xshift=12 - size.left, textangle=-90, **outer)
+    _add_titles(figure, size, down.title, across.title)
     return figure
+
+
+def _add_titles(figure: go.Figure, size: "_Geometry", down: str, across: str) -> None:
+    """Write what rows and columns are, once for all panels."""
+    outer = {"showarrow": False, "xref": "paper", "yref": "paper", "font": {"size": 12, "color": INK}}
+    figure.add_annotation(text=across, x=0.5, y=0, yanchor="bottom", yshift=8 - size.bottom, **outer)
+    figure.add_annotation(text=down, x=0, y=0.5, xanchor="left", xshift=12 - size.left, textangle=-90, **outer)
 
 
 def _beyond(panels: Sequence[Heatmap]) -> list[str]:

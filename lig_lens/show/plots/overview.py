@@ -20,6 +20,7 @@ from lig_lens.show.plots.matrix import (
     Axis,
     Heatmap,
     Scale,
+    Values,
     draw,
     printed,
     row_cells,
@@ -128,27 +129,34 @@ def importance(
         upwards=True,
     )
     if table.beside:
-        top = strongest(rest, cut=False)
-        figure.add_trace(
-            go.Heatmap(
-                x=list(range(len(columns), len(labels))),
-                z=rest,
-                colorscale=[LINE, "white", LINE],
-                zmin=-top,
-                zmax=top,
-                showscale=False,
-                hoverongaps=False,
-                xgap=1,
-                ygap=1,
-                text=printed(rest, table.percent, table.signed, digits=3),
-                texttemplate="%{text}",
-                textfont={"size": 10},
-                hovertext=[[f"<b>layer {layer}, {name}</b>" for name in table.beside] for layer in layers],
-                hovertemplate=f"%{{hovertext}}<br>{table.unit}: {number}<extra></extra>",
-            )
-        )
-        figure.add_vline(x=len(columns) - 0.5, line={"color": "white", "width": 6})
+        _add_beside(figure, table, rest, layers, len(columns), number)
     return figure
+
+
+def _add_beside(
+    figure: go.Figure, table: _Table, rest: Values, layers: Sequence[int], n_heads: int, number: str
+) -> None:
+    """Draw what stands beside the heads, on greys of its own."""
+    top = strongest(rest, cut=False)
+    figure.add_trace(
+        go.Heatmap(
+            x=list(range(n_heads, n_heads + len(table.beside))),
+            z=rest,
+            colorscale=[LINE, "white", LINE],
+            zmin=-top,
+            zmax=top,
+            showscale=False,
+            hoverongaps=False,
+            xgap=1,
+            ygap=1,
+            text=printed(rest, table.percent, table.signed, digits=3),
+            texttemplate="%{text}",
+            textfont={"size": 10},
+            hovertext=[[f"<b>layer {layer}, {name}</b>" for name in table.beside] for layer in layers],
+            hovertemplate=f"%{{hovertext}}<br>{table.unit}: {number}<extra></extra>",
+        )
+    )
+    figure.add_vline(x=n_heads - 0.5, line={"color": "white", "width": 6})
 
 
 def _of_metric(flow: Flow, share: bool, places: Sequence[int], positions: Sequence[int]) -> _Table:
@@ -226,28 +234,29 @@ def gap_map(
     layers = flow.layers if layers is None else tuple(layers)
     rows = find_places(layers, flow.layers, of_flow("layer"))
     gaps, missed = flow.gap[map][rows], ~flow.converged[map][rows]
-    shown = pick("gap_map", flow, tokens)
-    if (flow.metric is not None and tokens is not None) or (gaps.ndim < 3 and heads is not None):
+    shown, axes = pick("gap_map", flow, tokens), flow.axes.cells[map]
+    per_head, per_destination = "head" in axes, "dst" in axes
+    if (tokens is not None and not per_destination) or (heads is not None and not per_head):
         raise InputError(
-            f"gap_map: the gaps of this {map} map are those of whole {'layers' if gaps.ndim == 1 else 'destinations'}: "
-            f"leave out {'tokens and heads' if gaps.ndim == 1 else 'heads'}."
+            f"gap_map: the gaps of this {map} map are those of whole "
+            f"{'destinations' if per_destination else 'layers'}: "
+            f"leave out {'heads' if per_destination else 'tokens and heads'}."
         )
-    numbers = [*range(gaps.shape[1])] if gaps.ndim == 3 else []
+    numbers = [*range(gaps.shape[1])] if per_head else []
     if heads is not None:
         numbers = find_places(heads, numbers, of_flow("head"))
         gaps, missed = gaps[:, numbers], missed[:, numbers]
-    if flow.metric is None:
+    if per_destination:
         gaps, missed = gaps[..., shown.places], missed[..., shown.places]
     tol = describe(flow).tol
     within = "the tolerance" if tol is None else f"tol {tol:g}"
     count = f"all {missed.numel():,} {flow.axes.counted} within {within}"
     if missed.any():
         count = f"{int(missed.sum()):,} of {missed.numel():,} {flow.axes.counted} miss {within} ({TIMES})"
-    if flow.metric is None:
+    if per_destination:
         across, cell = token_axis(flow, shown.destinations, "destination"), row_cells(gaps.shape[-1])
     else:
         across, cell = Axis("", ["all heads and destinations"]), (200.0, 26.0)
-    per_head = gaps.ndim == 3
     worst = gaps.argmax(1).tolist() if per_head else None
     # As tables of layers and destinations: the gap, and how many heads have not converged.
     gaps = gaps.amax(1) if per_head else gaps.reshape(len(rows), -1)
@@ -275,25 +284,31 @@ def gap_map(
         cell=cell,
         upwards=True,
     )
-    marked = missed.nonzero().tolist()
-    if marked:
-        figure.add_trace(
-            go.Scatter(
-                x=[column for _, column in marked],
-                y=[row for row, _ in marked],
-                mode="markers",
-                marker={
-                    "symbol": "x",
-                    "size": max(3.0, min(9.0, 0.5 * cell[0])),
-                    "color": QUALITATIVE[4],
-                    "line": {"color": INK, "width": 1 if cell[0] >= 12 else 0},
-                },
-                hoverinfo="skip",
-                showlegend=False,
-                name="not converged",
-            )
-        )
+    _add_crosses(figure, missed, cell[0])
     return figure
+
+
+def _add_crosses(figure: go.Figure, missed: Tensor, width: float) -> None:
+    """Mark cells, `width` pixels wide, in which something has not converged."""
+    marked = missed.nonzero().tolist()
+    if not marked:
+        return
+    figure.add_trace(
+        go.Scatter(
+            x=[column for _, column in marked],
+            y=[row for row, _ in marked],
+            mode="markers",
+            marker={
+                "symbol": "x",
+                "size": max(3.0, min(9.0, 0.5 * width)),
+                "color": QUALITATIVE[4],
+                "line": {"color": INK, "width": 1 if width >= 12 else 0},
+            },
+            hoverinfo="skip",
+            showlegend=False,
+            name="not converged",
+        )
+    )
 
 
 def _short_gap(gap: float) -> str:
