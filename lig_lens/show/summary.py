@@ -2,13 +2,14 @@
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lig_lens.blocks.block import BlockBoundaries
 from lig_lens.flow.data import Edge
 from lig_lens.flow.describe import Facts, describe
 from lig_lens.flow.effects import Effects
@@ -113,7 +114,7 @@ def _convergence(facts: Facts) -> str:
     return f"Worst gaps: {gaps}; all {facts.cells:,} {facts.counted} add up within {within}."
 
 
-def boundaries_table(model_name: str, blocks: "Sequence[BlockBoundaries]", width: int | None = None) -> str:
+def boundaries_table(model_name: str, blocks: Sequence[BlockBoundaries], width: int | None = None) -> str:
     """Lay out `describe_boundaries`: one row per block, hook names without their `blocks.N.`."""
     table = _table("block", "layout", "heads", "d_head", "norms", "engine")
     nodes = ("resid_pre", "hook_z", "resid_mid", "resid_post")
