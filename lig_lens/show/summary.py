@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -18,8 +18,6 @@ from lig_lens.show.text import show_token
 
 if TYPE_CHECKING:
     import pandas
-
-    from lig_lens.blocks.find import BlockBoundaries
 
 _EDGES_PER_LAYER = 3
 _PLAIN_WIDTH = 400  # wider than any row: piped text is never wrapped
