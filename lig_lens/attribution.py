@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 from lig_lens import __version__
 from lig_lens.blocks.known import Blocks, Needs
 from lig_lens.blocks.values import Values
+from lig_lens.choose import Selection, chosen_numbers
 from lig_lens.errors import ConvergenceWarning, InputError
 from lig_lens.files import check_writable
 from lig_lens.flow import file as flow_io
 from lig_lens.flow.flow import Flow
 from lig_lens.flow.labels import cell_axes, tensor_axes
 from lig_lens.hooked import HookedModel, check_hooked
-from lig_lens.inputs.chosen import Selection, chosen_numbers
 from lig_lens.inputs.inputs import Inputs
 from lig_lens.inputs.pairs import is_batch, read_pairs
 from lig_lens.integrate.integrand import Budget

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lig_lens.choose import Words, find_places
 from lig_lens.errors import CancellationWarning, InputError, check_whole
 from lig_lens.flow import rules
-from lig_lens.flow.choose import Words, find_places
 from lig_lens.flow.data import FlowData
 from lig_lens.flow.rules import Edges
 

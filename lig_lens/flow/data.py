@@ -9,8 +9,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lig_lens.choose import find_places, of_flow
 from lig_lens.errors import InputError, check_choice
-from lig_lens.flow.choose import find_places, of_flow
 from lig_lens.flow.labels import CELLS, TENSORS, Axes, axes_of
 from lig_lens.names import MAPS
 

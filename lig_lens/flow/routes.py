@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lig_lens.choose import Words, find_places
 from lig_lens.errors import InputError, check_whole
-from lig_lens.flow.choose import Words, find_places
 from lig_lens.flow.compose import shares, span
 from lig_lens.flow.data import FlowData
 from lig_lens.flow.rules import Edges

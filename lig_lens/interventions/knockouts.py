@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lig_lens.blocks.known import Needs
 from lig_lens.blocks.values import Messages, Values
+from lig_lens.choose import Selection, chosen_numbers
 from lig_lens.errors import InputError
-from lig_lens.inputs.chosen import Selection, chosen_numbers
 from lig_lens.inputs.inputs import Inputs
 from lig_lens.interventions.intervention import Change, Intervention, Trials, copies
 from lig_lens.interventions.run import messages_at

@@ -11,11 +11,11 @@ f(clean) - f(without): as contributions of a Flow with the same metric do.
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from lig_lens.choose import Selection
 from lig_lens.errors import InputError
 from lig_lens.flow.effects import Effects
 from lig_lens.flow.flow import Flow
 from lig_lens.hooked import check_hooked
-from lig_lens.inputs.chosen import Selection
 from lig_lens.inputs.pairs import is_batch
 from lig_lens.interventions import ABLATED_BY, NODES
 from lig_lens.interventions.ablations import Ablation

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from tqdm.auto import tqdm
 
+from lig_lens.choose import Selection
 from lig_lens.errors import InputError
 from lig_lens.flow.effects import Effects
-from lig_lens.inputs.chosen import Selection
 from lig_lens.interventions.intervention import Intervention
 from lig_lens.interventions.subject import read_subject
 from lig_lens.models.running import prepared

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lig_lens.blocks.known import Blocks, Needs
+from lig_lens.choose import Selection, chosen_numbers
 from lig_lens.hooked import HookedModel, check_hooked
-from lig_lens.inputs.chosen import Selection, chosen_numbers
 from lig_lens.inputs.inputs import Inputs
 from lig_lens.inputs.pairs import read_pair
 from lig_lens.interventions.run import Recorder

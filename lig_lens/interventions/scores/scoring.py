@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 
 from lig_lens.blocks.known import Needs
+from lig_lens.choose import Selection
 from lig_lens.errors import InputError, check_choice
 from lig_lens.flow.effects import Effects
-from lig_lens.inputs.chosen import Selection
 from lig_lens.interventions import SCORED_BY
 from lig_lens.interventions.scores.score import Score, ScoredRun, sides
 from lig_lens.interventions.subject import read_subject

@@ -14,7 +14,7 @@ from lig_lens.flow.flow import Flow
 from lig_lens.show.explorer.contents import contents_of, labelled
 
 # In the order in which they build on each other.
-_SCRIPTS = ("data.js", "compose.js", "scene.js", "draw.js", "heatmap.js", "table.js", "input.js", "save.js", "main.js")
+_SCRIPTS = ("compose.js", "data.js", "scene.js", "draw.js", "heatmap.js", "table.js", "input.js", "save.js", "main.js")
 # Characters that could end a script element, or that a script takes for line ends.
 _IN_SCRIPT = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from lig_lens.choose import find_places, of_flow
 from lig_lens.errors import InputError, optional
-from lig_lens.flow.choose import find_places, of_flow
 from lig_lens.flow.flow import Flow
 from lig_lens.names import head_name
 from lig_lens.show.plots.style import DIVERGING

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
+from lig_lens.choose import find_places, of_flow
 from lig_lens.errors import InputError, check_choice
-from lig_lens.flow.choose import find_places, of_flow
 from lig_lens.flow.consistency import Consistency
 from lig_lens.flow.flow import Flow
 from lig_lens.show.plots.facts import about, baselines, worst_gap

@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 import torch
 from numpy.typing import NDArray
 
+from lig_lens.choose import find_places, of_argument, of_tokens
 from lig_lens.errors import InputError, MissingPackageError
-from lig_lens.flow.choose import find_places, of_argument, of_tokens
 from lig_lens.flow.describe import averaged
 from lig_lens.flow.effects import Effects
 from lig_lens.flow.flow import Flow

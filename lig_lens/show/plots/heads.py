@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from lig_lens.choose import find_places, of_flow
 from lig_lens.errors import InputError, check_choice
-from lig_lens.flow.choose import find_places, of_flow
 from lig_lens.flow.flow import Flow
 from lig_lens.names import MAPS, head_name
 from lig_lens.show.plots.facts import cancelling_fact, unit, whole

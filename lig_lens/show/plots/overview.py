@@ -8,8 +8,8 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
+from lig_lens.choose import find_places, of_flow
 from lig_lens.errors import InputError, check_choice
-from lig_lens.flow.choose import find_places, of_flow
 from lig_lens.flow.describe import describe
 from lig_lens.flow.flow import Flow
 from lig_lens.names import head_name

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lig_lens.choose import find_places, of_tokens
 from lig_lens.errors import InputError
-from lig_lens.flow.choose import find_places, of_tokens
 from lig_lens.flow.compose import CANCELS
 from lig_lens.flow.flow import Flow
 from lig_lens.show.plots.facts import about, baselines, whole, worst_gap

@@ -1,7 +1,10 @@
 """Numbers that a caller names on an axis (layers, heads, positions) and the places where they stand on it."""
 
+import operator
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from lig_lens.errors import InputError, check_whole
 
@@ -72,3 +75,28 @@ def find_places(
     if not found:
         raise InputError(words.none.format(wanted=numbers, present=labels))
     return found
+
+
+Selection = Any
+"""Layers or destinations: one number, several (list, array, tensor), or None for all; checked in `chosen_numbers`."""
+
+
+def chosen_numbers(what: str, values: Selection, count: int) -> tuple[int, ...]:
+    """Numbers of layers or positions as users give them, made non-negative, each once; all of `count` for None.
+
+    Raises:
+        InputError: none, no whole numbers, or one that is out of range.
+    """
+    try:
+        several = None if values is None else [values] if isinstance(values, int) else list(values)
+        chosen = None if several is None else [operator.index(value) for value in several]
+    except TypeError as error:
+        with suppress(TypeError):  # a whole number of NumPy's, or of torch's
+            return chosen_numbers(what, operator.index(values), count)
+        raise InputError(f"{what}s={values!r} is not a number or a list of numbers such as [0, 3].") from error
+    whole = "model" if what == "layer" else "prompt"
+    words = Words(
+        missing=f"{what} {{number}} is out of range: this {whole} has {count}, numbered 0 to {count - 1}.",
+        none=f"{what}s is empty: name at least one, or leave it out for all {count}.",
+    )
+    return tuple(dict.fromkeys(find_places(chosen, range(count), words, from_end=True)))
