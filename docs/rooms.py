@@ -12,6 +12,8 @@ import tomllib
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "img" / "rooms.svg"
 _ROW, _LEFT, _WIDTH, _TOP = 46, 24, 430, 64
+# Single files that almost every room imports.
+COMMON = ("choose", "files", "registry", "errors", "names")
 _INK, _QUIET, _LINE, _BOX = "#1f2328", "#59636e", "#8250df", "#f6f8fa"
 
 
@@ -22,10 +24,15 @@ def rooms() -> list[str]:
     return [name.strip(" ()") for layer in layers for name in layer.replace("|", ":").split(":")]
 
 
+def drawn() -> list[str]:
+    """The rooms that get a box of their own; what all use is left to one box at the bottom, without arcs."""
+    return [room for room in rooms() if room not in COMMON]
+
+
 def imports() -> dict[tuple[str, str], int]:
     """Number of imports from one room to another."""
     graph, found = grimp.build_graph("lig_lens", cache_dir=None), dict[tuple[str, str], int]()
-    named = set(rooms())
+    named = set(drawn())
 
     def room(module: str) -> str | None:
         parts = module.split(".")
@@ -48,18 +55,21 @@ def _purpose(room: str) -> str:
 
 def draw() -> str:
     """The picture, as SVG."""
-    names, arcs = rooms(), imports()
+    names, arcs = drawn(), imports()
     place = {name: _TOP + _ROW * number for number, name in enumerate(names)}
-    height = _TOP + _ROW * len(names) + 16
+    height = _TOP + _ROW * (len(names) + 1) + 16
     right = _LEFT + _WIDTH
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + 330} {height}" '
         f'font-family="system-ui, sans-serif" font-size="13">',
         f'<rect width="100%" height="100%" fill="white"/><text x="{_LEFT}" y="28" fill="{_INK}" font-size="15" '
         'font-weight="600">Rooms of lig_lens: each imports only rooms below it</text>'
-        f'<text x="{_LEFT}" y="47" fill="{_QUIET}">An arc goes from a room to what it imports.</text>',
+        f'<text x="{_LEFT}" y="47" fill="{_QUIET}">An arc goes from a room to one that it imports; the thicker, the '
+        "more often.</text>",
     ]
-    for (room, other), count in sorted(arcs.items(), key=lambda item: -abs(place[item[0][0]] - place[item[0][1]])):
+    for (room, other), count in sorted(
+        sorted(arcs.items()), key=lambda item: -abs(place[item[0][0]] - place[item[0][1]])
+    ):
         start, end = place[room] + 15, place[other] + 19
         bow = 14 + 300 * (abs(end - start) / (_ROW * len(names))) ** 0.8
         colour = _LINE if end > start else "#d1242f"
@@ -68,13 +78,13 @@ def draw() -> str:
             f'stroke="{colour}" stroke-opacity="0.45" stroke-width="{min(6, 0.8 + 0.35 * count):.2f}">'
             f"<title>{room} imports {other} ({count})</title></path>"
         )
-    for name, top in place.items():
-        purpose = html.escape(_purpose(name))
-        shown = purpose if len(purpose) <= 58 else purpose[:57].rsplit(" ", 1)[0] + " …"
+    boxes = [(name, _purpose(name)) for name in names] + [(", ".join(COMMON), "What every room may use")]
+    for number, (name, purpose) in enumerate(boxes):
+        top, shown = _TOP + _ROW * number, purpose if len(purpose) <= 72 else purpose[:71].rsplit(" ", 1)[0] + " …"
         parts.append(
             f'<rect x="{_LEFT}" y="{top - 4}" width="{_WIDTH}" height="{_ROW - 8}" rx="6" fill="{_BOX}" '
             f'stroke="#d1d9e0"/><text x="{_LEFT + 12}" y="{top + 12}" fill="{_INK}" font-weight="600">{name}</text>'
-            f'<text x="{_LEFT + 12}" y="{top + 27}" fill="{_QUIET}" font-size="11">{shown}</text>'
+            f'<text x="{_LEFT + 12}" y="{top + 27}" fill="{_QUIET}" font-size="11">{html.escape(shown)}</text>'
         )
     return "\n".join([*parts, "</svg>"]) + "\n"
 

@@ -1,6 +1,7 @@
 """Imports that the order of the rooms (`lint-imports`, pyproject.toml) would see and a reader would not."""
 
 import ast
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,3 +103,11 @@ def test_a_table_names_files_of_its_own_room() -> None:
     }
     assert homes, "the tables' entries are written otherwise: this test sees none"
     assert {table for table, home in homes if not home.startswith(f"lig_lens.{table}.")} == set()
+
+
+def test_the_picture_of_the_rooms_is_true_of_the_code() -> None:
+    spec = importlib.util.spec_from_file_location("rooms", PACKAGE.parent / "docs" / "rooms.py")
+    assert spec is not None and spec.loader is not None
+    rooms = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rooms)
+    assert rooms.PICTURE.read_text(encoding="utf-8") == rooms.draw(), "draw it again: python docs/rooms.py"
