@@ -124,6 +124,19 @@ def test_what_the_formula_does_not_cover_goes_through_hooks(kind: str) -> None:
     assert all(b.engine == "hooks" and b.why_hooks for b in lig_lens.describe_boundaries(model))
 
 
+@pytest.mark.parametrize("ids", [[8, 31], [5, 12], [8, 31, 12], [30, 7, 22]])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_a_short_prompt_does_not_hide_what_the_formula_does_not_cover(kind: str, ids: list[int]) -> None:
+    # A bias for each pair of two tokens can make up for capped scores on one prompt, and no gap would show it.
+    auto, hooks = (
+        lig_lens.attribute(
+            fresh_bridge(kind), ids, maps="attn", attn_baseline="zero", engine=engine, tol=1e-4, progress=False
+        )
+        for engine in ("auto", "hooks")
+    )
+    assert (auto.attn - hooks.attn).abs().max() <= 2e-4 * hooks.attn.abs().max()
+
+
 @pytest.mark.parametrize("kind", COVERED)
 def test_boundaries_name_the_engine(kind: str) -> None:
     assert {b.engine for b in lig_lens.describe_boundaries(tiny_bridge(kind))} == {"closed_form"}

@@ -110,9 +110,22 @@ def find_formula(
                 scale, bias = fitted
                 formula = AttentionFormula(paths, norm, eps, scale_path, kind, scale, ScoreBias(bias), b_q, b_k, b_v)
                 found = FormulaValues(formula, call, rotary, bias, end)
-                if found.gives(own, z):
+                if found.gives(own, z) and _holds_on_probe(found, other):
                     return found
     return reason
+
+
+def _holds_on_probe(found: FormulaValues, other: SeenAttention) -> bool:
+    """Whether the formula gives the probe's patterns too.
+
+    Of a few tokens a bias can make any scores fit the prompt's own pattern, capped ones say; not two patterns at once.
+    """
+    scale = found.formula.scale
+    for q, k, pattern in zip(other.q, other.k, other.pattern, strict=True):
+        made = (scale * products(found.rotary, q, k) + found.bias).softmax(-1)
+        if float((made - pattern).abs().max()) > ALLOWED:
+            return False
+    return True
 
 
 def _affine(

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lig_lens.errors import InputError
-from lig_lens.hooked import HookedModel
 from lig_lens.targets.target import Target
 
 Function = Callable[[Tensor], Any]
@@ -27,14 +26,14 @@ class Metric(Target):
     """
 
     name: str
-    prepare: Callable[[HookedModel, Tensor], Function] = field(repr=False)
+    prepare: Callable[[object, Tensor], Function] = field(repr=False)
     per_metric = True
 
-    def on(self, model: HookedModel, clean: Float[Tensor, "1 *rest"]) -> "BatchMetric":
+    def on(self, model: object, clean: Float[Tensor, "1 *rest"]) -> "BatchMetric":
         """Make the metric ready for a model and a clean prompt.
 
         Args:
-            model: a hooked model.
+            model: a hooked model, for its tokenizer.
             clean: its logits on the clean prompt.
 
         Raises:
@@ -126,7 +125,7 @@ def logit_difference(correct: str | int, wrong: str | int, pos: int = -1) -> Met
         pos: position of the prediction.
     """
 
-    def prepare(model: HookedModel, clean: Tensor) -> Function:
+    def prepare(model: object, clean: Tensor) -> Function:
         plus, minus = (_token(model, answer, clean) for answer in (correct, wrong))
         if plus == minus:
             raise InputError(f"logit_difference: {correct!r} and {wrong!r} are the same token, {plus}.")
@@ -139,7 +138,7 @@ def logit_difference(correct: str | int, wrong: str | int, pos: int = -1) -> Met
 def log_probability(answer: str | int, pos: int = -1) -> Metric:
     """Log-probability (natural logarithm) of an answer token; arguments as in `logit_difference`."""
 
-    def prepare(model: HookedModel, clean: Tensor) -> Function:
+    def prepare(model: object, clean: Tensor) -> Function:
         token, at = _token(model, answer, clean), _position(clean, pos)
         return lambda logits: logits[0, at].log_softmax(-1)[token]
 
@@ -156,7 +155,7 @@ def class_logit(index: int, pos: int | None = None) -> Metric:
 
     """
 
-    def prepare(_model: HookedModel, clean: Tensor) -> Function:
+    def prepare(_model: object, clean: Tensor) -> Function:
         if pos is None and clean.ndim != 2:
             raise InputError(
                 f"class_logit: the model's logits have shape {list(clean.shape)}, with a position axis: give pos=."
@@ -176,7 +175,7 @@ def kl_divergence(pos: int = -1) -> Metric:
     It falls on the way from corrupted to clean, so what restores the clean answer contributes negatively.
     """
 
-    def prepare(model: HookedModel, clean: Tensor) -> Function:
+    def prepare(model: object, clean: Tensor) -> Function:
         _check_head(model)
         at = _position(clean, pos)
         wanted = clean[0, at].detach().log_softmax(-1)
@@ -189,7 +188,7 @@ def _named(pos: int | None, usual: int | None) -> str:
     return "" if pos == usual else f", pos={pos}"
 
 
-def _check_head(model: HookedModel) -> None:
+def _check_head(model: object) -> None:
     """Refuse a language-model head that no weights were loaded for: it is random, and another one at every load."""
     hf = getattr(model, "original_model", None)
     saved = getattr(getattr(hf, "config", None), "architectures", None) or []
@@ -212,7 +211,7 @@ def _position(logits: Tensor, pos: int) -> int:
     return pos % n_pos
 
 
-def _token(model: HookedModel, answer: str | int, logits: Tensor) -> int:
+def _token(model: object, answer: str | int, logits: Tensor) -> int:
     """Id of an answer token."""
     d_vocab = logits.shape[-1]
     _check_head(model)
