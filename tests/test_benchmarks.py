@@ -208,3 +208,11 @@ def test_help_from_another_folder(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--help"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0 and "--out" in run.stdout, run.stderr
+
+
+def test_versus_tree(program: Program, tmp_path: Path) -> None:
+    out = tmp_path / "versus.json"
+    program("versus_tree").main(models="minilm", lengths="4", rows="attn:zero", repeats=1, out=out)
+    (cell,) = read(out)["cells"]
+    assert_positive(cell["ratio"], *cell["ms"].values())
+    assert set(cell["ms"]) == set(cell["peak_mib"]) == {"other", "this"}
