@@ -1,8 +1,8 @@
 """What can be asked of `attribute` and of the commands: names, types, defaults and texts. Loads no torch.
 
-Each setting is said once, as a field of a model. From it come the checks of `attribute`'s arguments (`Settings`), the
-flags (`lig_lens.cli.flags`) and the keys of config files (`ExplainConfig`, `CircuitConfig`): a field that is added has
-all three.
+Each setting is said once, as a field of a model. A field of `Attribution` is checked as an argument of `attribute` and
+is a flag (`lig_lens.cli.flags`) and a key of config files; one of `Settings` is an argument alone, and one of
+`ExplainConfig` or `CircuitConfig` a flag and a key alone.
 """
 
 import operator
@@ -144,7 +144,7 @@ class Attribution(Asked):
         return bool(getattr(getattr(self, "target", None), "per_metric", False))
 
     def baseline_of(self, map_name: str) -> Any:
-        """Where a map's path starts: a name, or an object such as a tensor."""
+        """Where a map's path starts: a name, or a tensor."""
         return getattr(self, f"{map_name}_baseline")
 
     def baseline_fact(self, map_name: str, fact: str) -> bool:

@@ -166,6 +166,12 @@ def test_block_without_attention_has_the_block_map_only(ids: torch.Tensor) -> No
         lig_lens.attribute(model, ids, progress=False)
 
 
+def test_a_block_that_serves_several_layers_is_refused(gpt2: Any, ids: torch.Tensor) -> None:
+    gpt2.blocks[1] = gpt2.blocks[0]
+    with pytest.raises(BoundaryError, match=r"one block for several of its 2 layers.*give each layer a copy"):
+        lig_lens.attribute(gpt2, ids, progress=False)
+
+
 def test_an_edit_of_one_position_is_seen_in_a_long_prompt() -> None:
     model, ids = fresh_bridge("llama"), list(range(5, 36))
 

@@ -12,7 +12,7 @@ from tiny_models import KINDS, fresh_bridge, tiny_bridge
 import lig_lens
 from lig_lens.errors import InputError
 from lig_lens.integrate import closed_form
-from lig_lens.integrate.integrand import Budget
+from lig_lens.integrate.integrand import Budget, integrate_resid
 from lig_lens.models.running import prepared
 from lig_lens.paths.path import ResidPath
 from lig_lens.targets.l2 import L2
@@ -107,8 +107,10 @@ def test_attention_needs_no_gradient(to_heads: bool, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (calls.append(1), grad(*a, **k))[1])
     with prepared(model, model.blocks[1]):
         budget = Budget(1e-2, 64, 4096)
-        path = ResidPath(values.resid_pre, None)
-        result = closed_form.resid_integral(values, path, L2(), torch.arange(4), to_heads, budget)
+        path, dst = ResidPath(values.resid_pre, None), torch.arange(4)
+        with torch.no_grad():
+            integrand = closed_form.resid_integrand(values, path, L2(), dst, to_heads, budget)
+            result = integrate_resid(integrand, path, dst, budget)
     assert not result.parts.requires_grad
     # The tail's backward serves all destinations at once: one call per portion, not one per destination and node.
     assert len(calls) == 0 if to_heads else 0 < len(calls) <= int(result.nodes.max())

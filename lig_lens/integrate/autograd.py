@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lig_lens.blocks.tail import Scales, Tail
 from lig_lens.blocks.values import Values
-from lig_lens.integrate.integrand import Budget, ByPoints, PathIntegrand, integrate_resid
+from lig_lens.integrate.integrand import Budget, ByPoints, PathIntegrand
 from lig_lens.integrate.quadrature import Integral
 from lig_lens.models.running import Hook
 from lig_lens.paths.path import ResidPath, TailPath
@@ -53,13 +53,14 @@ class FromResid(_ByAutograd):
         n_groups = values.heads.n_heads if to_heads else 1
         super().__init__(values, scalar, dst, n_groups, n_parts=len(values))
         self.path, self.to_heads, self.chunk = path, to_heads, chunk
-        self.scales = Scales(values)
+        scales = Scales(values)
         zero, pieces = torch.zeros(len(dst), device=self.device, dtype=self.dtype), []
         with torch.no_grad():
             for part in torch.split(torch.arange(len(dst), device=self.device), chunk):
-                hooks = {} if to_heads else self.scales.hooks(_At(dst[part]))
+                hooks = {} if to_heads else scales.hooks(_At(dst[part]))
                 pieces.append(self._read(dst[part], zero[part], hooks)[1])
         self.start = torch.cat(pieces)
+        self.scales = None if to_heads else scales
 
     def _read(
         self, positions: Int[Tensor, "item"], a: Float[Tensor, "item"], hooks: Mapping[str, Hook] | None = None
@@ -122,22 +123,20 @@ class FromHeads(_ByAutograd):
         return torch.cat([heads, skip[:, None], bias[:, None]], -1)[:, None]
 
 
-def resid_integral(
+def resid_integrand(
     values: Values,
     path: ResidPath,
     target: DestinationTarget,
     dst: Int[Tensor, "dst"],
     to_heads: bool,
     budget: Budget,
-) -> Integral:
+) -> FromResid:
     """Contributions of source tokens to head outputs (`attn` map) or to the block's output (`block` map).
 
-    Returns:
-        parts [dst, head or 1, src].
+    Its parts are [dst, head or 1, src].
     """
     scalar = target.at_node(len(values), values.resid_pre, values.heads.W_O if to_heads else None)
-    integrand = FromResid(values, path, scalar, dst, to_heads, budget.items(len(values)))
-    return integrate_resid(integrand, path, None if to_heads else integrand.scales, dst, budget)
+    return FromResid(values, path, scalar, dst, to_heads, budget.items(len(values)))
 
 
 def tail_integral(

@@ -13,8 +13,7 @@ from torch import Tensor
 from lig_lens.blocks.tail import Tail
 from lig_lens.blocks.values import Values
 from lig_lens.integrate.attention_path import AttentionPath, Moved, OwnPaths, SharedPath
-from lig_lens.integrate.integrand import Budget, PathIntegrand, integrate_resid
-from lig_lens.integrate.quadrature import Integral
+from lig_lens.integrate.integrand import Budget, PathIntegrand
 from lig_lens.paths.path import ResidPath
 from lig_lens.targets.target import DestinationTarget, Scalar
 
@@ -94,7 +93,7 @@ class _ToBlock(_FromResid):
         self.skip_start = (path.end if path.start is None else path.start)[dst]
         self.skip_step = path.end[dst] - self.skip_start
         self.tail = Tail(values, self.attn_out_start, self.skip_start)
-        self.start = self.tail.out[:, None]
+        self.start, self.scales = self.tail.out[:, None], self.tail.scales
 
     def _tail(self, moved: Moved) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """What the tail gets, as leaves: [item d_model] each, and the scalars: [item 1]."""
@@ -130,25 +129,18 @@ class _ToBlock(_FromResid):
         return result
 
 
-def resid_integral(
+def resid_integrand(
     values: Values,
     path: ResidPath,
     target: DestinationTarget,
     dst: Int[Tensor, "dst"],
     to_heads: bool,
     budget: Budget,
-) -> Integral:
+) -> PathIntegrand:
     """Contributions of source tokens to head outputs (`attn` map) or to the block's output (`block` map).
 
-    Same arguments and result as in `autograd.py`; the block's attention must have a formula.
-
-    Returns:
-        parts [dst, head or 1, src].
+    Same arguments and parts as in `autograd.py`; the block's attention must have a formula. Call it without gradients.
     """
-    with torch.no_grad():
-        scalar = target.at_node(len(values), values.resid_pre, values.heads.W_O if to_heads else None)
-        size = NUMBERS_PER_TOKEN * budget.max_batch_tokens
-        if to_heads:
-            return integrate_resid(_ToHeads(values, path, scalar, dst, size), path, None, dst, budget)
-        integrand = _ToBlock(values, path, scalar, dst, size)
-        return integrate_resid(integrand, path, integrand.tail.scales, dst, budget)
+    scalar = target.at_node(len(values), values.resid_pre, values.heads.W_O if to_heads else None)
+    kind = _ToHeads if to_heads else _ToBlock
+    return kind(values, path, scalar, dst, NUMBERS_PER_TOKEN * budget.max_batch_tokens)

@@ -11,8 +11,7 @@ from lig_lens.errors import InputError
 from lig_lens.integrate import autograd, closed_form
 from lig_lens.integrate.attention_path import SharedPath
 from lig_lens.integrate.closed_form import NUMBERS_PER_TOKEN
-from lig_lens.integrate.integrand import Budget
-from lig_lens.integrate.quadrature import Integral
+from lig_lens.integrate.integrand import Budget, PathIntegrand
 from lig_lens.integrate.to_metric import Between, ClosedBetween, MessagesByAutograd, SourcesByAutograd
 from lig_lens.paths.path import ResidPath
 from lig_lens.targets.target import DestinationTarget
@@ -28,7 +27,7 @@ class Engine(ABC):
         """Whether it works on a block."""
 
     @abstractmethod
-    def resid_integral(
+    def resid_integrand(
         self,
         values: Values,
         path: ResidPath,
@@ -36,7 +35,7 @@ class Engine(ABC):
         dst: Int[Tensor, "dst"],
         to_heads: bool,
         budget: Budget,
-    ) -> Integral:
+    ) -> PathIntegrand:
         """Contributions of sources to head outputs or to the block's output, parts [dst, head or 1, src]."""
 
     @abstractmethod
@@ -64,7 +63,7 @@ class ClosedForm(Engine):
         """See the base class."""
         return values.attention is not None and values.attention.formula is not None
 
-    def resid_integral(
+    def resid_integrand(
         self,
         values: Values,
         path: ResidPath,
@@ -72,9 +71,9 @@ class ClosedForm(Engine):
         dst: Int[Tensor, "dst"],
         to_heads: bool,
         budget: Budget,
-    ) -> Integral:
+    ) -> PathIntegrand:
         """See the base class."""
-        return closed_form.resid_integral(values, path, target, dst, to_heads, budget)
+        return closed_form.resid_integrand(values, path, target, dst, to_heads, budget)
 
     def between(self, values: Values, start: Float[Tensor, "pos d_model"], budget: Budget, by_message: bool) -> Between:
         """See the base class."""
@@ -93,7 +92,7 @@ class Hooks(Engine):
         """See the base class."""
         return True
 
-    def resid_integral(
+    def resid_integrand(
         self,
         values: Values,
         path: ResidPath,
@@ -101,9 +100,9 @@ class Hooks(Engine):
         dst: Int[Tensor, "dst"],
         to_heads: bool,
         budget: Budget,
-    ) -> Integral:
+    ) -> PathIntegrand:
         """See the base class."""
-        return autograd.resid_integral(values, path, target, dst, to_heads, budget)
+        return autograd.resid_integrand(values, path, target, dst, to_heads, budget)
 
     def between(self, values: Values, start: Float[Tensor, "pos d_model"], budget: Budget, by_message: bool) -> Between:
         """See the base class."""

@@ -80,9 +80,15 @@ class ByPoints(ABC):
 
 
 class PathIntegrand(ABC):
-    """Base of integrands to destinations: scalars measure how far `outputs` has moved from the start of a path."""
+    """Base of integrands to destinations: scalars measure how far their vectors have moved from the start of a path.
+
+    Attributes:
+        start: the vectors there.
+        scales: what norms behind attention divide by there; None where the path ends at head outputs.
+    """
 
     start: Float[Tensor, "dst group dim"]
+    scales: Scales | None = None
 
     def __init__(self, values: Values, scalar: Scalar, dst: Int[Tensor, "dst"], n_groups: int, n_parts: int) -> None:
         self.values, self.scalar, self.positions = values, scalar, dst.cpu()
@@ -129,11 +135,9 @@ def layers_of_paths(
     return s0.amin(-1), s1.amin(-1)
 
 
-def integrate_resid(
-    integrand: PathIntegrand, path: ResidPath, scales: Scales | None, dst: Int[Tensor, "dst"], budget: Budget
-) -> Integral:
-    """Integrate along paths of residual vectors, to head outputs or, where `scales` are given, through the block."""
-    values = integrand.values
+def integrate_resid(integrand: PathIntegrand, path: ResidPath, dst: Int[Tensor, "dst"], budget: Budget) -> Integral:
+    """Integrate along paths of residual vectors, to head outputs or through the block."""
+    values, scales = integrand.values, integrand.scales
     s0, s1 = layers_of_paths(path, dst, values.block.eps, values.block.norms_to_z)
     if scales is None:
         return integrand.integrate(s0, s1, values.heads.z, budget)

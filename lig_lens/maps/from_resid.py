@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from lig_lens.blocks.values import Values
 from lig_lens.integrate.engines import ENGINES
+from lig_lens.integrate.integrand import integrate_resid
 from lig_lens.maps.job import Job
 from lig_lens.maps.map import DestinationMap, cells_of
 from lig_lens.paths.baseline import Baseline
@@ -26,7 +28,9 @@ class _FromResid(DestinationMap):
         def solve(start: Baseline, share: float) -> Columns:
             budget = replace(job.budget, tol=job.budget.tol * share)
             path = start.resid_path(place)
-            integral = engine.resid_integral(place.values, path, target, dst, self.to_heads, budget)
+            with torch.no_grad():
+                integrand = engine.resid_integrand(place.values, path, target, dst, self.to_heads, budget)
+                integral = integrate_resid(integrand, path, dst, budget)
             return Columns(integral.parts.permute(1, 2, 0), **cells_of(integral))  # dst head src -> head src dst
 
         columns = baseline.refill(solve(baseline, 1.0), solve, place, dst)

@@ -25,6 +25,7 @@ class Job:
         values: of the prompt, by layer.
         corrupted: of the second prompt, by layer.
         baselines: as asked for, by map: names or tensors.
+        chosen: the objects that these stand for.
         target: what contributions add up to.
         downstream: with a metric as target, the rest of the model.
         budget: how hard to try.

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lig_lens.errors import BoundaryError
 from lig_lens.hooked import HookedModel
 from lig_lens.inputs.inputs import Inputs
 from lig_lens.models.running import answering, first_tensor, module_hooks, with_first_tensor
@@ -41,8 +42,18 @@ class Stack:
 
 
 def stack_of(model: HookedModel) -> Stack:
-    """The blocks of a hooked model; of today's models all are in one stack."""
-    return Stack(model, list(model.blocks)[: int(model.cfg.n_layers)], "blocks")
+    """The blocks of a hooked model; of today's models all are in one stack.
+
+    Raises:
+        BoundaryError: one module serves several layers, as in ALBERT: layers are told apart by their modules.
+    """
+    blocks = list(model.blocks)[: int(model.cfg.n_layers)]
+    if len({id(block) for block in blocks}) < len(blocks):
+        raise BoundaryError(
+            f"{type(model).__name__} uses one block for several of its {len(blocks)} layers, which is not supported: "
+            "give each layer a copy of it (copy.deepcopy)."
+        )
+    return Stack(model, blocks, "blocks")
 
 
 @dataclass(frozen=True)

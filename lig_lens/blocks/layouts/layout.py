@@ -1,4 +1,8 @@
-"""How a block joins skip connection and attention output."""
+"""How a block joins skip connection and attention output.
+
+Layouts in which the rest of a block sees only the sum of both (`SumLayout`) are told apart by where the first norm
+stands, once one run has shown that they are of that kind; the others by `fits`, on what more runs have shown.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
