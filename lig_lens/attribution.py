@@ -111,15 +111,17 @@ def attribute(
 
     Raises:
         InputError: an argument that cannot be used; raised before any contribution is computed.
-        BoundaryError: the nodes of a block could not be verified on this model.
+        BoundaryError: the nodes of a block could not be verified on this model. Of several prompts each is verified
+            when it has its turn.
         NonFiniteError: NaN or infinite values in weights or activations.
         OSError: no room for `out`.
 
     Warns:
         ConvergenceWarning: once per prompt, with the number of cells that missed `tol`.
     """
-    asked = {name: value for name, value in locals().items() if name in Settings.model_fields}
+    given = dict(locals())
     hooked = check_hooked(model)
+    asked = {name: given[name] for name in Settings.model_fields}
     settings = Settings.of(**asked | {"target": as_target(target)})
     if out is not None:
         if is_batch(prompt):

@@ -108,9 +108,8 @@ def test_attention_needs_no_gradient(to_heads: bool, monkeypatch: pytest.MonkeyP
     with prepared(model, model.blocks[1]):
         budget = Budget(1e-2, 64, 4096)
         path, dst = ResidPath(values.resid_pre, None), torch.arange(4)
-        with torch.no_grad():
-            integrand = closed_form.resid_integrand(values, path, L2(), dst, to_heads, budget)
-            result = integrate_resid(integrand, path, dst, budget)
+        integrand = closed_form.resid_integrand(values, path, L2(), dst, to_heads, budget)
+        result = integrate_resid(integrand, path, dst, budget)
     assert not result.parts.requires_grad
     # The tail's backward serves all destinations at once: one call per portion, not one per destination and node.
     assert len(calls) == 0 if to_heads else 0 < len(calls) <= int(result.nodes.max())

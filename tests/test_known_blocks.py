@@ -11,7 +11,7 @@ from at_blocks import values_at
 from tiny_models import KINDS, fresh_bridge, tiny_bridge
 
 import lig_lens
-from lig_lens.blocks import known
+from lig_lens.blocks import formula_fit, known
 
 FIRST, SECOND, LONGER = [5, 12, 30, 7, 22, 39], [8, 31, 12, 25, 6, 17], [9, 8, 7, 30, 11, 12, 13, 14, 4, 20]
 
@@ -100,6 +100,43 @@ def test_a_block_that_changed_is_found_again(change: Any, found: list[int]) -> N
     changed = attn(model, FIRST)
     assert found == [1]
     torch.testing.assert_close(changed, attn(other, FIRST), rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_that_does_something_else_each_time_is_seen(found: list[int]) -> None:
+    # Steering by a number that the hook reads anew: the same hook, the same weights.
+    model, other, strength = fresh("llama"), fresh("llama"), [0.0]
+    for one in (model, other):
+        one.blocks[1].attn.k.hook_out.register_forward_hook(lambda _m, _i, out: out + strength[0])
+    attn(model, FIRST)
+    strength[0] = 3.0
+    found.clear()
+    steered = attn(model, FIRST)
+    assert found == [1]
+    torch.testing.assert_close(steered, attn(other, FIRST), rtol=1e-4, atol=1e-5)
+
+
+def test_heads_that_change_places_are_seen() -> None:
+    # Sums of weights stay what they are.
+    model, other = fresh("bert"), fresh("bert")
+    for one in (model, other):
+        for part in (one.blocks[1].attn.q, one.blocks[1].attn.k):
+            part.original_component.bias.data.normal_(generator=torch.Generator().manual_seed(1))
+    attn(model, FIRST)
+    for one in (model, other):
+        for part in (one.blocks[1].attn.q, one.blocks[1].attn.k):
+            linear = part.original_component
+            linear.weight.data, linear.bias.data = linear.weight.data.flip(0), linear.bias.data.flip(0)
+    torch.testing.assert_close(attn(model, FIRST), attn(other, FIRST), rtol=1e-4, atol=1e-5)
+
+
+def test_what_one_prompt_could_not_tell_the_next_one_may(monkeypatch: pytest.MonkeyPatch, found: list[int]) -> None:
+    model, fit = fresh("llama"), formula_fit._fit_scores
+    monkeypatch.setattr(formula_fit, "_fit_scores", lambda *_: None)
+    first = lig_lens.attribute(model, FIRST, maps="attn", progress=False)
+    monkeypatch.setattr(formula_fit, "_fit_scores", fit)
+    second = lig_lens.attribute(model, SECOND, maps="attn", progress=False)
+    assert (set(first.engines["attn"]), set(second.engines["attn"])) == ({"hooks"}, {"closed_form"})
+    assert found == [0, 1, 0, 1]
 
 
 def test_what_was_found_on_few_positions_does_not_stand_for_many(found: list[int]) -> None:

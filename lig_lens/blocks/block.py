@@ -42,6 +42,7 @@ class AttentionNodes:
         attn_out_path: submodule whose output is the attention output, W_O z + b_O, before any norm on it.
         ends_there: whether what attention returns is that, with nothing done to it.
         b_O: its bias.
+        missed: how far head outputs times W_O, with b_O, were from the attention output, relative.
         formula: of attention, if there is one; `BlockBoundaries.why_hooks` says why not.
         reads: hooks that `layout` needs for resid_mid.
     """
@@ -51,6 +52,7 @@ class AttentionNodes:
     attn_out_path: str
     ends_there: bool
     b_O: Float[Tensor, "d_model"] = field(repr=False)
+    missed: float
     formula: AttentionFormula | None
     reads: tuple[str, ...]
 
@@ -67,6 +69,7 @@ class Block:
         tail_norms: hooks that show what the norms behind attention divide by.
         attention: its nodes, or None where attention has no separable heads.
         problem: why attention's nodes cannot be used although there are some.
+        settled: whether another prompt would not show more: a formula that this one could not tell, say.
         found_on: number of different positions of the prompt on which all this was found.
     """
 
@@ -77,6 +80,7 @@ class Block:
     tail_norms: tuple[str, ...]
     attention: AttentionNodes | None
     problem: str
+    settled: bool
     found_on: int
 
     @property

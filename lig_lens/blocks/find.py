@@ -16,7 +16,7 @@ from torch import Tensor
 from lig_lens.blocks.block import AttentionNodes, Block, BlockBoundaries
 from lig_lens.blocks.call import BlockCall, Seen
 from lig_lens.blocks.formula import AttentionFormula
-from lig_lens.blocks.formula_fit import Probe, find_formula
+from lig_lens.blocks.formula_fit import UNTOLD, Probe, find_formula
 from lig_lens.blocks.inside import Inside, norm_before, norm_paths, qk_normed, relative, tail_scales
 from lig_lens.blocks.layout_fit import diagnose, find_common_layout
 from lig_lens.blocks.layouts import BLOCK_ONLY
@@ -44,7 +44,9 @@ def find_block(call: BlockCall, seen: Seen, replayed: bool) -> Block:
         try:
             return _with_heads(block, inside, replayed)
         except BoundaryError as error:
-            block = replace(block, problem=str(error))
+            # Another prompt may fit, if this one missed by little.
+            boundaries = replace(block.boundaries, why_hooks=str(error))
+            block = replace(block, boundaries=boundaries, problem=str(error), settled=False)
     if not replayed:
         replay(call)
     return block
@@ -65,7 +67,7 @@ def replay(call: BlockCall, reads: tuple[str, ...] | None = None) -> Seen:
     # A half-precision model was recorded in its own rounding and is replayed in float32.
     tolerance = max(1e-4, 8 * torch.finfo(call.recorded_dtype).eps)
     error = relative(seen.output - call.resid_post, call.resid_post)
-    if error > tolerance:
+    if not error <= tolerance:
         raise BoundaryError(
             f"Running block {call.layer} alone differs from the full model by {error:.1e} of its output "
             f"(allowed {tolerance:.0e}): the block takes input that its call does not show, or is random."
@@ -98,6 +100,7 @@ def _whole_block(call: BlockCall, seen: Seen) -> Block:
         tail_norms=tuple(tail_scales(call, seen, next(iter(norms), None))),
         attention=None,
         problem="",
+        settled=True,
         found_on=len(torch.unique(call.resid_pre, dim=0)),
     )
 
@@ -149,6 +152,7 @@ def _with_heads(block: Block, inside: Inside, replayed: bool) -> Block:
         inside.attn_out_path,
         _ends_with(inside.attn_out_path, values),
         b_O,
+        relative(z.flatten(1) @ inside.W_O.flatten(0, 1) + b_O - inside.attn_out, inside.attn_out),
         formula,
         layout.reads(inside),
     )
@@ -159,6 +163,7 @@ def _with_heads(block: Block, inside: Inside, replayed: bool) -> Block:
         norms_to_z=int(norm_before(order, inside.z_path)) + int(qk_normed(order, inside.z_path)),
         tail_norms=tuple(tail_scales(call, inside.seen, inside.attn_out_path if layout.norms_in_series else None)),
         attention=nodes,
+        settled=found != UNTOLD,
     )
 
 

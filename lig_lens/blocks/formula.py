@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lig_lens.blocks.call import BlockCall
-from lig_lens.models.running import Hook
+from lig_lens.models.running import Hook, Stop
 
 # Where the two generations show queries, keys and values before rotary, and the pattern.
 QKV_PATHS = (
@@ -30,6 +30,8 @@ MESSAGE_PATHS = (PATTERN_PATH, *(paths[2] for paths in QKV_PATHS))
 # How far the formula may be from the block, relative to the largest value.
 ALLOWED = 1e-4
 _ALL = slice(None)
+# An entry of a pattern that a mask does not hide is at least this large, or of no account.
+_SHOWS = 1e-20
 
 
 def per_query_head(kv: Float[Tensor, "*batch kv_head rest dim"], n_heads: int) -> Float[Tensor, "*batch head rest dim"]:
@@ -128,28 +130,29 @@ ROTARY_KINDS = tuple(RotaryKind(source, adjacent) for source in _TABLES for adja
 class ScoreBias:
     """What is added to the scores: 0 and -inf for masks, distances for ALiBi. One for all heads, or one each.
 
-    It was read on a prompt of as many positions as `table` has; of fewer it is the corner. Of more positions it is
-    known for plain masks alone: all positions, or the last `window` up to the query's own.
+    Attributes:
+        known: positions of the prompt that it was read on.
+        window: of a plain mask, how many sources the last position sees, 0 where all see all; None of other biases.
+        table: of other biases, what was read; of fewer positions the bias is its corner.
     """
 
-    table: Float[Tensor, "#head dst src"] = field(repr=False)
+    known: int
+    window: int | None
+    table: Float[Tensor, "#head dst src"] | None = field(default=None, repr=False)
 
-    @functools.cached_property
-    def _window(self) -> int | None:
-        """How many sources the last position sees, if this is a causal mask of that width; 0 for no mask at all."""
-        n_pos, (last, *rest) = self.table.shape[-1], self.table[:, -1]
-        if rest or not bool(((self.table == 0) | (self.table == -torch.inf)).all()):
-            return None
-        window = 0 if bool((self.table == 0).all()) else int((last == 0).sum())
-        return window if n_pos > 1 and torch.equal(self.table[0], _mask(n_pos, window, n_pos, self.table)) else None
+    @classmethod
+    def of(cls, table: Float[Tensor, "#head dst src"]) -> "ScoreBias":
+        """What a table of biases is; plain masks are kept without it."""
+        n_pos, first = table.shape[-1], table[0]
+        window = 0 if not bool(first.any()) else int((first[-1] == 0).sum())
+        plain = len(table) == 1 and n_pos > 1 and torch.equal(first, _mask(n_pos, window, n_pos, first))
+        return cls(n_pos, window) if plain else cls(n_pos, None, table)
 
-    def at(self, n_pos: int) -> Float[Tensor, "#head dst src"] | None:
-        """The bias for `n_pos` positions, or None where it is not known."""
-        known = self.table.shape[-1]
-        if n_pos <= known:
-            return self.table[:, :n_pos, :n_pos]
-        window = self._window
-        return None if window is None else _mask(n_pos, window, known, self.table)[None]
+    def at(self, n_pos: int, like: Tensor) -> Float[Tensor, "#head dst src"] | None:
+        """The bias for `n_pos` positions, in the dtype of `like`, or None where it is not known."""
+        if self.window is not None:
+            return _mask(n_pos, self.window, self.known, like)[None]
+        return None if self.table is None or n_pos > self.known else self.table[:, :n_pos, :n_pos]
 
 
 def _mask(n_pos: int, window: int, known: int, like: Tensor) -> Float[Tensor, "dst src"]:
@@ -216,12 +219,10 @@ class AttentionFormula:
         """Hooks that have to be read to check the formula on a prompt."""
         return (*self.paths, PATTERN_PATH, *([] if self.scale_path is None else [self.scale_path]))
 
-    def homogeneous(self, resid: Float[Tensor, "pos d_model"], seen: "SeenAttention") -> Tokens:
-        """What the block made of residual vectors, before its norm divides."""
+    def homogeneous(self, resid: Float[Tensor, "pos d_model"], vectors: tuple[Tensor, Tensor, Tensor]) -> Tokens:
+        """What the block made of residual vectors, before its norm divides; `vectors` are queries, keys, values."""
         divisor = sigma(self.norm, self.eps, resid)
-        q, k, v = (
-            (y - b) * divisor for y, b in zip((seen.q, seen.k, seen.v), (self.b_q, self.b_k, self.b_v), strict=True)
-        )
+        q, k, v = ((y - b) * divisor for y, b in zip(vectors, (self.b_q, self.b_k, self.b_v), strict=True))
         return Tokens(centred(self.norm, resid), q, k, v)
 
     def on(
@@ -234,7 +235,7 @@ class AttentionFormula:
             values: what its hooks showed, without a batch axis.
             z: head outputs.
         """
-        bias = self.bias.at(len(call.resid_pre))
+        bias = self.bias.at(len(call.resid_pre), call.resid_pre)
         rotary = None if self.rotary is None else self.rotary.on(call, self.d_head)
         if bias is None or (rotary is None) != (self.rotary is None):
             return None
@@ -247,8 +248,8 @@ class AttentionFormula:
             seen = seen_attention(values, self.paths, (), self.d_head)
         except UnreadableError:
             return None
-        here = FormulaValues(self, call, rotary, bias, self.homogeneous(call.resid_pre, seen))
-        return here if here.gives(seen, z) else None
+        here = FormulaValues(self, call, rotary, bias, self.homogeneous(call.resid_pre, (seen.q, seen.k, seen.v)))
+        return here if here.gives(seen, z) and here.is_affine(seen) else None
 
 
 def _close(shown: Tensor, expected: Tensor) -> Tensor:
@@ -278,19 +279,66 @@ class FormulaValues:
     def tokens(self, resid: Float[Tensor, "pos d_model"]) -> Tokens:
         """What the block makes of other residual vectors, from one run of its attention."""
         formula = self.formula
-        made = formula.homogeneous(resid, AttentionReading(self.call, resid[None]).first(formula.paths, formula.d_head))
+        q, k, v = AttentionReading(self.call, resid[None]).vectors(formula.paths, formula.d_head)
+        made = formula.homogeneous(resid, (q[0], k[0], v[0]))
         # What is homogeneous in the residual is 0 where that is 0, rounding of the fitted bias or not.
         moves = made.centred.any(-1, keepdim=True)
         q, k, v = (torch.where(moves, y, 0.0) for y in (made.q, made.k, made.v))
         return Tokens(made.centred, q, k, v)
 
     def gives(self, seen: "SeenAttention", z: Float[Tensor, "pos head d_head"]) -> bool:
-        """Whether the formula gives the head outputs `z` from the queries, keys and values that were seen."""
-        scores = self.formula.scale * products(self.rotary, seen.q, seen.k) + self.bias
-        made = scores.softmax(-1) @ per_query_head(seen.v, len(scores))
-        wanted = z.transpose(0, 1)
+        """Whether the formula gives pattern and head outputs `z` from the queries, keys and values that were seen.
+
+        Head outputs alone would not show a mask where little weight lies: what it hides has to be hidden, and nothing
+        else that would show.
+        """
+        pattern = (self.formula.scale * products(self.rotary, seen.q, seen.k) + self.bias).softmax(-1)
+        hidden = self.bias == -torch.inf
+        if bool((hidden & (seen.pattern > 0)).any()) or bool(((seen.pattern == 0) & (pattern > _SHOWS)).any()):
+            return False
+        made, wanted = pattern @ per_query_head(seen.v, len(pattern)), z.transpose(0, 1)
         missed = (made - wanted).abs().amax((-2, -1)) / wanted.abs().amax((-2, -1)).clamp(min=1e-30)
         return float(missed.max()) <= ALLOWED
+
+    def is_affine(self, seen: "SeenAttention") -> bool:
+        """Whether queries, keys and values follow from other residual vectors as the formula says.
+
+        The prompt itself cannot show it: its own were taken apart by the formula. So they are read once more, of
+        mixtures of two tokens each, of which every other is small enough for eps and the biases to count.
+        """
+        formula, x = self.formula, self.call.resid_pre
+        own, other = mixture(x, formula.eps, 1)
+        mixed = own[0] * x + other[0] * x.flip(0)
+        try:
+            again = AttentionReading(self.call, mixed[None]).vectors(formula.paths, formula.d_head)
+        except UnreadableError:
+            return False
+        plain, divisor = sigma(formula.norm, formula.eps, x), sigma(formula.norm, formula.eps, mixed)
+        weights = own[0] * plain / divisor, other[0] * plain.flip(0) / divisor
+        biases = (formula.b_q, formula.b_k, formula.b_v)
+        for y, found, bias in zip((seen.q, seen.k, seen.v), again, biases, strict=True):
+            made = weights[0] * y + weights[1] * y.flip(-2) + (1 - weights[0] - weights[1]) * bias
+            size = float(torch.maximum(y.abs(), found[0].abs()).max())
+            if not float((found[0] - made).abs().max()) <= ALLOWED * size:
+                return False
+        return True
+
+
+def mixture(
+    x: Float[Tensor, "pos d_model"], eps: float, n_runs: int
+) -> tuple[Float[Tensor, "run pos 1"], Float[Tensor, "run pos 1"]]:
+    """Weights of mixtures of tokens that stand at opposite places of a prompt: of the own one and of the other.
+
+    Every other mixture is so small that eps counts as much as the vector, which shows a wrong eps; small vectors also
+    give small scores, and patterns without underflow.
+    """
+    shrink = (eps / (3 * x.square().mean(-1, keepdim=True) + eps)).sqrt()
+    # The larger of two tokens decides how much both have to shrink.
+    shrink = torch.minimum(shrink, shrink.flip(0))
+    run, pos = torch.arange(n_runs, device=x.device), torch.arange(len(x), device=x.device)
+    size = torch.where((run[:, None, None] + pos[:, None]) % 2 == 0, shrink, 1.0)
+    own, other = torch.tensor([[0.7, -0.5, 0.2], [-0.4, 0.9, 0.6]]).to(x)[:, :n_runs, None, None]
+    return own * size, other * size
 
 
 def products(
@@ -321,24 +369,40 @@ class UnreadableError(Exception):
 def seen_attention(
     values: Mapping[str, Tensor], paths: tuple[str, str, str], runs: tuple[int, ...], d_head: int
 ) -> SeenAttention:
-    """Heads and pattern from hooks whose values start with the axes `runs`, then pos."""
-    for path in (*paths, PATTERN_PATH):
+    """Heads and pattern from hooks whose values start with the axes `runs`, then pos.
+
+    Raises:
+        UnreadableError: they are not there, or have other shapes.
+    """
+    if PATTERN_PATH not in values:
+        raise UnreadableError(f"{PATTERN_PATH} does not fire")
+    pattern = values[PATTERN_PATH]
+    q, k, v = _heads(values, paths, runs, d_head, pattern.shape[-1])
+    n_pos = q.shape[-2]
+    if pattern.shape != (*runs, q.shape[-3], n_pos, n_pos):
+        raise UnreadableError(f"{PATTERN_PATH} has shape {list(pattern.shape)} for {q.shape[-3]} heads")
+    return SeenAttention(q, k, v, pattern.to(q))
+
+
+def _heads(
+    values: Mapping[str, Tensor], paths: tuple[str, str, str], runs: tuple[int, ...], d_head: int, n_pos: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, [*runs head pos d_head] each."""
+    heads = []
+    for path in paths:
         if path not in values:
             raise UnreadableError(f"{path} does not fire")
-    pattern, heads = values[PATTERN_PATH], []
-    n_pos = pattern.shape[-1]
-    for path in paths:
         value = values[path]
         if value.shape[: len(runs) + 1] != (*runs, n_pos):
-            raise UnreadableError(f"{path} has shape {list(value.shape)}, the pattern {list(pattern.shape)}")
+            raise UnreadableError(f"{path} has shape {list(value.shape)}, the pattern is of {n_pos} positions")
         width = value.flatten(len(runs) + 1).shape[-1]
         if width % d_head:
             raise UnreadableError(f"{path} does not show heads of {d_head} dimensions")
         heads.append(value.reshape(*runs, n_pos, width // d_head, d_head).transpose(-3, -2).contiguous())
-    if pattern.shape != (*runs, heads[0].shape[-3], n_pos, n_pos) or heads[1].shape != heads[2].shape:
-        raise UnreadableError(f"{PATTERN_PATH} has shape {list(pattern.shape)} for {heads[0].shape[-3]} heads")
     q, k, v = heads
-    return SeenAttention(q, k, v, pattern.to(q))
+    if k.shape != v.shape:
+        raise UnreadableError(f"{paths[1]} shows {k.shape[-3]} heads, {paths[2]} {v.shape[-3]}")
+    return q, k, v
 
 
 class AttentionReading:
@@ -363,7 +427,13 @@ class AttentionReading:
             self.call.read(self.resid, self.hooks(), stop_at="attn")
         return seen_attention(self.values, paths, self.resid.shape[:1], d_head)
 
-    def first(self, paths: tuple[str, str, str], d_head: int) -> SeenAttention:
-        """The same of the first run alone."""
-        seen = self.seen(paths, d_head)
-        return SeenAttention(seen.q[0], seen.k[0], seen.v[0], seen.pattern[0])
+    def vectors(self, paths: tuple[str, str, str], d_head: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of all runs, [run head pos d_head]; the block runs no further than to the last."""
+
+        def read(path: str, tensor: Tensor) -> None:
+            self._read(path, tensor)
+            if set(paths) <= set(self.values):
+                raise Stop
+
+        self.call.read(self.resid, {path: functools.partial(read, path) for path in paths}, stop_at="attn")
+        return _heads(self.values, paths, self.resid.shape[:1], d_head, self.resid.shape[1])

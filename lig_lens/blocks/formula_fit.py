@@ -26,11 +26,14 @@ from lig_lens.blocks.formula import (
     Tokens,
     UnreadableError,
     centred,
+    mixture,
     products,
     seen_attention,
     sigma,
 )
 
+# Why there is no formula, where another prompt may show one.
+UNTOLD = "the pattern is 0 where it may be masked or too small for its dtype, which look alike"
 # Prompts with fewer tokens than this are probed three times.
 _FEW = 4
 # Destinations whose scores show whether there is a bias.
@@ -41,28 +44,12 @@ _UNDERFLOW = -80.0
 
 
 class Probe(AttentionReading):
-    """What a block's attention does to mixtures of tokens that stand at opposite places of the prompt.
-
-    One prompt of mixtures, or three where tokens are few. Every other mixture is so small that eps counts as much as
-    the vector, which shows a wrong eps; small vectors also give small scores, and patterns without underflow.
-    """
+    """What a block's attention does to mixtures of its prompt's tokens: one prompt of them, or three of few tokens."""
 
     def __init__(self, call: BlockCall, eps: float) -> None:
-        """Lay out the mixtures.
-
-        Args:
-            call: the block on the prompt.
-            eps: added to the mean square by the block's norms.
-        """
+        """Lay out the mixtures (see `mixture`); `eps` is what the block's norms add to the mean square."""
         x, self.eps = call.resid_pre, eps
-        shrink = (eps / (3 * x.square().mean(-1, keepdim=True) + eps)).sqrt()
-        # The larger of two tokens decides how much both have to shrink.
-        shrink = torch.minimum(shrink, shrink.flip(0))
-        n_runs = 1 if len(x) >= _FEW else 3
-        run, pos = torch.arange(n_runs, device=x.device), torch.arange(len(x), device=x.device)
-        size = torch.where((run[:, None, None] + pos[:, None]) % 2 == 0, shrink, 1.0)
-        own, other = torch.tensor([[0.7, -0.5, 0.2], [-0.4, 0.9, 0.6]]).to(x)[:, :n_runs, None, None]
-        self.own, self.other = own * size, other * size
+        self.own, self.other = mixture(x, eps, 1 if len(x) >= _FEW else 3)
         self.prompt = x
         super().__init__(call, self.own * x + self.other * x.flip(0))
 
@@ -105,10 +92,10 @@ def find_formula(
                     continue
                 fitted = _fit_scores(rotary, own, other)
                 if fitted is None:
-                    reason = "the pattern is 0 where it may be masked or too small for its dtype, which look alike"
+                    reason = UNTOLD
                     continue
                 scale, bias = fitted
-                formula = AttentionFormula(paths, norm, eps, scale_path, kind, scale, ScoreBias(bias), b_q, b_k, b_v)
+                formula = AttentionFormula(paths, norm, eps, scale_path, kind, scale, ScoreBias.of(bias), b_q, b_k, b_v)
                 found = FormulaValues(formula, call, rotary, bias, end)
                 if found.gives(own, z) and _holds_on_probe(found, other):
                     return found
@@ -123,7 +110,7 @@ def _holds_on_probe(found: FormulaValues, other: SeenAttention) -> bool:
     scale = found.formula.scale
     for q, k, pattern in zip(other.q, other.k, other.pattern, strict=True):
         made = (scale * products(found.rotary, q, k) + found.bias).softmax(-1)
-        if float((made - pattern).abs().max()) > ALLOWED:
+        if not float((made - pattern).abs().max()) <= ALLOWED:
             return False
     return True
 

@@ -3,7 +3,8 @@
 What was found is kept beside the model as long as the model lives, and used again while a stamp says that the block is
 still the same: its weights (their sums, which are needed to see NaNs anyway), its hooks, its dtype, and the model's
 settings. On every prompt the values themselves must still fit it: head outputs times W_O give the attention output, the
-formula gives the head outputs, the norm divides by what it should. Where anything differs the block is found anew.
+formula gives pattern and head outputs, and queries, keys and values of other vectors are what it says (a hook on them
+may do something else each time). Where anything differs the block is found anew.
 """
 
 import weakref
@@ -18,18 +19,20 @@ from lig_lens.blocks.block import AttentionNodes, Block
 from lig_lens.blocks.call import BlockCall, Seen
 from lig_lens.blocks.find import check_finite, find_block, inside_of, replay
 from lig_lens.blocks.formula import PATTERN_PATH
-from lig_lens.blocks.inside import ALLOWED, Inside, relative
+from lig_lens.blocks.inside import Inside, relative
 from lig_lens.blocks.layouts.layout import SumLayout
 from lig_lens.blocks.messages import messages_of
 from lig_lens.blocks.recording import Recording, record_calls
 from lig_lens.blocks.values import HeadValues, Values
 from lig_lens.errors import BoundaryError, NonFiniteError
 from lig_lens.inputs.inputs import Inputs
-from lig_lens.models.running import prepared, submodules
+from lig_lens.models.running import prepared
 from lig_lens.models.stack import Stack
 
 # Different positions that a prompt needs for what is found on it to stand for longer ones.
 _ENOUGH = 4
+# How far rounding takes head outputs times W_O from the attention output, relative.
+_ROUNDED = 1e-5
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,8 @@ class Blocks:
         return values
 
     def _keep(self, call: BlockCall, block: Block) -> None:
+        if not block.settled:
+            return
         self._known[call.layer] = block
         stamp = self._stamps[call.layer]
         _KEPT.setdefault(call.block, {})[_dtype(stamp)] = (stamp, _hooks(call.block), block)
@@ -173,7 +178,7 @@ def _at_heads(nodes: AttentionNodes, inside: Inside, needs: Needs, fresh: bool) 
     call, values, z = inside.call, inside.seen.values, inside.z
     if not fresh:
         made = z.flatten(1) @ inside.W_O.flatten(0, 1) + nodes.b_O
-        if relative(made - inside.attn_out, inside.attn_out) > ALLOWED:
+        if not relative(made - inside.attn_out, inside.attn_out) <= max(_ROUNDED, 2 * nodes.missed):
             return None
     formula = None
     if nodes.formula is not None and (needs.formula or not fresh):
@@ -239,6 +244,5 @@ def _config(stack: Stack) -> tuple[tuple[str, Any], ...]:
 def _hooks(module: nn.Module) -> _Hooks:
     """The hooks on a block's modules (torch numbers them), and what stands in for their `forward`."""
     return tuple(
-        (*one._forward_pre_hooks, *one._forward_hooks, id(one.__dict__.get("forward")))
-        for one in (module, *(child for _, child in submodules(module)))
+        (*one._forward_pre_hooks, *one._forward_hooks, id(one.__dict__.get("forward"))) for one in module.modules()
     )

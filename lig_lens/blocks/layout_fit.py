@@ -18,12 +18,12 @@ from lig_lens.models.running import Hook
 _MAY_LEAK = 1e-4
 
 
-def find_common_layout(inside: Inside, probe: Probe | None) -> tuple[Layout, Float[Tensor, "d_model"]] | None:
+def find_common_layout(inside: Inside, probe: Probe) -> tuple[Layout, Float[Tensor, "d_model"]] | None:
     """Layout of a block with attention and its b_O, if it acts on the sum and one run can show it.
 
     Args:
         inside: the block's nodes.
-        probe: where given, what attention makes of it is read along the way.
+        probe: what attention makes of it is read along the way.
     """
     b_O = _known_bias(inside)
     if b_O is None or not _acts_on_sum(inside, probe):
@@ -43,7 +43,7 @@ def _known_bias(inside: Inside) -> Tensor | None:
     return b_O if relative(missed, inside.attn_out) <= 1e-5 else None
 
 
-def _acts_on_sum(inside: Inside, probe: Probe | None) -> bool:
+def _acts_on_sum(inside: Inside, probe: Probe) -> bool:
     """Whether the rest of the block sees only skip + attention output, and each position by itself.
 
     The block gets the probe, and heads and attention output get what makes the sum that of the prompt moved on by one
@@ -52,8 +52,6 @@ def _acts_on_sum(inside: Inside, probe: Probe | None) -> bool:
     call, n_pos = inside.call, len(inside.z)
     if n_pos == 1:
         return False
-    if probe is None:
-        probe = Probe(call, 1.0)
     runs = len(probe.resid)
     z = inside.z.roll(1, 0).clone()
     z[-1] = z[-1].flip(-1) + z.std()
@@ -101,7 +99,7 @@ def diagnose(inside: Inside) -> tuple[Layout, Float[Tensor, "d_model"]]:
     outputs = call.run(skip, hooks)
     b_O = attn_outs[0][1, 0]
     error = relative(torch.einsum("phd,hdm->pm", z, inside.W_O) + b_O - attn_out, attn_out)
-    if error > ALLOWED:
+    if not error <= ALLOWED:
         raise BoundaryError(
             f"Block {call.layer}: hook_z times W_O plus b_O misses the attention output at "
             f"'{inside.attn_out_path}' by {error:.1e} of it. The hook is not the head output before W_O. "
@@ -111,7 +109,7 @@ def diagnose(inside: Inside) -> tuple[Layout, Float[Tensor, "d_model"]]:
         leak = max(
             by_position((outputs[2] - output)[:-1], output[:-1]), by_position(outputs[3].roll(-1, 0) - output, output)
         )
-        if leak > _MAY_LEAK:
+        if not leak <= _MAY_LEAK:
             raise BoundaryError(
                 f"Block {call.layer}: after attention it mixes positions or treats them differently (by {leak:.1e} of "
                 "its output), but only what acts on each token alike can be attributed to heads. Take off hooks that "

@@ -54,7 +54,7 @@ class Tail:
                 self._usual = None
                 self._whole(attn_out, skip, {})  # what is not due to the missing attention is raised again
             else:
-                if relative(again - self.out, self.out) > 1e-5:
+                if not relative(again - self.out, self.out) <= 1e-5:
                     self._usual = None
 
     def __call__(

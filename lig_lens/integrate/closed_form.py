@@ -45,6 +45,7 @@ class _FromResid(PathIntegrand):
     def _values(self, moved: Moved) -> Float[Tensor, "group panel node src"]:
         """Parts where attention has moved."""
 
+    @torch.no_grad()
     def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
         """See `quadrature.Integrand`."""
         result = torch.zeros(len(dst), self.n_groups, dtype=self.dtype, device=self.device)
@@ -52,6 +53,7 @@ class _FromResid(PathIntegrand):
             result[panels.rows[0]] = self._scalars(self.attention.move(panels))
         return result
 
+    @torch.no_grad()
     def sums(
         self,
         dst: Int[Tensor, "panel"],
@@ -139,8 +141,9 @@ def resid_integrand(
 ) -> PathIntegrand:
     """Contributions of source tokens to head outputs (`attn` map) or to the block's output (`block` map).
 
-    Same arguments and parts as in `autograd.py`; the block's attention must have a formula. Call it without gradients.
+    Same arguments and parts as in `autograd.py`; the block's attention must have a formula.
     """
     scalar = target.at_node(len(values), values.resid_pre, values.heads.W_O if to_heads else None)
     kind = _ToHeads if to_heads else _ToBlock
-    return kind(values, path, scalar, dst, NUMBERS_PER_TOKEN * budget.max_batch_tokens)
+    with torch.no_grad():
+        return kind(values, path, scalar, dst, NUMBERS_PER_TOKEN * budget.max_batch_tokens)

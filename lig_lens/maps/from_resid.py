@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -28,9 +27,8 @@ class _FromResid(DestinationMap):
         def solve(start: Baseline, share: float) -> Columns:
             budget = replace(job.budget, tol=job.budget.tol * share)
             path = start.resid_path(place)
-            with torch.no_grad():
-                integrand = engine.resid_integrand(place.values, path, target, dst, self.to_heads, budget)
-                integral = integrate_resid(integrand, path, dst, budget)
+            integrand = engine.resid_integrand(place.values, path, target, dst, self.to_heads, budget)
+            integral = integrate_resid(integrand, path, dst, budget)
             return Columns(integral.parts.permute(1, 2, 0), **cells_of(integral))  # dst head src -> head src dst
 
         columns = baseline.refill(solve(baseline, 1.0), solve, place, dst)

@@ -88,7 +88,8 @@ class Map(ABC):
             NonFiniteError: a contribution is NaN or infinite.
         """
         columns = columns.cpu()
-        if not bool(torch.isfinite(columns.contributions).all()):
+        parts = [columns.contributions, *(part for part in (columns.skip, columns.bias) if part is not None)]
+        if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise NonFiniteError(
                 f"The {self.name} map of block {job.layers[index]} is NaN or infinite along the path from "
                 f"{self.name}_baseline={describe_baseline(job.baselines[self.name])!r}: choose another baseline."

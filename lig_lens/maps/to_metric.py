@@ -8,7 +8,6 @@ from lig_lens.integrate.engines import ENGINES
 from lig_lens.integrate.to_metric import metric_integral
 from lig_lens.maps.job import Job
 from lig_lens.maps.map import Map, cells_of
-from lig_lens.paths import BASELINES
 from lig_lens.paths.columns import Columns
 
 
@@ -28,9 +27,8 @@ class AttnToMetric(Map):
         values, path = place.values, job.chosen[self.name].resid_path(place)
         start = values.resid_pre if path.start is None else path.start
         between = self.engine(job.engine, values).between(values, start, job.budget, job.by_message)
-        name = job.baselines[self.name]
         # Where the path starts in the second prompt's run, the metric there is known.
-        known = down.corrupted if isinstance(name, str) and BASELINES.entry(name).second_prompt else None
+        known = down.corrupted if place.corrupted is not None and path.start is place.corrupted.resid_pre else None
         heads, skip, integral = metric_integral(values, path, between, down, known, job.budget)
         advance(len(job.destinations))
         cells = {name: value[0, 0] for name, value in cells_of(integral).items()}

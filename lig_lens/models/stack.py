@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -91,12 +90,3 @@ class Forward:
                 stack.enter_context(answering(block, with_first_tensor(usual, resid_pre)))
             stack.enter_context(module_hooks(pairs))
             return self.stack.run(self.inputs, len(resid_pre))
-
-
-def plain_forward(stack: Stack, inputs: Inputs) -> Forward:
-    """Run a model once, and keep what its blocks hand over."""
-    usual: list[Any] = []
-    pairs = [(block, lambda *seen: usual.append(seen[-1]), False) for block in stack.blocks]
-    with torch.no_grad(), module_hooks(pairs):
-        output = stack.run(inputs)
-    return Forward(stack, inputs, output, usual)

@@ -37,6 +37,8 @@ class ItbZeroRatio(Itb):
             columns,
             contributions=refill_self(columns.contributions, share, dst),
             gap=torch.maximum(columns.gap, zero.gap * (1 + share.abs())),
+            error=torch.maximum(columns.error, zero.error * (1 + share.abs())),
+            nodes=columns.nodes + zero.nodes,
             converged=columns.converged & zero.converged,
         )
 
