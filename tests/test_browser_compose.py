@@ -19,7 +19,10 @@ from lig_lens.flow import compose
 from lig_lens.show.explorer import contents, write_explorer
 from lig_lens.show.plots.select import cancelling
 
-pytestmark = pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning")  # random Flows
+pytestmark = [
+    pytest.mark.one_generation,
+    pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning"),  # random Flows
+]
 
 K = 6  # paths
 NUMBERS = """k => ligLens.samples.flatMap((sample) => sample.views).map((view) => {

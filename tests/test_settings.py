@@ -29,6 +29,8 @@ from lig_lens.settings import (
     parse_settings,
 )
 
+pytestmark = pytest.mark.one_generation
+
 COMMANDS: dict[str, type[RunConfig]] = {"explain": ExplainConfig, "patch": CircuitConfig, "compare": CircuitConfig}
 
 
