@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_flows import EPS, cancelling_steps, specs
 
-from lig_lens.flow import compose
+from lig_lens.flow import compose, routes
 from lig_lens.show.explorer import contents, write_explorer
 from lig_lens.show.plots.select import cancelling
 
@@ -186,7 +186,7 @@ def follow(sides, found):
         agree(at.T if low <= row else at, expected, most - least + EPS * (expected.abs() + 1e-6 * most))
     if sides.by_head:
         for row, i in itertools.product({1, n_layers}, range(n_pos)):
-            expected = compose.paths(flow, i, K, first, first + row, rule)
+            expected = routes.paths(flow, i, K, first, first + row, rule)
             paths_agree(sides, found["paths"][row][i], expected, heads_apart, past_apart)
 
 
