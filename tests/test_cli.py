@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from flows import make_flow
 
+from lig_lens.blocks.block import BlockBoundaries
 from lig_lens.cli.main import run
 from lig_lens.errors import ConvergenceWarning, InputError
 from lig_lens.flow.flow import Flow
@@ -297,7 +298,7 @@ def test_boundaries_prints_one_row_per_block(capsys, monkeypatch):
         fields = {"layout": "pre_ln", "hook_z": "blocks.0.attn.hook_z", "resid_mid": None}
         fields |= {"resid_pre": "blocks.0.hook_resid_pre", "resid_post": "blocks.0.hook_resid_post"}
         heads = {"engine": "hooks", "n_heads": 9, "n_key_value_heads": 3, "d_head": 64, "norms": ("RMSNorm",)}
-        return [types.SimpleNamespace(layer=0, **fields, **heads)]
+        return [BlockBoundaries(layer=0, **fields, **heads)]
 
     boundaries = types.SimpleNamespace(describe_boundaries=describe_boundaries)
     loading = types.SimpleNamespace(load_model=lambda name: f"loaded {name}")

@@ -9,6 +9,7 @@ may do something else each time). Where anything differs the block is found anew
 
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from lig_lens.blocks.recording import Recording, record_calls
 from lig_lens.blocks.values import HeadValues, Values
 from lig_lens.errors import BoundaryError, NonFiniteError
 from lig_lens.inputs.inputs import Inputs
-from lig_lens.models.running import prepared
+from lig_lens.models.running import HALF, prepared
 from lig_lens.models.stack import Stack
 
 # Different positions that a prompt needs for what is found on it to stand for longer ones.
@@ -114,7 +115,9 @@ class Blocks:
         check_finite(call, "resid_pre", call.resid_pre)
         check_finite(call, "resid_post", call.resid_post)
         shown, call = call.seen, replace(call, seen=None)
-        with torch.no_grad(), prepared(self.stack.model, call.block):
+        # Weights have to be float32 for what is run again.
+        half = call.recorded_dtype in HALF
+        with torch.no_grad(), prepared(self.stack.model, call.block) if half else nullcontext():
             if known:
                 block = self._known[call.layer]
                 seen = replay(call, block.reads) if shown is None else shown

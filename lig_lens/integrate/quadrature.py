@@ -107,19 +107,25 @@ def stretch(a: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
 
 def unstretch(t: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
     """Inverse of `stretch`, by Newton's method from the nearer end, where `asinh` of one side is all but t."""
-    middle = torch.full_like(t, 0.5)
-    mirrored = t > stretch(middle, s0, s1)
-    t, near, far = torch.where(mirrored, -t, t), torch.where(mirrored, s1, s0), torch.where(mirrored, s0, s1)
-    top = torch.asinh(0.5 / near)
-    x = torch.zeros_like(t)  # asinh of the distance from the near end, in units of its layer
+    # NumPy's small operations cost a fraction of torch's, and there are many.
+    end, width0, width1 = (x.numpy() for x in (t, s0, s1))
+    half0, half1 = np.arcsinh(0.5 / width0), np.arcsinh(0.5 / width1)
+    mirrored = end > half0 - half1
+    end, near, far = (
+        np.where(mirrored, -end, end),
+        np.where(mirrored, width1, width0),
+        np.where(mirrored, width0, width1),
+    )
+    top = np.where(mirrored, half1, half0)
+    x = np.zeros_like(end)  # asinh of the distance from the near end, in units of its layer
     for _ in range(_NEWTON_STEPS):
-        distance = near * torch.sinh(x)
+        distance = near * np.sinh(x)
         other = 1 - distance
-        value = x - torch.asinh(other / far) - t
-        slope = 1 + near * torch.cosh(x) / torch.sqrt(other**2 + far**2)
-        x = (x - value / slope).clamp(min=torch.zeros_like(x), max=top)
-    distance = near * torch.sinh(x)
-    return torch.where(mirrored, 1 - distance, distance)
+        value = x - np.arcsinh(other / far) - end
+        slope = 1 + near * np.cosh(x) / np.sqrt(other**2 + far**2)
+        x = np.clip(x - value / slope, 0.0, top)
+    distance = near * np.sinh(x)
+    return torch.from_numpy(np.where(mirrored, 1 - distance, distance))
 
 
 def density(a: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
