@@ -54,9 +54,7 @@ class Tail:
                 self._usual = None
                 self._whole(attn_out, skip, {})  # what is not due to the missing attention is raised again
             else:
-                if relative(again - self.out, self.out) <= 1e-5:
-                    self.out = again  # as all later points are, so that where nothing moves rounding does not either
-                else:
+                if not relative(again - self.out, self.out) <= 1e-5:
                     self._usual = None
 
     def __call__(

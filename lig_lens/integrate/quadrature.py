@@ -243,6 +243,8 @@ def integrate(
     gap = gaps / torch.maximum(total.abs(), noise / tol)
     error = errors / torch.maximum(largest, noise / tol)
     converged = (gap <= tol) & (error <= tol)
+    # Where nothing moves, what is left of the scalar is rounding.
+    total = torch.where(total.abs() <= noise, 0.0, total)
     return Integral(parts, total.to(parts), gap.to(parts), error.to(parts), converged.to(parts.device), spent)
 
 
