@@ -22,7 +22,7 @@ from lig_lens.errors import ConvergenceWarning, InputError
 from lig_lens.files import check_writable
 from lig_lens.flow import file as flow_io
 from lig_lens.flow.flow import Flow
-from lig_lens.flow.labels import cell_axes, tensor_axes
+from lig_lens.flow.labels import axes_of
 from lig_lens.hooked import HookedModel, check_hooked
 from lig_lens.inputs.inputs import Inputs
 from lig_lens.inputs.pairs import is_batch, read_pairs
@@ -278,9 +278,9 @@ class _Run:
             "src": len(job.inputs),
             "dst": len(job.destinations),
         }
-        named, cells = tensor_axes(job.target.per_metric), cell_axes(job.target.per_metric)
-        axes = {name: named[name] for one in self.maps for name in (one.name, *one.parts)}
-        axes |= {f"{group}.{one.name}": cells[one.name] for group in flow_io.CELLS for one in self.maps}
+        named = axes_of(job.target.per_metric)
+        axes = {name: named.tensors[name] for one in self.maps for name in (one.name, *one.parts)}
+        axes |= {f"{group}.{one.name}": named.cells[one.name] for group in flow_io.CELLS for one in self.maps}
         return {name: tuple(sizes[axis] for axis in of) for name, of in axes.items()}
 
     def _labels(self, job: Job) -> dict[str, Any]:

@@ -72,13 +72,3 @@ PER_METRIC = Axes(
 def axes_of(metric: bool) -> Axes:
     """Axes of a Flow of contributions to a metric, or to each destination's vectors."""
     return PER_METRIC if metric else PER_DESTINATION
-
-
-def tensor_axes(metric: bool) -> Mapping[str, tuple[str, ...]]:
-    """Axes of a Flow's tensors, of contributions to a metric or to the destinations' vectors."""
-    return axes_of(metric).tensors
-
-
-def cell_axes(metric: bool) -> Mapping[str, tuple[str, ...]]:
-    """Axes of a Flow's totals, gaps and converged masks."""
-    return axes_of(metric).cells

@@ -50,9 +50,9 @@ class Downstream:
 class Between(ABC):
     """What lies between the residual vectors that enter a block and its heads' outputs."""
 
-    @abstractmethod
     def hooks(self) -> dict[str, Hook]:
-        """Hooks on the block that are needed beside those at the head outputs."""
+        """Hooks on the block that are needed beside those at the head outputs; none by default."""
+        return {}
 
     @abstractmethod
     def contributions(
@@ -79,10 +79,6 @@ class ClosedBetween(Between):
         self.path, self.size, self.by_message = path, size, by_message
         self.shape = (values.heads.n_heads, len(values), len(values))
 
-    def hooks(self) -> dict[str, Hook]:
-        """See the base class."""
-        return {}
-
     def contributions(
         self,
         a: Float[Tensor, "item"],
@@ -105,10 +101,6 @@ class SourcesByAutograd(Between):
 
     def __init__(self, values: Values, step: Float[Tensor, "pos d_model"]) -> None:
         self.step, self.n_heads, self.n_pos = step, values.heads.n_heads, len(values)
-
-    def hooks(self) -> dict[str, Hook]:
-        """See the base class."""
-        return {}
 
     def contributions(
         self,
