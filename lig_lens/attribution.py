@@ -167,9 +167,7 @@ class _Run:
             if second is not None:
                 corrupted = self.blocks.record(second, Needs(heads, formula=False), whole=metric.per_metric)
             if isinstance(metric, Metric):
-                downstream = self._downstream(
-                    metric, recording.forward, None if corrupted is None else corrupted.forward
-                )
+                downstream = self._downstream(metric, recording.whole, None if corrupted is None else corrupted.whole)
         values = recording.visited
         for at in values.values():
             for one in self.maps:
@@ -234,9 +232,7 @@ class _Run:
         """For a metric all of a half-precision model runs in float32, so that it is one function throughout."""
         return prepared(self.model, self.model) if self.settings.target.per_metric else nullcontext()
 
-    def _downstream(self, metric: Metric, clean: Forward | None, second: Forward | None) -> Downstream:
-        if clean is None:
-            raise InputError("The model ended before its output: take off hooks that stop it.")
+    def _downstream(self, metric: Metric, clean: Forward, second: Forward | None) -> Downstream:
         with torch.no_grad():
             ready = metric.on(self.model, clean.output)
             corrupted = None if second is None else float(ready(second.output))
@@ -272,9 +268,15 @@ class _Run:
 
     def _shapes(self, job: Job) -> dict[str, tuple[int, ...]]:
         """Shapes of a Flow's tensors, under the names that they have in a Flow file."""
+        heads = {values.block.boundaries.n_heads: layer for layer, values in job.values.items()}
+        if len(heads) > 1 and any(one.needs_heads for one in self.maps):
+            raise InputError(
+                f"Blocks have different numbers of heads ({', '.join(f'{n} in block {b}' for n, b in heads.items())}), "
+                "and one tensor holds them all: choose layers with the same number."
+            )
         sizes = {
             "layer": len(job.layers),
-            "head": job.values[job.layers[0]].block.boundaries.n_heads,
+            "head": next(iter(heads)),
             "src": len(job.inputs),
             "dst": len(job.destinations),
         }
@@ -335,8 +337,9 @@ def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]]) -> None:
         f"of a contribution {float(cells['error'].max()):.1e})"
         for name, cells in missed.items()
     )
-    # A cell that stopped with half its budget left has only gaps that rounding can explain.
-    rounded = sum(int((~c["converged"] & (c["nodes"] < settings.max_nodes // 2)).sum()) for c in missed.values())
+    # Refining all panels of a cell costs at most twice what was spent on it: one that could have paid for that has
+    # only gaps that rounding can explain.
+    rounded = sum(int((~c["converged"] & (3 * c["nodes"] <= settings.max_nodes)).sum()) for c in missed.values())
     limited = f" {rounded} of them are limited by rounding: use a float64 model or a larger tol." if rounded else ""
     # Past wrappers that others put around our functions.
     frame, level = sys._getframe(), 1

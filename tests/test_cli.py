@@ -14,12 +14,13 @@ import pytest
 from flows import make_flow
 
 from lig_lens.blocks.block import BlockBoundaries
+from lig_lens.cli.configs import ExplainConfig, load_config, merge_settings, parse_settings
+from lig_lens.cli.flags import parse_numbers
 from lig_lens.cli.main import run
 from lig_lens.errors import ConvergenceWarning, InputError
 from lig_lens.flow.flow import Flow
 from lig_lens.names import MAPS
 from lig_lens.paths import BASELINES, BaselineEntry
-from lig_lens.settings import ExplainConfig, load_config, merge_settings, parse_numbers, parse_settings
 
 pytestmark = pytest.mark.one_generation
 

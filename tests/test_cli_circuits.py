@@ -7,8 +7,8 @@ import pytest
 from ruamel.yaml import YAML
 
 import lig_lens
+from lig_lens.cli.configs import CircuitConfig, load_config, merge_settings
 from lig_lens.cli.main import run
-from lig_lens.settings import CircuitConfig, load_config, merge_settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PROMPTS = [

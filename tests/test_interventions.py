@@ -18,7 +18,6 @@ from lig_lens.interventions.runner import intervene
 from lig_lens.interventions.scores import SCORES
 from lig_lens.interventions.scores.score import Score, Side
 from lig_lens.registry import Entry
-from lig_lens.settings import PATCHED_NODES
 
 CLEAN, CORRUPTED = [5, 12, 30, 7, 22], [5, 12, 11, 9, 22]
 
@@ -113,7 +112,7 @@ def test_a_registered_ablation_and_a_registered_score():
 
 
 def test_names_that_users_give():
-    assert NODES.names() == PATCHED_NODES
+    assert NODES.names() == ("hook_z", "resid_pre", "resid_mid")
     assert patching.ABLATIONS == ABLATED_BY.names() == ("mean", "resample")
     assert SCORES == SCORED_BY.names() and SCORES[0] == "attention" and len(SCORES) == 4
 

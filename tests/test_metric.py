@@ -3,6 +3,7 @@
 import functools
 
 import metric_oracle
+import numpy as np
 import pytest
 import torch
 from tiny_hooked import HOOKED_KINDS, has_hooked_transformer, tiny_hooked
@@ -189,6 +190,12 @@ def test_kl_divergence_is_zero_on_the_clean_run_and_falls_towards_it():
     assert float(flow.total["attn"][0]) == pytest.approx(-float((p * (p / q).log()).sum()), rel=1e-3)
 
 
+def test_a_class_is_a_whole_number():
+    assert lig_lens.class_logit(np.int64(1)).name == "class_logit(1)"
+    with pytest.raises(lig_lens.InputError, match=r"^class_logit: the class 1\.5 is no whole number"):
+        lig_lens.class_logit(1.5)
+
+
 def test_class_logit_of_logits_without_positions():
     ready = lig_lens.class_logit(1).on(None, torch.tensor([[3.0, 5.0]]))
     assert ready(torch.tensor([[1.0, 2.0], [7.0, 8.0]])).tolist() == [2.0, 8.0]
@@ -218,6 +225,7 @@ def test_class_logit_of_logits_without_positions():
         ({"target": lig_lens.log_probability(3, pos=6)}, "pos=6 is outside"),
         ({"target": lig_lens.class_logit(3)}, r"shape \[1, 6, 40\].*give pos="),
         ({"target": lig_lens.class_logit(40, pos=0)}, "class 40 is outside"),
+        ({"target": lig_lens.class_logit(4, pos=0.5)}, r"pos=0\.5 is no whole number"),
     ],
 )
 def test_bad_input(options, message):

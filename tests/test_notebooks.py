@@ -17,6 +17,8 @@ import lig_lens
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+pytestmark = pytest.mark.newest
+
 PLOTLY = "application/vnd.plotly.v1+json"
 
 
@@ -73,8 +75,6 @@ def test_outputs_are_shown_and_small(path: Path, build: ModuleType) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_runs_and_prints_what_is_shown(path: Path, build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLOTLY_RENDERER", "plotly_mimetype")
-    # With as many threads as a user has: what is shown of rules that go wrong is partly rounding.
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     notebook = build.execute(build.read(path))
     assert len(nbformat.writes(notebook).encode()) < build.LARGEST
     for number, (found, kept) in enumerate(zip(notebook.cells, shown(path).cells, strict=True)):

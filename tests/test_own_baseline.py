@@ -57,6 +57,12 @@ def test_its_numbers_are_right(kind: str, tmp_path: Any) -> None:
     assert again.settings["attn_baseline"] == "mean" and torch.equal(again.attn, flow.attn)
 
 
+@pytest.mark.parametrize("other", [dict, lambda place: place, torch.zeros(3)])
+def test_something_else_is_refused(other: Any) -> None:
+    with pytest.raises(InputError, match=r"is no Baseline: make it a subclass of lig_lens\.Baseline"):
+        lig_lens.register_baseline("other", other, maps=["attn"])
+
+
 def test_a_metric_can_start_from_it() -> None:
     model, pair = lig_lens.load_model("induction"), lig_lens.induction_pairs(1)[0]
     metric = lig_lens.logit_difference(pair.answer, pair.wrong)

@@ -1,6 +1,5 @@
 """Every figure: tokens stay text, axes and scales are titled, and a browser draws it."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -17,11 +16,11 @@ from lig_lens.show.plots import write_html
 pytestmark = [
     pytest.mark.one_generation,
     pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning"),  # random Flows
+    pytest.mark.filterwarnings("ignore:The kopts argument is ignored"),  # plotly gives it, whether of use or not
 ]
 
 FIGURES = dict(every_figure())
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-HAS_KALEIDO = importlib.util.find_spec("kaleido") is not None
 
 
 def strings(node):
@@ -90,7 +89,16 @@ def test_a_blank_image_has_no_variety():
     assert png_size_and_variety(png) == (10, 5, 2)
 
 
-@pytest.mark.skipif(not HAS_KALEIDO, reason='no kaleido for static images: pip install "kaleido>=1.0"')
+@pytest.fixture(scope="module")
+def kaleido():
+    """One browser for all images, where each would start its own."""
+    found = pytest.importorskip("kaleido", reason='no kaleido for static images: pip install "kaleido>=1.0"')
+    found.start_sync_server()
+    yield
+    found.stop_sync_server()
+
+
+@pytest.mark.usefixtures("kaleido")
 @pytest.mark.parametrize("name", FIGURES)
 def test_static_images(name, tmp_path):
     figure = FIGURES[name]

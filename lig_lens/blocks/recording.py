@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lig_lens.blocks.call import BlockCall, Seen
-from lig_lens.errors import BoundaryError
+from lig_lens.errors import BoundaryError, InputError
 from lig_lens.inputs.inputs import Inputs
 from lig_lens.models.running import HALF, Stop, first_tensor, module_hooks, submodules, torch_hooks
 from lig_lens.models.stack import Forward, Stack
@@ -30,6 +30,17 @@ class Recording(Generic[T]):
 
     visited: dict[int, T]
     forward: Forward | None
+
+    @property
+    def whole(self) -> Forward:
+        """The run, where it was asked to go through to the output.
+
+        Raises:
+            InputError: it did not.
+        """
+        if self.forward is None:
+            raise InputError("The model ended before its output: take off hooks that stop it.")
+        return self.forward
 
 
 def record_calls(

@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
+from lig_lens.cli.configs import CircuitConfig
 from lig_lens.cli.flags import with_flags
 from lig_lens.cli.shared import load, say_written
-from lig_lens.settings import CircuitConfig
 
 if TYPE_CHECKING:
     from lig_lens.flow.effects import Effects
     from lig_lens.targets.metrics import Metric
 
 
-@with_flags(CircuitConfig)
+@with_flags(CircuitConfig, without=("tol", "edges"))
 def patch(settings: CircuitConfig) -> None:
     """Patch CLEAN's activations into CORRUPTED's run one at a time, or knock out edges; print the strongest."""
     from lig_lens.show.summary import summarize_effects

@@ -5,10 +5,10 @@ from typing import Annotated, cast
 
 import typer
 
+from lig_lens.cli.configs import ExplainConfig
 from lig_lens.cli.flags import with_flags
 from lig_lens.cli.shared import load, say_written, terminal_width
 from lig_lens.errors import InputError
-from lig_lens.settings import ExplainConfig
 
 
 @with_flags(ExplainConfig)

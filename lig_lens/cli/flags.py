@@ -1,30 +1,34 @@
 """Flags from a model of settings: a field has a flag, and flags win over a config file."""
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic.fields import FieldInfo
 
+from lig_lens.cli.configs import RunConfig, load_config, merge_settings, parse_settings
 from lig_lens.errors import InputError
 from lig_lens.fields import Section, fields_of, flag_of, help_of, type_of
 from lig_lens.files import check_writable
-from lig_lens.settings import RunConfig, load_config, merge_settings, parse_numbers, parse_settings
 
 _Config = TypeVar("_Config", bound=RunConfig)
 
 
-def with_flags(kind: type[RunConfig]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_flags(
+    kind: type[RunConfig], without: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command of a function that takes settings: one with all their flags, and --config.
 
     Args:
         kind: of settings. They are the function's first argument; its other ones are the command's own.
+        without: keys that the command has no use for: files may hold them for another command, it has no flags.
     """
 
     def decorate(action: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(action).parameters.values())[1:]
-        parameters = [*own, *_parameters(kind)]
+        parameters = [*own, *_parameters(kind, without)]
 
         def command(**given: Any) -> None:
             of_action = {one.name: given.pop(one.name) for one in own}
@@ -65,10 +69,12 @@ def option(*names: str, default: str | bool = False, help: str) -> Any:
     return typer.Option(*names, show_default=default, help=help)
 
 
-def _parameters(kind: type[RunConfig]) -> list[inspect.Parameter]:
+def _parameters(kind: type[RunConfig], without: Collection[str]) -> list[inspect.Parameter]:
     """What typer is to read: the arguments and flags in the order of `--help`, with --config before the files."""
     fields = fields_of(kind)
-    found = [(flag_of(field).section, key, _declared(key, field)) for key, field in fields.items()]
+    found = [
+        (flag_of(field).section, key, _declared(key, field)) for key, field in fields.items() if key not in without
+    ]
     config = option("--config", help="YAML file with any of these settings; flags win over it.")
     found.append((Section.MACHINE, "config", Annotated[str | None, config]))
     found.sort(key=lambda item: item[0])
@@ -103,3 +109,25 @@ def _read(key: str, field: FieldInfo, value: Any) -> Any:
     except ValueError:
         example = "4096" if kind is int else "0.001"
         raise InputError(f"{flag}: {value!r} is not a number: write for example {example}.") from None
+
+
+def parse_numbers(what: str, text: str) -> tuple[int, ...]:
+    """Numbers from a flag: `"0,3"`, with inclusive ranges `"0-2,5"`, or counted from the end `"-1"`.
+
+    Raises:
+        InputError: anything else.
+
+    >>> parse_numbers("--layers", "0-2,-1")
+    (0, 1, 2, -1)
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d{1,9}|(?P<from>\d{1,9})\s*-\s*(?P<to>\d{1,9}))\s*", part, flags=re.ASCII)
+        if match and match["from"] is None:
+            numbers.append(int(match[1]))
+            continue
+        first, last = (int(match["from"]), int(match["to"])) if match else (0, 0)
+        if match is None or last < first or last - first > 100_000:
+            raise InputError(f"{what}: cannot read {part!r} in {text!r}: write numbers like 0,3 or ranges like 0-5.")
+        numbers.extend(range(first, last + 1))
+    return tuple(numbers)

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
+from lig_lens.cli.configs import RunConfig
 from lig_lens.cli.flags import option
 from lig_lens.cli.shared import terminal_width
 from lig_lens.fields import help_of
 from lig_lens.files import check_writable
-from lig_lens.settings import RunConfig
 
 
 def boundaries(

@@ -8,8 +8,8 @@ from typing import Any
 
 import typer
 
+from lig_lens.cli.configs import RunConfig
 from lig_lens.errors import InputError
-from lig_lens.settings import RunConfig
 
 
 def load(settings: RunConfig) -> Any:

@@ -129,9 +129,7 @@ class Recorder:
             BoundaryError: a block has no separable heads, or its nodes do not reproduce it.
         """
         recording = self._record(inputs, whole=True)
-        if recording.forward is None:
-            raise InputError("The model ended before its output: take off hooks that stop it.")
-        return Run(recording.visited, recording.forward)
+        return Run(recording.visited, recording.whole)
 
     def _record(self, inputs: Inputs, whole: bool) -> Recording[Values]:
         recording = self._blocks.record(inputs, self._needs, whole=whole)

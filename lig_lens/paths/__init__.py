@@ -70,8 +70,13 @@ def register_baseline(
         pattern: it needs the attention pattern.
 
     Raises:
-        InputError: a name that is taken or cannot be one, or an unknown map.
+        InputError: a name that is taken or cannot be one, an unknown map, or something else than a `Baseline`.
     """
+    from lig_lens.paths.baseline import Baseline  # it loads torch, as whoever has a baseline to register did already
+
+    kind = baseline if isinstance(baseline, type) else type(baseline)
+    if not issubclass(kind, Baseline):
+        raise InputError(f"register_baseline: {kind.__name__} is no Baseline: make it a subclass of lig_lens.Baseline.")
     if isinstance(maps, str) or not maps:
         raise InputError(f"register_baseline: maps={maps!r}: give a list of maps, such as ['attn', 'block'].")
     chosen = tuple(check_choice("map", one, MAPS) for one in maps)

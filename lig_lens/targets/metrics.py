@@ -123,6 +123,9 @@ def logit_difference(correct: str | int, wrong: str | int, pos: int = -1) -> Met
         correct: token as text (mind the leading space) or id.
         wrong: the same for the other answer.
         pos: position of the prediction.
+
+    Raises:
+        InputError: with a model, an answer that is no single token, or a position that the prompt does not have.
     """
 
     def prepare(model: object, clean: Tensor) -> Function:
@@ -136,7 +139,7 @@ def logit_difference(correct: str | int, wrong: str | int, pos: int = -1) -> Met
 
 
 def log_probability(answer: str | int, pos: int = -1) -> Metric:
-    """Log-probability (natural logarithm) of an answer token; arguments as in `logit_difference`."""
+    """Log-probability (natural logarithm) of an answer token; arguments and errors as in `logit_difference`."""
 
     def prepare(model: object, clean: Tensor) -> Function:
         token, at = _token(model, answer, clean), _position(clean, pos)
@@ -153,7 +156,13 @@ def class_logit(index: int, pos: int | None = None) -> Metric:
         pos: for models that give logits at every position, which of them; without it they are taken to be
             `[1, n_classes]`.
 
+    Raises:
+        InputError: no whole number; with a model, a class or a position that it does not have.
     """
+    try:
+        index = operator.index(index)
+    except TypeError as error:
+        raise InputError(f"class_logit: the class {index!r} is no whole number: give its index.") from error
 
     def prepare(_model: object, clean: Tensor) -> Function:
         if pos is None and clean.ndim != 2:
@@ -173,6 +182,9 @@ def kl_divergence(pos: int = -1) -> Metric:
     """KL divergence of a run's next-token distribution from the clean run's, in nats: 0 on the clean run.
 
     It falls on the way from corrupted to clean, so what restores the clean answer contributes negatively.
+
+    Raises:
+        InputError: with a model, a position that the prompt does not have, or a head that was never trained.
     """
 
     def prepare(model: object, clean: Tensor) -> Function:
@@ -206,6 +218,10 @@ def _position(logits: Tensor, pos: int) -> int:
             "class_logit(), or metric() with a function of that output."
         )
     n_pos = logits.shape[1]
+    try:
+        pos = operator.index(pos)
+    except TypeError as error:
+        raise InputError(f"pos={pos!r} is no whole number: give the number of a token, such as -1.") from error
     if not -n_pos <= pos < n_pos:
         raise InputError(f"pos={pos} is outside the prompt's {n_pos} tokens.")
     return pos % n_pos

@@ -1,0 +1,200 @@
+"""What the commands are asked: flags, and keys of the YAML files that `--config` reads. Loads no torch.
+
+They have the fields of `lig_lens.settings`, and below those that are a flag and a key alone.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, StrictStr, ValidationError
+
+from lig_lens.errors import InputError
+from lig_lens.fields import Flag, PositiveInt, Section, Switch, fields_of, flag_of, key_error
+from lig_lens.interventions import NODES
+from lig_lens.names import DTYPES
+from lig_lens.settings import Asked, Attribution, Settings
+
+# What `patch --at` names: an activation by its node, whole heads, or edges.
+PATCHED = (*NODES.names(), "heads", "edges", "edges_patched")
+
+
+class RunConfig(Asked):
+    """Settings that all commands share: every flag, under its name with `_` for `-`."""
+
+    model: Annotated[StrictStr, Flag(Section.MODEL)] = Field(
+        "minilm", description="minilm, smollm2, a local folder or a hub id."
+    )
+    device: Annotated[StrictStr | None, Flag(Section.MACHINE)] = Field(None, description="cpu, cuda, cuda:1, mps.")
+    dtype: Annotated[StrictStr | None, Flag(Section.MACHINE, shown="float32", choices=lambda: DTYPES)] = None
+
+    def files(self) -> dict[str, str | None]:
+        """Paths of the files to write, under their flags."""
+        return {f"--{key}": getattr(self, name) for key, name in _files(type(self)).items()}
+
+    def check_together(self) -> None:
+        """See the base class; also two outputs with one path."""
+        super().check_together()
+        paths = [path for path in self.files().values() if path is not None]
+        if len({Path(path).absolute() for path in paths}) < len(paths):
+            raise InputError(f"Two of {', '.join(self.files())} name one path, {paths[0]!r}: give each its own.")
+
+    def attribute_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `lig_lens.attribute`; the command itself writes files, once there is something."""
+        shared = Settings.model_fields.keys() & type(self).model_fields.keys() - _files(type(self)).values()
+        return {name: getattr(self, name) for name in type(self).model_fields if name in shared}
+
+
+def _files(kind: type[RunConfig]) -> dict[str, str]:
+    """Names of the fields that are paths of files to write, by key."""
+    fields = kind.model_fields.items()
+    names = {field.alias or name: name for name, field in fields if flag_of(field).section is Section.FILES}
+    return {key: names[key] for key in fields_of(kind) if key in names}
+
+
+class ExplainConfig(RunConfig, Attribution):
+    """Settings of one `lig-lens explain` run."""
+
+    # `json` is a name of BaseModel's
+    json_path: Annotated[StrictStr | None, Flag(Section.FILES)] = Field(
+        None, alias="json", description="Write the Flow here, as JSON."
+    )
+    html: Annotated[StrictStr | None, Flag(Section.FILES)] = Field(
+        None, description="Write a page to explore the Flow in here."
+    )
+
+    def check_together(self) -> None:
+        """See the base class; also a `corrupted` baseline without a second prompt, or the other way round."""
+        used = self.from_second_prompt()
+        if used and self.corrupted is None:
+            raise InputError(
+                f"The {used[0]} baseline is {self.baseline_of(used[0])!r}, but there is no second prompt: "
+                "add --corrupted TEXT2."
+            )
+        if self.corrupted is not None and not used:
+            raise InputError(
+                f"--corrupted {self.corrupted!r} is given, but no baseline of the maps "
+                f"{', '.join(self.maps)} is 'corrupted': add for example --attn-baseline corrupted."
+            )
+        super().check_together()
+
+
+class CircuitConfig(RunConfig):
+    """Settings of one `lig-lens patch` or `lig-lens compare` run."""
+
+    model: Annotated[StrictStr, Flag(Section.MODEL)] = Field(
+        "induction", description="induction, minilm, smollm2, a folder or a hub id."
+    )
+    clean: Annotated[StrictStr | None, Flag(Section.QUESTION, argument="CLEAN")] = Field(
+        None, description="The prompt."
+    )
+    corrupted: Annotated[StrictStr | None, Flag(Section.QUESTION, argument="CORRUPTED")] = Field(
+        None, description="A prompt of as many tokens."
+    )
+    answer: Annotated[StrictStr | None, Flag(Section.QUESTION)] = Field(
+        None, description="Right next token, such as ' Mary'; mind the space."
+    )
+    wrong: Annotated[StrictStr | None, Flag(Section.QUESTION)] = Field(
+        None, description="Other token: then the metric is the difference of logits."
+    )
+    at: Annotated[StrictStr, Flag(Section.INTERVENTION, choices=lambda: PATCHED)] = "hook_z"
+    noising: Annotated[Switch, Flag(Section.INTERVENTION, off="denoising")] = Field(
+        False, description="Patch corrupted values into the clean run."
+    )
+    edges: Annotated[PositiveInt, Flag(Section.INTERVENTION)] = Field(
+        200, description="Strongest edges of each score to knock out."
+    )
+    top: Annotated[PositiveInt, Flag(Section.SCOPE)] = Field(
+        10, description="Strongest effects to print; k of top-k overlap."
+    )
+    json_path: Annotated[StrictStr | None, Flag(Section.FILES)] = Field(
+        None, alias="json", description="Write the effects, or the table, here as JSON."
+    )
+    html: Annotated[StrictStr | None, Flag(Section.FILES)] = Field(None, description="Write a page of figures here.")
+
+    def check_together(self) -> None:
+        """See the base class; also prompts and answers that are missing."""
+        if self.noising and self.at.startswith("edges"):
+            raise InputError(f"--noising goes with activations, not with --at {self.at}: leave it out.")
+        for name in ("clean", "corrupted"):
+            if not (getattr(self, name) or "").strip():
+                raise InputError(f"The {name} prompt is missing: give CLEAN and CORRUPTED, or both keys in the config.")
+        if self.wrong is not None and self.answer is None:
+            raise InputError(f"--wrong {self.wrong!r} is given without --answer: name the right answer as well.")
+        super().check_together()
+
+
+_Config = TypeVar("_Config", bound=RunConfig)
+
+
+def parse_settings(
+    values: Mapping[str, Any], origin: str = "", kind: type[RunConfig] = ExplainConfig
+) -> dict[str, Any]:
+    """Check some settings by themselves and return them with their final types.
+
+    Args:
+        values: keys of `kind` and their values; keys that are absent stay absent.
+        origin: put before the key in messages: `"--"` for flags, `"x.yaml: "` for a file.
+        kind: of config.
+
+    Raises:
+        InputError: an unknown key (with the nearest valid one), a wrong type or value.
+
+    >>> parse_settings({"layers": [0, 3]})
+    {'layers': (0, 3)}
+    >>> parse_settings({"layer": [0]}, "x.yaml: ")
+    Traceback (most recent call last):
+        ...
+    lig_lens.errors.InputError: x.yaml: unknown key 'layer'. Did you mean 'layers'?
+    """
+    try:
+        config = kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise InputError(key_error(error, origin, kind)) from None
+    return config.model_dump(exclude_unset=True, by_alias=True)
+
+
+def merge_settings(kind: type[_Config], *layers: Mapping[str, Any]) -> _Config:
+    """One config from settings that `parse_settings` returned; later ones win.
+
+    Raises:
+        InputError: settings that do not go together.
+    """
+    config = kind.model_validate({key: value for layer in layers for key, value in layer.items()})
+    config.check_together()
+    return config
+
+
+def load_config(path: str | Path, kind: type[RunConfig] = ExplainConfig) -> dict[str, Any]:
+    """Read settings from a YAML file.
+
+    Raises:
+        InputError: no such file, no valid YAML, not a mapping, a key given twice, or what `parse_settings`
+            refuses.
+    """
+    from ruamel.yaml import YAML  # late: `--help` reads no file
+    from ruamel.yaml.constructor import DuplicateKeyError
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(f"Cannot read the config {str(path)!r}: {reason}. Give a YAML file.") from error
+    try:
+        values = YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError) as error:
+        where = " ".join(str(error).split())
+        if isinstance(error, DuplicateKeyError):
+            mark = error.problem_mark
+            key = text.splitlines()[mark.line][mark.column :].partition(":")[0].strip()
+            where = f"the key {key!r} is given twice, again in line {mark.line + 1}"
+        raise InputError(f"The config {str(path)!r} is not valid YAML: {where}. Correct it.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise InputError(
+            f"The config {str(path)!r} holds {type(values).__name__}, "
+            "not 'key: value' lines: write for example 'tol: 0.001'."
+        )
+    return parse_settings(values, f"{path}: ", kind)
