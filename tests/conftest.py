@@ -34,8 +34,11 @@ def _needs_no_model(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need no model come first: nothing that others made on a model is cached by then."""
-    items.sort(key=lambda item: not _needs_no_model(item))
+    """Tests that need no model come first: nothing that others made on a model is cached by then.
+
+    Whole programs come next: they are long, and one at the end would leave the other processes idle.
+    """
+    items.sort(key=lambda item: (not _needs_no_model(item), not item.get_closest_marker("newest")))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -17,7 +17,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Who imports what inside a function, and why. The commands are not held to it: `--help` must load no torch.
 LATE: dict[tuple[str, str], str] = {}
 # Who imports what for types alone, and why.
-FOR_TYPES = {("paths", "paths.baseline"): "the table loads none of its entries"}
+FOR_TYPES: dict[tuple[str, str], str] = {}
 # Who asks the package itself for more than its version, and why.
 THROUGH_THE_DOOR = {
     "flow.flow": "flow.explore() is what a user would call, lig_lens.explore(flow): no room below show knows the page",

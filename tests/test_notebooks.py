@@ -97,5 +97,7 @@ def test_one_line_switches_the_model(
     switch = re.compile(r"= .*  # with a network: (.*)")
     cells = [cell.source for cell in build.read(path).cells if cell.cell_type == "code"]
     assert any(switch.search(cell) for cell in cells)
+    # Two of the sentences that one cell goes through; all of them are run above.
+    cells = [cell.replace("in sentences:", "in sentences[:2]:") for cell in cells]
     for cell in cells:
         exec(compile(switch.sub(r"= \1", cell), path.name, "exec"), names)

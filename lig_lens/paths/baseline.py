@@ -1,6 +1,6 @@
 """What a baseline is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float, Int
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lig_lens.blocks.values import Values
 from lig_lens.errors import InputError, check_choice
-from lig_lens.paths import BASELINES, baselines_of
+from lig_lens.names import MAPS
+from lig_lens.paths import BASELINES, BaselineEntry, baselines_of
 from lig_lens.paths.columns import Columns
 from lig_lens.paths.path import ResidPath, TailPath, TailStart
 
@@ -89,6 +90,37 @@ class Baseline:
         """Path of the `mlp` map."""
         start, values = self.tail_start(place, dst), place.values
         return TailPath(start.z, values.heads.z, start.skip, values.resid_pre, start.bias)
+
+
+def register_baseline(
+    name: str,
+    baseline: Baseline | type[Baseline],
+    *,
+    maps: Sequence[str],
+    shared: bool = False,
+    second_prompt: bool = False,
+    pattern: bool = False,
+) -> None:
+    """Make a baseline of your own known under a name, in `attribute`, in flags and in config files.
+
+    Args:
+        name: under which Flows record it.
+        baseline: an object, or its class.
+        maps: that it is for, any of `attn`, `mlp` and `block`.
+        shared: all destinations have one path, so that it can go with a metric.
+        second_prompt: it needs a corrupted prompt.
+        pattern: it needs the attention pattern.
+
+    Raises:
+        InputError: a name that is taken or cannot be one, an unknown map, or something else than a `Baseline`.
+    """
+    kind = baseline if isinstance(baseline, type) else type(baseline)
+    if not issubclass(kind, Baseline):
+        raise InputError(f"register_baseline: {kind.__name__} is no Baseline: make it a subclass of lig_lens.Baseline.")
+    if isinstance(maps, str) or not maps:
+        raise InputError(f"register_baseline: maps={maps!r}: give a list of maps, such as ['attn', 'block'].")
+    chosen = tuple(check_choice("map", one, MAPS) for one in maps)
+    BASELINES.add(name, BaselineEntry(baseline, chosen, shared, second_prompt, pattern))
 
 
 def chosen_baseline(
