@@ -9,6 +9,7 @@ import torch
 from tiny_hooked import HOOKED_KINDS, has_hooked_transformer, tiny_hooked
 from tiny_models import KINDS, N_LAYERS, exact_hf, hf_residuals, tiny_bridge
 from torch import Tensor
+from unchecked import unchecked
 
 import lig_lens
 from lig_lens.names import SPLITS
@@ -191,9 +192,12 @@ def test_kl_divergence_is_zero_on_the_clean_run_and_falls_towards_it():
 
 
 def test_a_class_is_a_whole_number():
-    assert lig_lens.class_logit(np.int64(1)).name == "class_logit(1)"
+    assert unchecked(lig_lens.class_logit)(np.int64(1)).name == "class_logit(1)"
     with pytest.raises(lig_lens.InputError, match=r"^class_logit: the class 1\.5 is no whole number"):
-        lig_lens.class_logit(1.5)
+        unchecked(lig_lens.class_logit)(1.5)
+    ready = unchecked(lig_lens.class_logit)(1, pos=0.5)
+    with pytest.raises(lig_lens.InputError, match=r"^pos=0\.5 is no whole number"):
+        ready.on(None, torch.zeros(1, 3, 5))
 
 
 def test_class_logit_of_logits_without_positions():
@@ -225,7 +229,6 @@ def test_class_logit_of_logits_without_positions():
         ({"target": lig_lens.log_probability(3, pos=6)}, "pos=6 is outside"),
         ({"target": lig_lens.class_logit(3)}, r"shape \[1, 6, 40\].*give pos="),
         ({"target": lig_lens.class_logit(40, pos=0)}, "class 40 is outside"),
-        ({"target": lig_lens.class_logit(4, pos=0.5)}, r"pos=0\.5 is no whole number"),
     ],
 )
 def test_bad_input(options, message):

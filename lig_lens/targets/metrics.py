@@ -211,7 +211,7 @@ def _check_head(model: object) -> None:
         )
 
 
-def _position(logits: Tensor, pos: int) -> int:
+def _position(logits: Tensor, pos: object) -> int:
     if logits.ndim != 3:
         raise InputError(
             f"The model's output has shape {list(logits.shape)}, but this metric needs logits [1, pos, d_vocab]: use "
@@ -219,12 +219,12 @@ def _position(logits: Tensor, pos: int) -> int:
         )
     n_pos = logits.shape[1]
     try:
-        pos = operator.index(pos)
+        number = operator.index(pos)  # type: ignore[arg-type]
     except TypeError as error:
         raise InputError(f"pos={pos!r} is no whole number: give the number of a token, such as -1.") from error
-    if not -n_pos <= pos < n_pos:
-        raise InputError(f"pos={pos} is outside the prompt's {n_pos} tokens.")
-    return pos % n_pos
+    if not -n_pos <= number < n_pos:
+        raise InputError(f"pos={number} is outside the prompt's {n_pos} tokens.")
+    return number % n_pos
 
 
 def _token(model: object, answer: str | int, logits: Tensor) -> int:
