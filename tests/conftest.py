@@ -9,9 +9,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # programs that tests start inherit it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,35 +23,10 @@ settings.register_profile(
 )
 settings.load_profile("lig_lens")
 
-NO_MODELS = str(Path(__file__).with_name("no_models"))
-
-
-def _needs_no_model(item: pytest.Item) -> bool:
-    return bool(item.get_closest_marker("one_generation")) and not item.get_closest_marker("each_generation")
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need no model come first: nothing that others made on a model is cached by then.
-
-    Whole programs come next: they are long, and one at the end would leave the other processes idle.
-    """
-    items.sort(key=lambda item: (not _needs_no_model(item), not item.get_closest_marker("newest")))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Keep TransformerLens out of tests marked `one_generation`, fixtures included: so the mark is true.
-
-    CI runs these on the newest TransformerLens alone.
-    """
-    if not _needs_no_model(item):
-        return (yield)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_lens"]:
-            patch.delitem(sys.modules, name)
-        patch.syspath_prepend(NO_MODELS)
-        patch.setenv("PYTHONPATH", NO_MODELS, prepend=os.pathsep)  # for programs that the test starts
-        return (yield)
+    """Whole programs come first: they are long, and one at the end would leave the other processes idle."""
+    items.sort(key=lambda item: not item.get_closest_marker("program"))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tiny_models import save_tiny
 from lig_lens.integrate import integrand as engine_common
 from lig_lens.integrate import quadrature
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.program
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TEXT = "w3 w9 w27 w1 w14 w30 w5 w8 w22 w6"

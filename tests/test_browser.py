@@ -14,7 +14,7 @@ from plot_cases import metric_flow
 import lig_lens
 
 pytestmark = [
-    pytest.mark.one_generation,
+    pytest.mark.program,
     pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning"),  # random Flows
 ]
 
@@ -116,7 +116,6 @@ def test_paths_are_the_strongest(open_page, rule: str):
     assert shown == len(expected[1].steps)
 
 
-@pytest.mark.each_generation
 def test_contributions_to_a_metric(open_page):
     model, pair = lig_lens.load_model("induction"), lig_lens.induction_pairs(1)[0]
     target = lig_lens.logit_difference(pair.answer, pair.wrong)

@@ -20,7 +20,7 @@ from lig_lens.show.explorer import contents, write_explorer
 from lig_lens.show.plots.select import cancelling
 
 pytestmark = [
-    pytest.mark.one_generation,
+    pytest.mark.program,
     pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning"),  # random Flows
 ]
 

@@ -12,7 +12,7 @@ from flows import make_flow
 from plot_cases import metric_flow
 
 pytestmark = [
-    pytest.mark.one_generation,
+    pytest.mark.program,
     pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning"),  # random Flows
 ]
 

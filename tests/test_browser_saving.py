@@ -15,7 +15,7 @@ from PIL import Image
 from plot_cases import metric_flow
 
 pytestmark = [
-    pytest.mark.one_generation,
+    pytest.mark.program,
     pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning"),  # random Flows
 ]
 

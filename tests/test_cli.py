@@ -22,8 +22,6 @@ from lig_lens.flow.flow import Flow
 from lig_lens.names import MAPS
 from lig_lens.paths import BASELINES, BaselineEntry
 
-pytestmark = pytest.mark.one_generation
-
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 

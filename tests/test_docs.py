@@ -107,7 +107,7 @@ def test_snippet_with_needs(snippet: Snippet, tmp_path: Path, monkeypatch: pytes
     snippet.run({})
 
 
-@pytest.mark.newest
+@pytest.mark.program
 @pytest.mark.parametrize(
     "path", [p for p in (README, *PAGES) if snippets(p)], ids=lambda p: p.relative_to(ROOT).as_posix()
 )
@@ -120,7 +120,7 @@ def test_snippets_of_a_page(path: Path, tmp_path: Path, monkeypatch: pytest.Monk
             snippet.run(names)
 
 
-@pytest.mark.newest
+@pytest.mark.program
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0

@@ -17,8 +17,6 @@ from lig_lens.cli.main import run
 from lig_lens.flow.compose import CANCELS, RULES
 from lig_lens.show.explorer import contents, explore, write_explorer
 
-pytestmark = pytest.mark.one_generation
-
 
 def header_of(page: str) -> dict:
     (text,) = re.findall(r'<script type="application/json" id="header">(.*?)</script>', page, flags=re.DOTALL)
@@ -174,7 +172,6 @@ def test_view_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert "none.safetensors" in capsys.readouterr().err
 
 
-@pytest.mark.each_generation
 def test_a_metric_has_the_total_of_every_layer():
     model, pair = lig_lens.load_model("induction"), lig_lens.induction_pairs(1)[0]
     target = lig_lens.logit_difference(pair.answer, pair.wrong)

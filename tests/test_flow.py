@@ -8,8 +8,6 @@ from flows import TOKENS, make_flow
 
 from lig_lens.errors import InputError
 
-pytestmark = pytest.mark.one_generation
-
 
 def test_columns_add_up_to_the_total():
     flow = make_flow()

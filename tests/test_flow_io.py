@@ -21,8 +21,6 @@ from lig_lens.files import check_writable, write_atomic
 from lig_lens.flow import file as flow_io
 from lig_lens.flow.flow import Flow
 
-pytestmark = pytest.mark.one_generation
-
 LABELS = ("tokens", "special", "layers", "destinations", "model_name", "settings", "layouts", "engines", "metric")
 
 
@@ -251,7 +249,6 @@ def test_missing_extras_name_the_command(monkeypatch, package, call, extra):
         getattr(make_flow(), call)()
 
 
-@pytest.mark.each_generation
 def test_streaming_gives_the_same_flow(tmp_path: Path) -> None:
     model, ids, path = tiny_bridge("llama"), [5, 12, 30, 7], tmp_path / "flow.safetensors"
     kept = lig_lens.attribute(model, ids, progress=False)
@@ -264,7 +261,6 @@ def test_streaming_gives_the_same_flow(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"flow.safetensors", "saved.safetensors"}
 
 
-@pytest.mark.each_generation
 def test_streaming_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "flow.safetensors"
     path.write_bytes(b"old")
@@ -281,7 +277,6 @@ def test_streaming_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["flow.safetensors"]
 
 
-@pytest.mark.each_generation
 def test_streaming_refuses_what_it_cannot_write_before_any_work(tmp_path: Path) -> None:
     model = tiny_bridge("llama")
     with pytest.raises(InputError, match="out is one file, for one prompt"):

@@ -7,10 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-
-pytestmark = pytest.mark.one_generation
-
 PACKAGE = Path(__file__).parents[1] / "lig_lens"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

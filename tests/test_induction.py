@@ -173,7 +173,7 @@ def test_only_induction_is_built_as_a_hooked_transformer():
         lig_lens.load_model("minilm", hooked_transformer=True)
 
 
-@pytest.mark.newest
+@pytest.mark.program
 def test_it_can_be_trained_again(tmp_path):
     script = Path(__file__).parent.parent / "training" / "induction.py"
     subprocess.run([sys.executable, script, "--steps", "3", "--batch", "2", "--out", tmp_path], check=True, timeout=300)

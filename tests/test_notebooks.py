@@ -17,7 +17,7 @@ import lig_lens
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.program
 
 PLOTLY = "application/vnd.plotly.v1+json"
 

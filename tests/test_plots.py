@@ -13,7 +13,6 @@ from lig_lens.show.plots import head_grid, show_token, write_html
 from lig_lens.show.plots.matrix import strongest
 
 pytestmark = [
-    pytest.mark.one_generation,
     pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning"),  # random Flows
 ]
 

@@ -18,7 +18,6 @@ from lig_lens.flow.consistency import Consistency
 from lig_lens.show.plots import consistency_plot, paths_graph, rollout_map, to_circuitsvis
 
 pytestmark = [
-    pytest.mark.one_generation,
     pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning"),  # random Flows
 ]
 
@@ -38,7 +37,6 @@ def text_of(figure):
 # Rollout.
 
 
-@pytest.mark.each_generation
 def test_rollout_rows_are_destinations(induction):
     flow, _ = induction
     figure = rollout_map(flow, stop=1, rule="product")
@@ -133,7 +131,6 @@ def edges(figure):
     return [trace for trace in figure.data if trace.hovertext]
 
 
-@pytest.mark.each_generation
 def test_induction_is_seen(induction):
     flow, pair = induction
     figure = paths_graph(flow, k=5)

@@ -14,8 +14,6 @@ from lig_lens.show.plots import agreement_scatter, effects_map
 from lig_lens.show.plots.labels import place_names
 from lig_lens.show.text import MINUS
 
-pytestmark = pytest.mark.one_generation
-
 WORDS = ("a", "b", "c", "d")
 
 

@@ -14,7 +14,7 @@ from plot_cases import HOSTILE, every_figure
 from lig_lens.show.plots import write_html
 
 pytestmark = [
-    pytest.mark.one_generation,
+    pytest.mark.program,
     pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning"),  # random Flows
     pytest.mark.filterwarnings("ignore:The kopts argument is ignored"),  # plotly gives it, whether of use or not
 ]

@@ -13,7 +13,6 @@ from lig_lens.show.plots import gap_map, head_map, importance
 from lig_lens.show.text import MINUS
 
 pytestmark = [
-    pytest.mark.one_generation,
     pytest.mark.filterwarnings("ignore::lig_lens.CancellationWarning"),  # random Flows
 ]
 

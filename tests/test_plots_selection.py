@@ -11,8 +11,6 @@ from plot_cases import make_effects, metric_flow
 from lig_lens.errors import InputError
 from lig_lens.show.plots import agreement_scatter, consistency_plot, gap_map, importance
 
-pytestmark = pytest.mark.one_generation
-
 WORDS = ("a", "b", "c", "d")
 
 

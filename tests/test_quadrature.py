@@ -12,8 +12,6 @@ from torch import Tensor
 from lig_lens.integrate import quadrature
 from lig_lens.integrate.quadrature import NODES_PER_PANEL, density, integrate, stretch, unstretch
 
-pytestmark = pytest.mark.one_generation
-
 widths = st.floats(-12, 0).map(lambda exponent: 10.0**exponent)
 
 

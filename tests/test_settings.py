@@ -28,8 +28,6 @@ from lig_lens.integrate.quadrature import NODES_PER_PANEL
 from lig_lens.paths import BASELINES, BaselineEntry
 from lig_lens.settings import DEFAULTS, Settings
 
-pytestmark = pytest.mark.one_generation
-
 COMMANDS: dict[str, type[RunConfig]] = {"explain": ExplainConfig, "patch": CircuitConfig, "compare": CircuitConfig}
 
 
