@@ -25,8 +25,15 @@ settings.load_profile("lig_lens")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole programs come first: they are long, and one at the end would leave the other processes idle."""
-    items.sort(key=lambda item: not item.get_closest_marker("program"))
+    """Spread what is long evenly over the others: processes get neighbours, and should have the same to do."""
+    long = [item for item in items if item.get_closest_marker("long")]
+    short = [item for item in items if not item.get_closest_marker("long")]
+    spread = sorted(
+        [(n / (len(short) + 1), item) for n, item in enumerate(short)]
+        + [((n + 0.5) / len(long), item) for n, item in enumerate(long)],
+        key=lambda placed: placed[0],
+    )
+    items[:] = [item for _, item in spread]
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ def assert_positive(*values: float) -> None:
     assert all(math.isfinite(value) and value > 0 for value in values), values
 
 
+@pytest.mark.long
 def test_cost(program: Program, folders: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "cost.json"
     both = ",".join(folders.values())
@@ -212,6 +213,7 @@ def test_help_from_another_folder(name: str, tmp_path: Path) -> None:
     assert run.returncode == 0 and "--out" in run.stdout, run.stderr
 
 
+@pytest.mark.long
 def test_versus_tree(program: Program, tmp_path: Path) -> None:
     out = tmp_path / "versus.json"
     program("versus_tree").main(models="minilm", lengths="4", rows="attn:zero", repeats=1, out=out)

@@ -72,6 +72,7 @@ def test_outputs_are_shown_and_small(path: Path, build: ModuleType) -> None:
     assert figures and all("image/png" in data for data in figures)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_runs_and_prints_what_is_shown(path: Path, build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLOTLY_RENDERER", "plotly_mimetype")
@@ -81,6 +82,7 @@ def test_runs_and_prints_what_is_shown(path: Path, build: ModuleType, monkeypatc
         assert_same_text(printed(found), printed(kept), f"{path.name}, cell {number}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_one_line_switches_the_model(
     path: Path, build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
