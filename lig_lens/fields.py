@@ -112,8 +112,8 @@ def _on_or_off(value: Any) -> Any:
     return words.get(value.lower(), value) if isinstance(value, str) else value
 
 
-PositiveInt = Annotated[StrictInt, Field(ge=1)]
-Nodes = Annotated[PositiveInt, AfterValidator(_a_panel)]
+PositiveInt = Annotated[StrictInt, Field(ge=1, le=10**12)]
+Nodes = Annotated[StrictInt, Field(le=10**6), AfterValidator(_a_panel)]
 Share = Annotated[float, Strict(), Field(gt=0, lt=1, allow_inf_nan=False)]
 Switch = Annotated[StrictBool, BeforeValidator(_on_or_off)]
 Positions = Annotated[tuple[StrictInt, ...], AfterValidator(_no_repeats)]

@@ -201,15 +201,20 @@ class Settings(Attribution):
         """Take what Python may hand over beyond what a file can hold."""
         read = {name: value for name, value in asked.items() if value is not None or name not in _LEFT_OPEN}
         maps = read.get("maps")
-        if isinstance(maps, Iterable):
+        if isinstance(maps, Iterable) and getattr(maps, "ndim", 1) == 1:
             read["maps"] = tuple(dict.fromkeys([maps] if isinstance(maps, str) else maps))
             if not read["maps"]:
                 raise InputError(f"maps is empty: name at least one of {', '.join(repr(name) for name in MAPS)}.")
         for name in ("max_nodes", "max_batch_tokens"):
             with suppress(TypeError, KeyError):
                 read[name] = operator.index(read[name])  # of NumPy's whole numbers
+        tol = read.get("tol")
+        if hasattr(tol, "__float__") and not isinstance(tol, (str, bool)):
+            with suppress(TypeError, ValueError, RuntimeError):
+                read["tol"] = float(tol)  # type: ignore[arg-type]  # NumPy's and torch's numbers
         if "progress" in read:
-            read["progress"] = bool(read["progress"])
+            with suppress(TypeError, ValueError, RuntimeError):
+                read["progress"] = bool(read["progress"])
         return read
 
     @field_validator("layers", "destinations", "corrupted", "out", mode="wrap")

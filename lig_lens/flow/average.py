@@ -7,6 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from lig_lens.arguments import checked
 from lig_lens.errors import InputError
 from lig_lens.flow.effects import Effects
 from lig_lens.flow.flow import Flow
@@ -41,6 +42,7 @@ def average(results: Sequence[Flow]) -> AverageFlow: ...
 def average(results: Sequence[Effects]) -> AverageEffects: ...
 
 
+@checked
 def average(results: Sequence[Flow] | Sequence[Effects]) -> AverageFlow | AverageEffects:
     """Average Flows, or Effects, of several prompts.
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lig_lens.arguments import checked
 from lig_lens.errors import InputError, optional
 from lig_lens.flow.compose import RULES, compose
 from lig_lens.flow.data import FlowData
@@ -76,6 +77,7 @@ def _check_same_prompt(flows: Sequence[FlowData]) -> None:
             raise InputError(f"The Flows differ in their {name}: give Flows of one prompt, model and selection.")
 
 
+@checked
 def consistency_table(flows: Sequence[FlowData], rules: Sequence[str] = RULES) -> "pandas.DataFrame":
     """Compare every composition of some Flows of one prompt with every direct block map among them.
 

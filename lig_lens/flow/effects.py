@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lig_lens.arguments import checked
 from lig_lens.errors import InputError, optional
 from lig_lens.files import write_atomic
 from lig_lens.names import head_name
@@ -71,8 +72,18 @@ class Effects:
         """Names of the axes of `values`."""
         return AXES[self.on]
 
+    @checked
     def label(self, index: tuple[int, ...]) -> str:
-        """One entry of `top` in words, such as `L9H6 at ' to' (14)` or `L3H0 ' Mary' (1) → ' to' (14)`."""
+        """One entry of `top` in words, such as `L9H6 at ' to' (14)` or `L3H0 ' Mary' (1) → ' to' (14)`.
+
+        Raises:
+            InputError: not one whole number for each axis, or a position that the prompt does not have.
+        """
+        ends = [len(self.tokens) if axis in ("pos", "src", "dst") else None for axis in self.axes]
+        if len(index) != len(ends) or any(e is not None and not -e <= i < e for i, e in zip(index, ends, strict=True)):
+            raise InputError(
+                f"label: index={index}: give one number for each of {', '.join(self.axes)}, as top() does."
+            )
         at = dict(zip(self.axes, index, strict=True))
         words = head_name(at["layer"], at.get("head"))
         if "pos" in at:
@@ -81,6 +92,7 @@ class Effects:
             words += f" {self.tokens[at['src']]!r} ({at['src']}) → {self.tokens[at['dst']]!r} ({at['dst']})"
         return words
 
+    @checked
     def top(self, k: int = 10) -> list[tuple[tuple[int, ...], float]]:
         """Find the k strongest by absolute value: (block number, then numbers along the other axes) and value."""
         if k < 1:
@@ -110,7 +122,8 @@ class Effects:
         frame: pandas.DataFrame = optional("pandas", "Effects.to_dataframe").DataFrame(columns)
         return frame
 
-    def to_json(self, path: "str | os.PathLike[str] | None" = None) -> str:
+    @checked
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """All labels and the measured entries as JSON; also written to `path`, if given.
 
         Raises:

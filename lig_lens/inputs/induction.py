@@ -8,6 +8,7 @@ the second that looks for the place into which its own token was written, and co
 import random
 from dataclasses import dataclass
 
+from lig_lens.arguments import checked
 from lig_lens.errors import InputError, check_whole
 
 BOS = "<bos>"
@@ -35,6 +36,7 @@ class InductionPair:
     edges: dict[str, tuple[tuple[int, int], ...]]
 
 
+@checked
 def induction_pairs(count: int, n_words: int = 16, seed: int = 0) -> list[InductionPair]:
     """Draw pairs of prompts for the induction model.
 
@@ -46,6 +48,8 @@ def induction_pairs(count: int, n_words: int = 16, seed: int = 0) -> list[Induct
     Raises:
         InputError: a number of words that does not fit.
     """
+    if not 0 <= count <= 10**6:
+        raise InputError(f"induction_pairs: count={count}: ask for at most a million.")
     n_words, count = check_whole("n_words", n_words), check_whole("count", count)
     if not 5 <= n_words < MAX_TOKENS:
         raise InputError(f"n_words={n_words}: give 5 to {MAX_TOKENS - 1}, two pairs and the word to be continued.")

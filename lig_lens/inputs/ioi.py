@@ -5,6 +5,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from lig_lens.arguments import checked
 from lig_lens.errors import InputError
 
 NAMES = ("Mary", "John", "Tom", "James", "Anna", "Paul", "Sarah", "David", "Emma", "Peter", "Alice", "Robert")
@@ -22,6 +23,7 @@ class IoiPair:
     wrong: str
 
 
+@checked
 def ioi_pairs(count: int, tokenizer: Any = None, seed: int = 0) -> list[IoiPair]:
     """Draw pairs of prompts with names, places and objects from lists, both orders of the names alike.
 
@@ -35,6 +37,8 @@ def ioi_pairs(count: int, tokenizer: Any = None, seed: int = 0) -> list[IoiPair]
     """
 
     def known(words: tuple[str, ...]) -> list[str]:
+        if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+            raise InputError(f"ioi_pairs: tokenizer={tokenizer!r}: give a tokenizer, such as model.tokenizer.")
         if tokenizer is None:
             return list(words)
         return [w for w in words if len(tokenizer(f" {w}", add_special_tokens=False)["input_ids"]) == 1]

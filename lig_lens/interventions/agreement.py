@@ -10,6 +10,7 @@ from numpy import float64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lig_lens.arguments import checked
 from lig_lens.errors import InputError, check_whole, optional
 from lig_lens.flow.effects import Effects
 from lig_lens.flow.flow import Flow
@@ -114,6 +115,7 @@ def _summed(have: str, values: Float[Tensor, "..."], wanted: str) -> Float[Tenso
     return values.sum(over)
 
 
+@checked
 def compare(score: Flow | Effects, effects: Effects, *, k: int = 10, threshold: float | None = None) -> Agreement:
     """Agreement of a score with effects.
 
@@ -157,6 +159,7 @@ def compare(score: Flow | Effects, effects: Effects, *, k: int = 10, threshold: 
     )
 
 
+@checked
 def precision_recall(score: Flow | Effects, effects: Effects, *, threshold: float | None = None) -> PrecisionRecall:
     """How many of the effects that are present the strongest scores find; arguments as in `compare`.
 
@@ -214,6 +217,7 @@ def points(score: Flow | Effects, effects: Effects) -> tuple[Float[Tensor, "entr
     return x, y
 
 
+@checked
 def compare_table(
     scores: Mapping[str, Flow | Effects], effects: Effects, *, k: int = 10, threshold: float | None = None
 ) -> "pandas.DataFrame":

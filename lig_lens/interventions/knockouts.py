@@ -182,7 +182,7 @@ def _check_visible(edge: EdgeIndex, visible: Bool[Tensor, "head src dst"]) -> No
 
 
 def chosen_edges(
-    edges: Iterable[object] | None, layers: Selection, n_layers: int
+    edges: object, layers: Selection, n_layers: int
 ) -> tuple[tuple[EdgeIndex, ...] | None, tuple[int, ...]]:
     """Edges as users name them, each once and in order, and the layers that effects are wanted for.
 
@@ -196,6 +196,8 @@ def chosen_edges(
     """
     if edges is None:
         return None, chosen_numbers("layer", layers, n_layers)
+    if not isinstance(edges, Iterable) or isinstance(edges, (str, bytes)) or getattr(edges, "ndim", 1) == 0:
+        raise InputError(f"edges={edges!r}: give a list of (layer, head, src, dst), such as top_edges(flow, 200).")
     wanted = tuple(sorted({_whole(edge, n_layers) for edge in edges}))
     if not wanted:
         raise InputError("edges is empty: name at least one as (layer, head, src, dst), or leave it out for all.")

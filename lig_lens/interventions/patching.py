@@ -8,9 +8,10 @@ the corrupted run (denoising) counts f(patched) - f(corrupted), and taking somet
 f(clean) - f(without): as contributions of a Flow with the same metric do.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
+from lig_lens.arguments import checked
 from lig_lens.choose import Selection
 from lig_lens.errors import InputError
 from lig_lens.flow.effects import Effects
@@ -28,6 +29,7 @@ from lig_lens.targets.metrics import Function, Metric
 ABLATIONS = ABLATED_BY.names()
 
 
+@checked
 def patch(
     model: object,
     clean: object,
@@ -83,12 +85,13 @@ def patch(
     )
 
 
+@checked
 def knock_out(
     model: object,
     prompt: object,
     metric: Metric | Function,
     *,
-    edges: Iterable[object] | None = None,
+    edges: object = None,
     layers: Selection = None,
     corrupted: object = None,
     renormalise: bool = False,
@@ -139,6 +142,7 @@ def knock_out(
     )
 
 
+@checked
 def ablate(
     model: object,
     prompt: object,
@@ -188,6 +192,7 @@ def ablate(
     )
 
 
+@checked
 def top_edges(flow: Flow | Effects, k: int) -> list[EdgeIndex]:
     """The k strongest edges of a Flow's attn map, or of Effects on edges, as `knock_out` takes them.
 

@@ -76,7 +76,7 @@ class Run:
         """Gradient of the metric at the head outputs of every block, from one backward pass.
 
         Raises:
-            InputError: the metric has no gradient.
+            InputError: the metric has no gradient, or none that is finite.
         """
         leaves: dict[int, Tensor] = {}
 
@@ -98,6 +98,7 @@ class Run:
             value = metric.checked(metric(self.forward.onward(first.layer, resid, pairs)))
             wanted = [leaves[layer] for layer in self.values]
             grads = torch.autograd.grad(value.sum(), wanted, materialize_grads=True)
+        metric.check_gradient(*grads)
         return {
             layer: grad.reshape(values.heads.z.shape)
             for (layer, values), grad in zip(self.values.items(), grads, strict=True)

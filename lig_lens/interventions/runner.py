@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 from lig_lens.choose import Selection
 from lig_lens.errors import InputError
 from lig_lens.flow.effects import Effects
+from lig_lens.inputs.pairs import check_different
 from lig_lens.interventions.intervention import Intervention
 from lig_lens.interventions.subject import read_subject
-from lig_lens.models.running import prepared
+from lig_lens.models.running import one_at_a_time, prepared
 from lig_lens.settings import MAX_BATCH_TOKENS
 from lig_lens.targets.metrics import Function, Metric
 from lig_lens.targets.metrics import metric as as_metric
@@ -57,10 +58,11 @@ def intervene(
             intervention changes.
         BoundaryError: blocks that cannot be run by themselves.
     """
-    if max_batch_tokens < 1:
-        raise InputError(f"max_batch_tokens={max_batch_tokens} is too few: give at least 1.")
+    if not 1 <= max_batch_tokens <= 10**12:
+        raise InputError(f"max_batch_tokens={max_batch_tokens}: give at least 1, such as {MAX_BATCH_TOKENS}.")
     subject = read_subject(model, prompts, layers, prepend_bos)
-    with prepared(subject.model, subject.model):
+    check_different(*subject.prompts)
+    with one_at_a_time(subject.model), prepared(subject.model, subject.model):
         recorder = subject.recorder(intervention.needs)
         first, *rest = subject.prompts
         into = clean = recorder.run(first)

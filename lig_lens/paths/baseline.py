@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lig_lens.arguments import checked
 from lig_lens.blocks.values import Values
 from lig_lens.errors import InputError, check_choice
 from lig_lens.names import MAPS
@@ -92,9 +93,10 @@ class Baseline:
         return TailPath(start.z, values.heads.z, start.skip, values.resid_pre, start.bias)
 
 
+@checked
 def register_baseline(
     name: str,
-    baseline: Baseline | type[Baseline],
+    baseline: object,
     *,
     maps: Sequence[str],
     shared: bool = False,
@@ -162,6 +164,9 @@ class TensorBaseline(Baseline):
 
     def check(self, map_name: str, node_shape: tuple[int, ...], n_layers: int) -> None:
         """See the base class."""
+        if not self.tensor.is_floating_point() or self.tensor.is_meta:
+            what = "is on the meta device, without numbers" if self.tensor.is_meta else f"has dtype {self.tensor.dtype}"
+            raise InputError(f"{map_name}_baseline {what}: give a tensor of floating point numbers.")
         if tuple(self.tensor.shape) not in (node_shape, (n_layers, *node_shape)):
             raise InputError(
                 f"{map_name}_baseline has shape {list(self.tensor.shape)}: this prompt needs {list(node_shape)} or, "

@@ -2,10 +2,13 @@
 
 import re
 
+from lig_lens.arguments import checked
+
 MINUS, TIMES, JOINS = "\u2212", "\u00d7", "\u2011"
 _MARKS = {"Ġ": "·", "▁": "·", " ": "·", "\u00a0": "·", "Ċ": "↵", "\n": "↵", "\r": "↵", "\t": "⇥", "ĉ": "⇥"}
 
 
+@checked
 def show_token(token: str, longest: int = 40) -> str:
     """Write a token for people: spaces (also `Ġ` and `▁`) as `·`, line breaks as `↵`, the rest as it is.
 

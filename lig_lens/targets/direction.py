@@ -48,12 +48,17 @@ def direction(w: Any) -> Direction:
             contributions are in units of `<w, residual stream>` there too.
 
     Positive contributions move the destination along `w`.
+
+    Raises:
+        InputError: no float tensor of these shapes, or zeros alone.
     """
-    if not isinstance(w, Tensor) or w.ndim not in (1, 2) or not w.is_floating_point():
+    if not isinstance(w, Tensor) or w.ndim not in (1, 2) or not w.is_floating_point() or w.is_meta:
         raise InputError(
             f"direction needs a float tensor [d_model] or [pos, d_model], got "
-            f"{tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__}."
+            f"{f'{w.dtype} {list(w.shape)} on {w.device}' if isinstance(w, Tensor) else type(w).__name__}."
         )
+    if not bool((w != 0).any()):
+        raise InputError(f"direction is all zeros {list(w.shape)}: nothing moves along it. Check how w was computed.")
     return Direction(w.detach().reshape(-1, w.shape[-1]))
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lig_lens.arguments import checked
 from lig_lens.errors import InputError
 from lig_lens.targets.target import Target
 
@@ -63,12 +64,13 @@ class BatchMetric:
         """How much the metric would move if every logit moved by the largest of its position: its rounding's yardstick.
 
         Raises:
-            InputError: the metric has no gradient.
+            InputError: the metric has no gradient, or none that is finite.
         """
         with torch.enable_grad():
             leaf = logits.detach().clone().requires_grad_()
             value = self.checked(self(leaf))
             (gradient,) = torch.autograd.grad(value.sum(), leaf, materialize_grads=True)
+        self.check_gradient(gradient)
         return float((gradient.abs().sum(-1) * logits.abs().amax(-1)).sum())
 
     def checked(self, value: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
@@ -84,6 +86,15 @@ class BatchMetric:
             )
         return value
 
+    def check_gradient(self, *gradients: Tensor) -> None:
+        """Raise InputError if the metric's gradient is not finite although its value is."""
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            raise InputError(
+                f"The metric {self.name} has a gradient that is NaN or infinite, although its value is finite: "
+                "infinite numbers inside it (masked_fill(-inf), log or sqrt of 0) do that. Leave such logits out, by "
+                "indexing, or fill in a finite number."
+            )
+
     def _one(self, logits: Tensor) -> Tensor:
         value = self.function(logits)
         shown = f"The metric {self.name} "
@@ -98,6 +109,7 @@ class BatchMetric:
         return value.reshape(())
 
 
+@checked
 def metric(function: object, name: str | None = None) -> Metric:
     """Any differentiable function of the logits.
 
@@ -116,6 +128,7 @@ def metric(function: object, name: str | None = None) -> Metric:
     return Metric(name or str(getattr(function, "__name__", "metric")), lambda _model, _clean: function)
 
 
+@checked
 def logit_difference(correct: str | int, wrong: str | int, pos: int = -1) -> Metric:
     """Logit of one answer token minus that of another.
 
@@ -138,6 +151,7 @@ def logit_difference(correct: str | int, wrong: str | int, pos: int = -1) -> Met
     return Metric(f"logit_difference({correct!r}, {wrong!r}{_named(pos, -1)})", prepare)
 
 
+@checked
 def log_probability(answer: str | int, pos: int = -1) -> Metric:
     """Log-probability (natural logarithm) of an answer token; arguments and errors as in `logit_difference`."""
 
@@ -148,6 +162,7 @@ def log_probability(answer: str | int, pos: int = -1) -> Metric:
     return Metric(f"log_probability({answer!r}{_named(pos, -1)})", prepare)
 
 
+@checked
 def class_logit(index: int, pos: int | None = None) -> Metric:
     """One logit of a classifier.
 
@@ -157,12 +172,8 @@ def class_logit(index: int, pos: int | None = None) -> Metric:
             `[1, n_classes]`.
 
     Raises:
-        InputError: no whole number; with a model, a class or a position that it does not have.
+        InputError: no whole numbers; with a model, a class or a position that it does not have.
     """
-    try:
-        index = operator.index(index)
-    except TypeError as error:
-        raise InputError(f"class_logit: the class {index!r} is no whole number: give its index.") from error
 
     def prepare(_model: object, clean: Tensor) -> Function:
         if pos is None and clean.ndim != 2:
@@ -178,6 +189,7 @@ def class_logit(index: int, pos: int | None = None) -> Metric:
     return Metric(f"class_logit({index}{_named(pos, None)})", prepare)
 
 
+@checked
 def kl_divergence(pos: int = -1) -> Metric:
     """KL divergence of a run's next-token distribution from the clean run's, in nats: 0 on the clean run.
 
@@ -211,20 +223,16 @@ def _check_head(model: object) -> None:
         )
 
 
-def _position(logits: Tensor, pos: object) -> int:
+def _position(logits: Tensor, pos: int) -> int:
     if logits.ndim != 3:
         raise InputError(
             f"The model's output has shape {list(logits.shape)}, but this metric needs logits [1, pos, d_vocab]: use "
             "class_logit(), or metric() with a function of that output."
         )
     n_pos = logits.shape[1]
-    try:
-        number = operator.index(pos)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise InputError(f"pos={pos!r} is no whole number: give the number of a token, such as -1.") from error
-    if not -n_pos <= number < n_pos:
-        raise InputError(f"pos={number} is outside the prompt's {n_pos} tokens.")
-    return number % n_pos
+    if not -n_pos <= pos < n_pos:
+        raise InputError(f"pos={pos} is outside the prompt's {n_pos} tokens.")
+    return pos % n_pos
 
 
 def _token(model: object, answer: str | int, logits: Tensor) -> int:

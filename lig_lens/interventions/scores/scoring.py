@@ -15,20 +15,23 @@ from collections.abc import Sequence
 
 import torch
 
+from lig_lens.arguments import checked
 from lig_lens.blocks.known import Needs
 from lig_lens.choose import Selection
 from lig_lens.errors import InputError, check_choice
 from lig_lens.flow.effects import Effects
+from lig_lens.inputs.pairs import check_different
 from lig_lens.interventions import SCORED_BY
 from lig_lens.interventions.scores.score import Score, ScoredRun, sides
 from lig_lens.interventions.subject import read_subject
-from lig_lens.models.running import prepared
+from lig_lens.models.running import one_at_a_time, prepared
 from lig_lens.targets.metrics import Function, Metric
 from lig_lens.targets.metrics import metric as as_metric
 
 SCORES = SCORED_BY.names()
 
 
+@checked
 @torch.inference_mode(False)  # gradients are needed, whatever mode the caller is in
 def scores(
     model: object,
@@ -62,7 +65,8 @@ def scores(
     if corrupted is None:
         raise InputError("corrupted is None: attribution patching needs a second prompt of as many tokens.")
     subject = read_subject(model, [clean, corrupted], layers, prepend_bos)
-    with prepared(subject.model, subject.model), torch.no_grad():
+    check_different(*subject.prompts)
+    with one_at_a_time(subject.model), prepared(subject.model, subject.model), torch.no_grad():
         recorder = subject.recorder(Needs(formula=False, messages=True))
         runs = [recorder.run(inputs) for inputs in subject.prompts]
         ready = as_metric(metric).on(subject.model, runs[0].forward.output)

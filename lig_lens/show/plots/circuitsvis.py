@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lig_lens.arguments import checked
 from lig_lens.choose import find_places, of_flow
 from lig_lens.errors import InputError, optional
 from lig_lens.flow.flow import Flow
@@ -14,6 +15,7 @@ from lig_lens.show.plots.style import DIVERGING
 from lig_lens.show.text import show_token
 
 
+@checked
 def to_circuitsvis(flow: Flow, layer: int, heads: Sequence[int] | None = None) -> Any:
     """Shares of the attn map of one layer as CircuitsVis' `attention_heads`, in its order [head, dst, src].
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
+from lig_lens.arguments import checked
 from lig_lens.choose import find_places, of_flow
 from lig_lens.errors import InputError, check_choice
+from lig_lens.flow.compose import doubts
 from lig_lens.flow.consistency import Consistency
 from lig_lens.flow.flow import Flow
 from lig_lens.show.plots.facts import about, baselines, worst_gap
@@ -24,6 +26,7 @@ _MEASURES = {
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon")
 
 
+@checked
 def rollout_map(
     flow: Flow,
     start: int | None = None,
@@ -61,6 +64,7 @@ def rollout_map(
         *baselines(flow, ("attn", "mlp")),
         f"rule {rule}",
         worst_gap([flow], ("attn", "mlp")),
+        *doubts(flow, start, stop, rule),
         "a row adds up to 100%"
         if tokens is None
         else f"{len(shown.sources)} of {len(flow.tokens)} source tokens shown",
@@ -82,6 +86,7 @@ def rollout_map(
     )
 
 
+@checked
 def consistency_plot(
     results: Consistency | Sequence[Consistency], measure: str = "pearson", layers: Sequence[int] | None = None
 ) -> go.Figure:

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 import torch
 from numpy.typing import NDArray
 
+from lig_lens.arguments import checked
 from lig_lens.choose import find_places, of_argument, of_tokens
 from lig_lens.errors import InputError, MissingPackageError
 from lig_lens.flow.describe import averaged
@@ -36,6 +37,7 @@ _SIZE, _RIGHT = (600.0, 500.0), 90.0  # of the scatter plot, and its margin, int
 _OUTLYING, _NEAR = 0.2, 0.01  # shares of the largest: from the one on dots are named, below the other they count as 0
 
 
+@checked
 def effects_map(
     effects: Effects,
     layers: Sequence[int] | None = None,
@@ -145,6 +147,7 @@ def _strongest_edges(effects: Effects, values: Values, chosen: dict[str, list[in
     return found, [[name(row, column) for column in range(best.shape[1])] for row in range(best.shape[0])]
 
 
+@checked
 def agreement_scatter(
     score: Flow | Effects,
     effects: Effects,

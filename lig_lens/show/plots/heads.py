@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from lig_lens.arguments import checked
 from lig_lens.choose import find_places, of_flow
 from lig_lens.errors import InputError, check_choice
 from lig_lens.flow.flow import Flow
@@ -31,6 +32,7 @@ _TITLES = {
 }
 
 
+@checked
 def head_grid(
     flow: Flow,
     layers: Sequence[int] | None = None,
@@ -106,6 +108,7 @@ def head_grid(
     return draw(panels, down, across, f"<b>{_TITLES[map]}</b>: {given.what}", facts, n_columns=columns)
 
 
+@checked
 def head_map(
     flow: Flow,
     layer: int,

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
+from lig_lens.arguments import checked
 from lig_lens.choose import find_places, of_flow
 from lig_lens.errors import InputError, check_choice
 from lig_lens.flow.describe import describe
@@ -55,6 +56,7 @@ class _Table:
     cancels: Tensor | None = None
 
 
+@checked
 def importance(
     flow: Flow,
     layers: Sequence[int] | None = None,
@@ -206,6 +208,7 @@ def _divided(part: Tensor, total: Tensor) -> Tensor:
     return torch.where(total == 0, 0.0, part / total.masked_fill(total == 0, 1.0))
 
 
+@checked
 def gap_map(
     flow: Flow,
     map: str | None = None,

@@ -8,6 +8,8 @@ from itertools import accumulate, groupby, pairwise
 import numpy as np
 import plotly.graph_objects as go
 
+from lig_lens.arguments import checked
+from lig_lens.flow.compose import doubts
 from lig_lens.flow.flow import Flow
 from lig_lens.flow.routes import Path
 from lig_lens.names import head_name
@@ -65,6 +67,7 @@ class _Canvas:
     spacing: float
 
 
+@checked
 def paths_graph(
     flow: Flow,
     dst: int = -1,
@@ -133,6 +136,7 @@ def paths_graph(
             *baselines(flow, ("attn", "mlp")),
             f"rule {rule}",
             worst_gap([flow], ("attn", "mlp")),
+            *doubts(flow, first, stop, rule),
             f"{len(paths)} paths, together {signed_percent(held)} of the total",
             "width: weight of the paths through an edge",
         ],
