@@ -87,6 +87,8 @@ def chosen_numbers(what: str, values: Selection, count: int) -> tuple[int, ...]:
     Raises:
         InputError: none, no whole numbers, or one that is out of range.
     """
+    if isinstance(values, bool):
+        raise InputError(f"{what}s={values} is no number: leave it out for all, or name some, such as [0, 3].")
     try:
         several = None if values is None else [values] if isinstance(values, int) else list(values)
         chosen = None if several is None else [operator.index(value) for value in several]

@@ -4,6 +4,7 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lig_lens.errors import InputError
@@ -22,20 +23,18 @@ def is_batch(prompt: Any) -> bool:
     return not isinstance(prompt[0], numbers.Integral)
 
 
-def read_pairs(
-    model: HookedModel, prompt: Any, corrupted: Any, attention_mask: Any, prepend_bos: bool | None
-) -> list[Pair]:
+def read_pairs(model: HookedModel, prompt: Any, corrupted: Any, attention_mask: Any, prepend_bos: Any) -> list[Pair]:
     """Read prompts, and the corrupted prompt of each where there is one.
 
     Args:
         model: a hooked model.
         prompt: one, or several (see `is_batch`).
         corrupted: one for each, or None.
-        attention_mask: one for each, or None.
+        attention_mask: one for each, or None; it holds for the corrupted prompt too, where that is padded alike.
         prepend_bos: for texts; the tokenizer's own default with None.
 
     Raises:
-        InputError: what cannot be read, or prompts of different lengths.
+        InputError: what cannot be read, prompts of different lengths.
     """
     several = is_batch(prompt)
     prompts, others, masks = (
@@ -49,7 +48,10 @@ def read_pairs(
             clean = read_prompt(model, one, prepend_bos=prepend_bos, attention_mask=mask)
             second = None
             if other is not None:
-                second = read_prompt(model, other, prepend_bos=prepend_bos, what="corrupted prompt")
+                padded = mask if mask is not None and _as_long(other, one) else None
+                second = read_prompt(
+                    model, other, prepend_bos=prepend_bos, attention_mask=padded, what="corrupted prompt"
+                )
                 _check_same_length(clean, second)
         except InputError as error:
             where = f"Prompt {number} of {len(prompts)}: " if several else ""
@@ -70,7 +72,7 @@ def _one_each(several: bool, prompt: Any, value: Any, what: str = "prompt") -> l
     return list(value)
 
 
-def read_pair(model: HookedModel, clean: Any, other: Any, prepend_bos: bool | None) -> Pair:
+def read_pair(model: HookedModel, clean: Any, other: Any, prepend_bos: Any) -> Pair:
     """Read one prompt, and another of as many tokens if there is one.
 
     Raises:
@@ -92,3 +94,21 @@ def _check_same_length(clean: Inputs, corrupted: Inputs) -> None:
         f"so make them equally long. They part at position {part}: prompt {list(clean.tokens[part : part + 3])}, "
         f"corrupted {list(corrupted.tokens[part : part + 3])}."
     )
+
+
+def check_different(clean: Inputs, *others: Inputs) -> None:
+    """Raise InputError if nothing would move between a prompt and others, because all of them equal it."""
+    if others and all(other.record() == clean.record() for other in others):
+        raise InputError(
+            f"corrupted equals the prompt, {list(clean.tokens)}: nothing moves between them, so every number would be "
+            "0. Change a token of one of them."
+        )
+
+
+def _as_long(one: Any, other: Any) -> bool:
+    """Whether two prompts are token ids of one number, padding counted."""
+    return not isinstance(one, str) and not isinstance(other, str) and _count(one) == _count(other)
+
+
+def _count(ids: Any) -> int:
+    return int(torch.as_tensor(ids).numel())
