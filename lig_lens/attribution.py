@@ -25,14 +25,14 @@ from lig_lens.flow.flow import Flow
 from lig_lens.flow.labels import axes_of
 from lig_lens.hooked import HookedModel, check_hooked
 from lig_lens.inputs.inputs import Inputs
-from lig_lens.inputs.pairs import is_batch, read_pairs
+from lig_lens.inputs.pairs import check_different, is_batch, read_pairs
 from lig_lens.integrate.integrand import Budget
 from lig_lens.integrate.to_metric import Downstream
 from lig_lens.maps import MAPS, METRIC_MAPS
 from lig_lens.maps.job import Job
 from lig_lens.maps.map import Map
 from lig_lens.models.loading import check_evaluating, describe_processing, model_name
-from lig_lens.models.running import prepared
+from lig_lens.models.running import one_at_a_time, prepared
 from lig_lens.models.stack import Forward, stack_of
 from lig_lens.paths.baseline import Baseline, chosen_baseline, describe_baseline
 from lig_lens.paths.columns import Columns
@@ -124,20 +124,25 @@ def attribute(
     asked = {name: given[name] for name in Settings.model_fields}
     settings = Settings.of(**asked | {"target": as_target(target)})
     if out is not None:
+        if not isinstance(out, (str, os.PathLike)):
+            raise InputError(f"out={out!r} is no path: give the name of a file.")
         if is_batch(prompt):
             raise InputError("out is one file, for one prompt: call attribute() for each prompt, or save the Flows.")
         check_writable(out, "out")
-    check_evaluating(hooked)
-    pairs = read_pairs(hooked, prompt, corrupted, attention_mask, prepend_bos)
-    chosen = chosen_numbers("layer", layers, int(hooked.cfg.n_layers))
-    wanted = [chosen_numbers("destination", destinations, len(clean)) for clean, _ in pairs]
-    run = _Run(hooked, settings, chosen)
-    first = run.prepare(*pairs[0], wanted[0])
-    for clean, second in pairs[1:]:
-        run.check_prompt(first.values[chosen[0]], len(clean), second is not None)
-    rest = (run.prepare(*pair, dst) for pair, dst in zip(pairs[1:], wanted[1:], strict=True))
-    flows = [run.flow(job, out) for job in itertools.chain([first], rest)]
-    return flows if is_batch(prompt) else flows[0]
+    with one_at_a_time(hooked):
+        check_evaluating(hooked)
+        pairs = read_pairs(hooked, prompt, corrupted, attention_mask, prepend_bos)
+        for clean, second in pairs:
+            check_different(*(one for one in (clean, second) if one is not None))
+        chosen = chosen_numbers("layer", layers, int(hooked.cfg.n_layers))
+        wanted = [chosen_numbers("destination", destinations, len(clean)) for clean, _ in pairs]
+        run = _Run(hooked, settings, chosen)
+        first = run.prepare(*pairs[0], wanted[0])
+        for clean, second in pairs[1:]:
+            run.check_prompt(first.values[chosen[0]], len(clean), second is not None)
+        rest = (run.prepare(*pair, dst) for pair, dst in zip(pairs[1:], wanted[1:], strict=True))
+        flows = [run.flow(job, out) for job in itertools.chain([first], rest)]
+        return flows if is_batch(prompt) else flows[0]
 
 
 class _Run:
@@ -340,7 +345,12 @@ def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]]) -> None:
     # Refining all panels of a cell costs at most twice what was spent on it: one that could have paid for that has
     # only gaps that rounding can explain.
     rounded = sum(int((~c["converged"] & (3 * c["nodes"] <= settings.max_nodes)).sum()) for c in missed.values())
-    limited = f" {rounded} of them are limited by rounding: use a float64 model or a larger tol." if rounded else ""
+    limited = (
+        f" {rounded} of them are limited by rounding, which no max_nodes cures: use a larger tol, or a float64 model "
+        "(a Flow itself keeps float32, which rounds to about 1e-7)."
+        if rounded
+        else ""
+    )
     # Past wrappers that others put around our functions.
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _OUR_FRAMES:

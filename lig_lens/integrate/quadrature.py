@@ -49,6 +49,8 @@ _OF_MODES, _OF_DIFFERENCE = 1 / 30, 1 / 10
 # Length in t of the panels that a path starts with.
 PANEL_LENGTH = 4.0
 _NARROWEST = 1e-18
+# A change is resolved where rounding is at most this share of it.
+RESOLVED = 1e-3
 _NEWTON_STEPS = 5
 
 
@@ -87,9 +89,10 @@ class Integral:
     """Integrated parts with their error.
 
     `gap` adds the panels' gaps up without letting them cancel, so the plain completeness gap
-    |sum of parts - total| is never larger (beyond rounding). It is relative to |total|, or, where a cell moves
-    by less than rounding, to the smallest change that `tol` could be asked of. `error` estimates how far the
-    worst part is off, relative to the cell's largest part. A cell has converged when both are within `tol`.
+    |sum of parts - total| is never larger (beyond rounding). It is relative to `scale`: |total|, or, where a cell moves
+    by little more than rounding, the smallest change of which `RESOLVED` can be told. `error` estimates how far the
+    worst part is off, relative to the cell's largest part, or to that change. A cell has converged when both are within
+    the tolerance. Neither is measured in units of the tolerance, so that asking for more does not make them smaller.
     """
 
     parts: Float[Tensor, "dst group part"]
@@ -98,6 +101,7 @@ class Integral:
     error: Float[Tensor, "dst group"]
     converged: Bool[Tensor, "dst group"]
     nodes: Int[Tensor, "dst group"]
+    scale: Float[Tensor, "dst group"]
 
 
 def stretch(a: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
@@ -239,13 +243,15 @@ def integrate(
             halved.append(p.only(unfinished & ~extend[own]))
             extended += _extend(p, unfinished & extend[own], v)
         work = _halve(integrand, halved, s0, s1) + extended
-    # Rounding is allowed for by `noise`; a gap relative to less than that would be meaningless.
-    gap = gaps / torch.maximum(total.abs(), noise / tol)
-    error = errors / torch.maximum(largest, noise / tol)
+    # A gap relative to what rounding hides would be meaningless.
+    scale = torch.maximum(total.abs(), noise / RESOLVED)
+    gap, error = gaps / scale, errors / torch.maximum(largest, noise / RESOLVED)
     converged = (gap <= tol) & (error <= tol)
     # Where nothing moves, what is left of the scalar is rounding.
     total = torch.where(total.abs() <= noise, 0.0, total)
-    return Integral(parts, total.to(parts), gap.to(parts), error.to(parts), converged.to(parts.device), spent)
+    return Integral(
+        parts, total.to(parts), gap.to(parts), error.to(parts), converged.to(parts.device), spent, scale.to(parts)
+    )
 
 
 def _scalars(integrand: Integrand, dst: Tensor, a: Tensor) -> Tensor:

@@ -82,12 +82,12 @@ class Map(ABC):
             )
 
     def finished(self, job: Job, index: int, columns: Columns) -> Columns:
-        """Columns on the CPU.
+        """Columns as a Flow keeps them, with the gap of these very numbers.
 
         Raises:
             NonFiniteError: a contribution is NaN or infinite.
         """
-        columns = columns.cpu()
+        columns = columns.stored(job.budget.tol)
         parts = [columns.contributions, *(part for part in (columns.skip, columns.bias) if part is not None)]
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise NonFiniteError(
@@ -126,5 +126,5 @@ class DestinationMap(Map):
 
 def cells_of(integral: Integral) -> dict[str, Float[Tensor, "group dst"]]:
     """How certain an integral is, as `Columns` has it."""
-    names = ("total", "gap", "error", "converged", "nodes")
+    names = ("total", "gap", "error", "converged", "nodes", "scale")
     return {name: getattr(integral, name).T for name in names}

@@ -22,6 +22,7 @@ class Columns:
         error: estimated error of the worst contribution, relative to the largest.
         converged: whether both are within the tolerance.
         nodes: points of the path that were evaluated.
+        scale: what the gap is relative to, see `quadrature.Integral`.
         skip: what the skip connection contributes.
         bias: what the attention output's bias contributes.
     """
@@ -32,6 +33,7 @@ class Columns:
     error: Float[Tensor, "..."]
     converged: Bool[Tensor, "..."]
     nodes: Int[Tensor, "..."]
+    scale: Float[Tensor, "..."]
     skip: Float[Tensor, "..."] | None = None
     bias: Float[Tensor, "..."] | None = None
 
@@ -39,9 +41,25 @@ class Columns:
         """The same without the axis of heads, where that has length 1."""
         return self.each(lambda tensor: tensor[0])
 
-    def cpu(self) -> "Columns":
-        """The same on the CPU."""
-        return self.each(lambda tensor: tensor.cpu())
+    def stored(self, tol: float) -> "Columns":
+        """The same on the CPU in float32, as a Flow keeps them; the gap is at least what these numbers miss."""
+        kept = self.each(lambda tensor: tensor.cpu().float() if tensor.is_floating_point() else tensor.cpu())
+        summed = kept.summed()
+        scale = torch.where(self.scale.cpu() > 0, self.scale.cpu(), 1.0).double()
+        gap = torch.maximum(kept.gap, ((summed - kept.total.double()).abs() / scale).float())
+        return replace(kept, gap=gap, converged=kept.converged & (gap <= tol))
+
+    def summed(self) -> Float[Tensor, "..."]:
+        """Sum of all that should add up to the total, cell by cell, in float64."""
+
+        def of_cells(part: Tensor) -> Tensor:
+            if not self.total.ndim:  # one cell for everything
+                return part.double().sum()
+            return part.double().sum(-2) if part.ndim > self.total.ndim else part.double()
+
+        return sum(
+            (of_cells(part) for part in (self.skip, self.bias) if part is not None), of_cells(self.contributions)
+        )
 
     def cells_only(self) -> "Columns":
         """The same without contributions, which may be large."""

@@ -39,7 +39,6 @@ class ItbZeroRatio(Itb):
             gap=torch.maximum(columns.gap, zero.gap * (1 + share.abs())),
             error=torch.maximum(columns.error, zero.error * (1 + share.abs())),
             nodes=columns.nodes + zero.nodes,
-            converged=columns.converged & zero.converged,
         )
 
 
