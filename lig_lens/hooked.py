@@ -58,11 +58,15 @@ def missing_parts(model: object) -> list[str]:
 
 
 def check_hooked(model: object) -> HookedModel:
-    """Return `model` if it has the parts of a hooked model that are used here.
+    """Return `model`, or what `torch.compile` made it of, if it has the parts of a hooked model that are used here.
 
     Raises:
         InputError: it has not.
     """
+    # torch.compile wraps a model, whose hooks it would trace over and over; the numbers are the model's own.
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
+        model = compiled
     missing = missing_parts(model)
     if missing:
         raise InputError(

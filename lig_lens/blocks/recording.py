@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lig_lens.blocks.call import BlockCall, Seen
 from lig_lens.errors import BoundaryError, InputError
 from lig_lens.inputs.inputs import Inputs
+from lig_lens.models.randomness import no_random_numbers
 from lig_lens.models.running import HALF, Stop, first_tensor, module_hooks, submodules, torch_hooks
 from lig_lens.models.stack import Forward, Stack
 
@@ -111,10 +112,26 @@ def _watch(
             others = [layer for layer in range(len(stack)) if layer not in layers]
             pairs = [(stack.blocks[n], lambda _m, _a, output, n=n: ran(n, output), False) for n in others]
             on.enter_context(module_hooks(pairs))
+        last = None if whole else max(layers)
+        on.enter_context(no_random_numbers(stack.model.cfg.device, lambda: _result(stack, inputs, batch, last)))
         with torch.no_grad(), contextlib.suppress(Stop):
             output = stack.run(inputs, batch)
             forward = Forward(stack, inputs, output, [usual[n] for n in sorted(usual)])
     return Recording(results, forward)
+
+
+def _result(stack: Stack, inputs: Inputs, batch: int, last: int | None) -> Tensor:
+    """The output of block `last`, or of the model with None."""
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        found.append(first_tensor(output))
+        raise Stop
+
+    pairs = [] if last is None else [(stack.blocks[last], keep, False)]
+    with torch.no_grad(), module_hooks(pairs), contextlib.suppress(Stop):
+        found.append(stack.run(inputs, batch))
+    return found[0]
 
 
 class _Watcher:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lig_lens.arguments import checked
 from lig_lens.errors import InputError
 from lig_lens.hooked import HookedModel, check_hooked
 from lig_lens.models.packaged import INDUCTION, PACKAGED, quiet_transformers
@@ -17,11 +18,12 @@ _NAMES: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
 
+@checked
 def load_model(
     model: HookedModel | str | Path | object,
     *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
+    device: Any = None,
+    dtype: Any = None,
     load_weights: bool = True,
     hooked_transformer: bool = False,
 ) -> Any:
@@ -40,7 +42,8 @@ def load_model(
     them the contributions. The bridge gets TransformerLens' familiar hook names.
 
     Raises:
-        InputError: no such folder or hub id, an unknown dtype, or not a hooked model.
+        InputError: no such folder or hub id, an unknown dtype, a device that cannot be used here, or not a hooked
+            model.
         MissingPackageError: the packaged weights are not installed.
     """
     if not isinstance(model, (str, Path)):
@@ -53,8 +56,10 @@ def load_model(
     torch_dtype = _torch_dtype(dtype)
     try:
         device = None if device is None else torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"Unknown device {device!r}: use for example 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
+    if device is not None:
+        _check_device(device)
     name = str(model)
     if hooked_transformer:
         if name != "induction":
@@ -121,6 +126,14 @@ def _is_constant(norm: Any) -> bool:
     return isinstance(weight, Tensor) and bool((weight == weight.flatten()[0]).all())
 
 
+def _check_device(device: torch.device) -> None:
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"The device {str(device)!r} cannot be used here ({reason}): try device 'cpu'.") from error
+
+
 def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     if dtype is None:
         return torch.float32
@@ -169,7 +182,13 @@ def _hooked_induction(device: str | torch.device | None, dtype: torch.dtype) -> 
 
 def _folder_or_hub_id(name: str) -> Path | str:
     path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"No such model folder: {name[:80]!r}… ({error.args[-1]}). Give a folder or hub id."
+        ) from error
+    if is_folder:
         if not (path / "config.json").exists():
             raise InputError(f"The folder {name!r} has no config.json: give one saved with save_pretrained.")
         return path

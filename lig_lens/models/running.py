@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -89,6 +91,40 @@ def answering(module: nn.Module, output: Any) -> Iterator[None]:
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = before
+
+
+_LOCKS: "weakref.WeakKeyDictionary[Any, threading.RLock]" = weakref.WeakKeyDictionary()
+_LOCKS_GUARD = threading.Lock()
+
+
+@contextlib.contextmanager
+def one_at_a_time(model: HookedModel) -> Iterator[None]:
+    """Let threads use a model one after the other: hooks and held weights of one are there for all.
+
+    Autocast is off inside: it would integrate in half precision.
+    """
+    with _LOCKS_GUARD:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    kind = torch.device(str(model.cfg.device or "cpu")).type
+    with lock, torch.autocast(kind, enabled=False), _attributes_kept(model):
+        yield
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: HookedModel) -> Iterator[None]:
+    """Put back what modules note of a run: a bridge keeps its last pattern, with all that it was computed from."""
+    before = [(module, dict(module.__dict__)) for _, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        for module, kept in before:
+            for name, value in list(module.__dict__.items()):
+                if not isinstance(value, Tensor) or value is kept.get(name):
+                    continue
+                if name in kept:
+                    module.__dict__[name] = kept[name]
+                else:
+                    del module.__dict__[name]
 
 
 @contextlib.contextmanager
