@@ -4,12 +4,14 @@ from .blocks.block import BlockBoundaries as BlockBoundaries
 from .blocks.describe import describe_boundaries as describe_boundaries
 from .errors import BoundaryError as BoundaryError
 from .errors import CancellationWarning as CancellationWarning
+from .errors import CollapseWarning as CollapseWarning
 from .errors import ConvergenceWarning as ConvergenceWarning
 from .errors import FlowFileError as FlowFileError
 from .errors import InputError as InputError
 from .errors import LigLensError as LigLensError
 from .errors import MissingPackageError as MissingPackageError
 from .errors import NonFiniteError as NonFiniteError
+from .errors import OutputError as OutputError
 from .flow.average import average as average
 from .flow.consistency import consistency_table as consistency_table
 from .flow.effects import Effects as Effects

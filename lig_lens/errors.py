@@ -31,12 +31,23 @@ class FlowFileError(LigLensError, ValueError):
     """A saved Flow is damaged, is not a Flow, or has a newer schema than this version reads."""
 
 
+class OutputError(LigLensError, OSError):
+    """A file cannot be written: no room on the disk, or another failure of it."""
+
+    def __str__(self) -> str:
+        return str(self.args[1]) if len(self.args) > 1 else super().__str__()
+
+
 class ConvergenceWarning(UserWarning):
     """Some cells missed the requested completeness tolerance within the node budget."""
 
 
 class CancellationWarning(UserWarning):
     """Shares of a step divide by a sum whose terms nearly cancel: they are large and of both signs."""
+
+
+class CollapseWarning(UserWarning):
+    """Shares were multiplied through layers without what each token keeps: all destinations end alike."""
 
 
 def check_choice(what: str, value: object, valid: Sequence[str]) -> str:

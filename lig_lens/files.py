@@ -1,54 +1,141 @@
 """Output files: checked before the work starts, replaced in one step when it is done."""
 
 import contextlib
+import hashlib
 import os
-from collections.abc import Iterator
+import platform
+import secrets
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lig_lens.errors import InputError
+from lig_lens.errors import InputError, OutputError
 
 
 def check_writable(path: str | os.PathLike[str], what: str = "output") -> Path:
-    """Return `path` if a file can be written there, without touching the disk.
+    """Return `path` if a file can be written there; a file beside it is made, and removed again, to find out.
 
     Args:
         path: the file to be written later; it may exist already.
         what: how to call it in the message, such as a flag's name.
 
     Raises:
-        InputError: no such folder, not a folder, a folder where a file should go, or no permission.
+        InputError: no such folder, not a folder, a folder where a file should go, no permission, or a place or name
+            that the file system does not take.
     """
-    file = Path(path)
-    shown = repr(os.fspath(path))
-    if not file.name or file.is_dir():
+    file, shown = Path(path), repr(os.fspath(path))
+    if not os.fspath(path):
+        raise InputError(f"{what}: the path is empty: give the name of a file.")
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}…"
+    try:
+        there = os.stat(file).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        there = None
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a null character
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{what}: cannot write {shown}: {reason}: choose another path.") from error
+    if not file.name or (there is not None and stat.S_ISDIR(there)):
         raise InputError(f"{what}: {shown} is a folder: give the name of a file in it.")
     parent = file.parent
     if not parent.exists():
         raise InputError(f"{what}: cannot write {shown}: the folder {str(parent)!r} does not exist: create it.")
     if not parent.is_dir():
         raise InputError(f"{what}: cannot write {shown}: {str(parent)!r} is a file, not a folder: choose another.")
+    if there is not None and not stat.S_ISREG(there):
+        return file  # a pipe or a device
     blocked = parent if not os.access(parent, os.W_OK | os.X_OK) else None
-    if blocked is None and file.exists() and not os.access(file, os.W_OK):
+    if blocked is None and there is not None and not os.access(file, os.W_OK):
         blocked = file
     if blocked is not None:
         raise InputError(f"{what}: cannot write {shown}: no permission to write {str(blocked)!r}: choose another path.")
+    target = Path(os.path.realpath(file))
+    tried = _beside(target)
+    try:
+        tried.touch(exist_ok=False)
+        tried.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{what}: cannot write {shown}: {os.strerror(error.errno or 0)} in {str(target.parent)!r}: choose another "
+            "path."
+        ) from error
     return file
+
+
+def check_apart(output: str | os.PathLike[str], what: str, inputs: Mapping[str, str | os.PathLike[str] | None]) -> None:
+    """Raise InputError if an output would take the place of something that is read.
+
+    Args:
+        output: path of the file to be written.
+        what: how to call it in the message.
+        inputs: paths of files that are read, by what they are called; None for what is not given.
+    """
+    for name, path in inputs.items():
+        if path is not None and os.path.realpath(path) == os.path.realpath(output):
+            raise InputError(
+                f"{what} {os.fspath(output)!r} is {name} itself, and would take its place: give another path."
+            )
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give the name of a file beside `path`, which takes its place at the end if nothing was raised.
 
+    What a process that was killed left of an earlier try is removed first.
+
     Raises:
         InputError: `path` cannot be written (see `check_writable`).
+        OutputError: no room, or another failure of the disk while it is written.
     """
     target = Path(os.path.realpath(check_writable(path)))  # keep a symbolic link a link
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    _remove_left_over(target)
+    beside = _beside(target)
     try:
         yield beside
         os.replace(beside, target)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OutputError(
+            error.errno,
+            f"Cannot write {os.fspath(path)!r}: {os.strerror(error.errno)}. Nothing of it was kept: make room, or give "
+            "another path",
+        ) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def _beside(target: Path) -> Path:
+    """A new name beside a file, which tells whose it is."""
+    return target.with_name(f"{_stem(target)}{os.getpid()}.{secrets.token_hex(4)}.tmp")  # threads write too
+
+
+def _stem(target: Path) -> str:
+    """How names beside a file begin on this machine: not with its own name, which may be as long as names can be."""
+    of_file, of_machine = (hashlib.sha256(x).hexdigest() for x in (os.fsencode(target.name), platform.node().encode()))
+    return f".lig_lens.{of_file[:12]}.{of_machine[:8]}."
+
+
+def _remove_left_over(target: Path) -> None:
+    """Remove what processes of this machine that run no more left of a file."""
+    if os.name != "posix":  # elsewhere, asking whether a process runs may end it
+        return
+    stem = _stem(target)
+    for left in target.parent.glob(f"{stem}*.tmp"):
+        number = left.name[len(stem) :].partition(".")[0]
+        if number.isdigit() and not _runs(int(number)):
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another user's
+    return True
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:

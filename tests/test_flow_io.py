@@ -63,14 +63,24 @@ def test_files_of_schema_1_stay_readable(tmp_path, name, flow):
     for group in ("total", "gap", "converged"):
         for map_name in flow.maps:  # sums, which another machine may round otherwise
             torch.testing.assert_close(getattr(again, group)[map_name], getattr(flow, group)[map_name])
-    # What is written today has the same bytes.
-    assert again.save(tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+    # What is written today is the same, with a checksum.
+    again.save(tmp_path / "again.safetensors")
+    (old, tensors), (new, others) = read_raw(path), read_raw(tmp_path / "again.safetensors")
+    assert len(new.pop("sha256")) == 64
+    assert json.loads(new["lig_lens"]) == json.loads(old["lig_lens"]) | {"checksummed": True}
+    assert tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
+def read_raw(path):
+    with safe_open(path, framework="pt") as stored:
+        return stored.metadata(), {name: stored.get_tensor(name).clone() for name in stored.keys()}
 
 
 def _rewrite_header(path, change):
-    with safe_open(path, framework="pt") as stored:
-        header = json.loads(stored.metadata()["lig_lens"])
-        tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}
+    """As a file of before there were checksums."""
+    metadata, tensors = read_raw(path)
+    header = json.loads(metadata["lig_lens"])
+    del header["checksummed"]
     change(header, tensors)
     save_file(tensors, path, metadata={"lig_lens": json.dumps(header)})
 
@@ -163,7 +173,7 @@ def test_paths_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="is a file, not a folder"):
         check_writable(tmp_path / "file" / "x")
     with pytest.raises(InputError, match="is a folder"):
-        check_writable("")
+        check_writable(".")
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(InputError, match=r"no permission to write .*: choose another path"):
         check_writable(tmp_path / "x")

@@ -7,7 +7,7 @@ import typer
 
 from lig_lens.cli.configs import CircuitConfig
 from lig_lens.cli.flags import with_flags
-from lig_lens.cli.shared import load, say_written
+from lig_lens.cli.shared import Outputs, load
 
 if TYPE_CHECKING:
     from lig_lens.flow.effects import Effects
@@ -20,17 +20,15 @@ def patch(settings: CircuitConfig) -> None:
     from lig_lens.show.summary import summarize_effects
 
     effects = _intervene(load(settings), settings, None)
-    written = []
-    if settings.json_path is not None:
-        effects.to_json(settings.json_path)
-        written.append(settings.json_path)
+    outputs = Outputs()
+    outputs.write(settings.json_path, effects.to_json)
     if settings.html is not None:
         from lig_lens.show.plots import effects_map, write_html
 
-        write_html(effects_map(effects), settings.html, title=f"lig_lens: {settings.clean}")
-        written.append(settings.html)
+        title = f"lig_lens: {settings.clean}"
+        outputs.write(settings.html, lambda path: write_html(effects_map(effects), path, title=title))
     typer.echo(summarize_effects(effects, settings.top))
-    say_written(written, settings)
+    outputs.tell(settings)
 
 
 @with_flags(CircuitConfig)
@@ -58,20 +56,19 @@ def compare(settings: CircuitConfig) -> None:
         union = sorted({edge for score in found.values() for edge in patching.top_edges(score, settings.edges)})
     effects = _intervene(model, settings, union)
     table = compare_table(found, effects, k=settings.top)
-    written = []
-    if settings.json_path is not None:
-        rows = {name: {k: v if v == v else None for k, v in row.items()} for name, row in table.T.to_dict().items()}
-        document = {"effects": json.loads(effects.to_json()), "agreement": rows}
-        write_atomic(settings.json_path, (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode())
-        written.append(settings.json_path)
+    outputs = Outputs()
+    rows = {name: {k: v if v == v else None for k, v in row.items()} for name, row in table.T.to_dict().items()}
+    document = {"effects": json.loads(effects.to_json()), "agreement": rows}
+    data = (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    outputs.write(settings.json_path, lambda path: write_atomic(path, data))
     if settings.html is not None:
         from lig_lens.show.plots import agreement_scatter, effects_map, write_html
 
         figures = [agreement_scatter(score, effects, name=name) for name, score in found.items()]
-        write_html([*figures, effects_map(effects)], settings.html, title=f"lig_lens: {settings.clean}")
-        written.append(settings.html)
+        title = f"lig_lens: {settings.clean}"
+        outputs.write(settings.html, lambda path: write_html([*figures, effects_map(effects)], path, title=title))
     typer.echo(summarize_agreement(table, effects))
-    say_written(written, settings)
+    outputs.tell(settings)
 
 
 def _metric(settings: CircuitConfig) -> "Metric":

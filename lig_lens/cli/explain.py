@@ -1,13 +1,12 @@
 """The command `lig-lens explain`."""
 
-import os
 from typing import Annotated, cast
 
 import typer
 
 from lig_lens.cli.configs import ExplainConfig
 from lig_lens.cli.flags import with_flags
-from lig_lens.cli.shared import load, say_written, terminal_width
+from lig_lens.cli.shared import Outputs, load, terminal_width
 from lig_lens.errors import InputError
 
 
@@ -25,21 +24,12 @@ def explain(
 
     flow = cast(Flow, attribute(load(settings), text, **settings.attribute_arguments()))  # one text gives one Flow
     # Written before anything is printed, so that a closed pipe costs no result.
-    written: list[str | os.PathLike[str]] = []
-    too_large: InputError | None = None
-    if settings.out is not None:
-        written.append(flow.save(settings.out))
-    if settings.json_path is not None:
-        flow.to_json(settings.json_path)
-        written.append(settings.json_path)
+    outputs = Outputs()
+    outputs.write(settings.out, flow.save)
+    outputs.write(settings.json_path, flow.to_json)
     if settings.html is not None:
         from lig_lens.show.explorer import write_explorer
 
-        try:
-            written.append(write_explorer(flow, settings.html, title=f"lig_lens: {text}"))
-        except InputError as error:
-            too_large = error  # which should not cost what was computed
+        outputs.write(settings.html, lambda path: write_explorer(flow, path, title=f"lig_lens: {text}"))
     typer.echo(summarize(flow, terminal_width()))
-    say_written(written, settings)
-    if too_large is not None:
-        raise too_large
+    outputs.tell(settings)

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from lig_lens.cli.configs import RunConfig, load_config, merge_settings, parse_settings
 from lig_lens.errors import InputError
 from lig_lens.fields import Section, fields_of, flag_of, help_of, type_of
-from lig_lens.files import check_writable
+from lig_lens.files import check_apart, check_writable
 
 _Config = TypeVar("_Config", bound=RunConfig)
 
@@ -61,6 +61,7 @@ def read_settings(kind: type[_Config], config: str | None, flags: dict[str, Any]
     for flag, path in settings.files().items():
         if path is not None:
             check_writable(path, flag)
+            check_apart(path, flag, {"the config that was read": config})
     return settings
 
 

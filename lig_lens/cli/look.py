@@ -10,7 +10,7 @@ from lig_lens.cli.configs import RunConfig
 from lig_lens.cli.flags import option
 from lig_lens.cli.shared import terminal_width
 from lig_lens.fields import help_of
-from lig_lens.files import check_writable
+from lig_lens.files import check_apart, check_writable
 
 
 def boundaries(
@@ -44,6 +44,8 @@ def view(
     """Open saved Flows in the explorer: several prompts, or several baselines of one."""
     page = html if html is not None else str(Path(flows[0]).with_suffix(".html"))
     check_writable(page, "--html")
+    for path in flows:
+        check_apart(page, "--html", {"the Flow to be shown": path})
     from lig_lens.flow.flow import Flow
     from lig_lens.show.explorer import write_explorer
 

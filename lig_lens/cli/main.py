@@ -18,7 +18,7 @@ import lig_lens
 from lig_lens.cli.circuits import compare, patch
 from lig_lens.cli.explain import explain
 from lig_lens.cli.look import boundaries, view
-from lig_lens.errors import FlowFileError, InputError, MissingPackageError, NonFiniteError
+from lig_lens.errors import FlowFileError, InputError, MissingPackageError, NonFiniteError, OutputError
 
 _BAD_INPUT = (InputError, MissingPackageError, FlowFileError, NonFiniteError)
 # Newer typer carries its own copy of click, older typer uses the package: find the base of what is raised.
@@ -76,6 +76,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, f"{message} See lig-lens --help.", 2)
     except _BAD_INPUT as error:
         return _fail(error, str(error), 2)
+    except OutputError as error:
+        return _fail(error, str(error), 1)
     except (KeyboardInterrupt, typer.Abort) as error:
         return _fail(error, "Interrupted.", 1)
     except BrokenPipeError:
@@ -101,7 +103,7 @@ def _wants_traceback() -> bool:
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
     """Print the package's own warnings as one line, without a source line that means nothing to a user."""
-    from lig_lens.errors import CancellationWarning, ConvergenceWarning
+    from lig_lens.errors import CancellationWarning, CollapseWarning, ConvergenceWarning
 
     shown = warnings.showwarning
 
@@ -113,7 +115,7 @@ def _one_line_warnings() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if issubclass(category, (CancellationWarning, ConvergenceWarning)):
+        if issubclass(category, (CancellationWarning, CollapseWarning, ConvergenceWarning)):
             print(f"lig-lens: warning: {' '.join(str(message).split())}", file=sys.stderr)
         else:
             shown(message, category, filename, lineno, file, line)

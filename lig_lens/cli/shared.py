@@ -1,9 +1,8 @@
 """What several commands do: load the model, say what was written, fit a table into the terminal."""
 
-import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -20,30 +19,45 @@ def load(settings: RunConfig) -> Any:
     """
     from lig_lens.models.loading import load_model
 
-    if settings.device is not None:
-        _check_device(settings.device)
     return load_model(settings.model, device=settings.device, dtype=settings.dtype)
 
 
-def say_written(written: Sequence[str | os.PathLike[str]], settings: RunConfig) -> None:
-    """Name the files that were written, or the flags that write one."""
-    if written:
-        typer.echo(f"Wrote {', '.join(str(path) for path in written)}")
-        return
-    *first, last = settings.files()
-    typer.echo(f"No file written; {', '.join(first)} and {last} write one.")
+class Outputs:
+    """The files that a command writes. Each may fail for itself, which costs neither the others nor what is printed."""
+
+    def __init__(self) -> None:
+        self._written: list[str] = []
+        self._failed: list[InputError | OSError] = []
+
+    def write(self, path: str | None, how: Callable[[str], object]) -> None:
+        """Write a file, if it was asked for."""
+        if path is None:
+            return
+        try:
+            how(path)
+        except (InputError, OSError) as error:
+            self._failed.append(error)
+        else:
+            self._written.append(path)
+
+    def tell(self, settings: RunConfig) -> None:
+        """Name the files that were written, or the flags that write one; call it when all else is printed.
+
+        Raises:
+            InputError: a result that a file cannot hold.
+            OSError: a file that could not be written.
+        """
+        if self._written:
+            typer.echo(f"Wrote {', '.join(self._written)}")
+        elif not self._failed:
+            *first, last = settings.files()
+            typer.echo(f"No file written; {', '.join(first)} and {last} write one.")
+        for error in self._failed[:-1]:
+            typer.echo(f"lig-lens: error: {error}", err=True)
+        if self._failed:
+            raise self._failed[-1]
 
 
 def terminal_width() -> int | None:
     """Columns of the terminal, or None where the output is piped."""
     return max(60, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=torch.device(device))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--device {device!r} cannot be used here ({reason}): try --device cpu.") from error

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lig_lens.choose import Words, find_places
-from lig_lens.errors import CancellationWarning, InputError, check_whole
+from lig_lens.errors import CancellationWarning, CollapseWarning, InputError, check_whole
 from lig_lens.flow import rules
 from lig_lens.flow.data import FlowData
 from lig_lens.flow.rules import Edges
@@ -63,22 +63,56 @@ def shares(flow: FlowData, rule: str = "conserving", rows: Sequence[int] | None 
 
     Warns:
         CancellationWarning: a sum is less than 1 / CANCELS of what is added up in it.
+        CollapseWarning: several layers, and nothing stays in place in any of them.
     """
     found = edges(flow, rule)
+    used = range(len(flow.layers)) if rows is None else rows
     total = found.heads.sum((1, 2)) + found.skip
     size = found.heads.abs().sum((1, 2)) + found.skip.abs()
     # Of float32 contributions.
     rounding = torch.finfo(torch.float32).eps * math.prod(found.heads.shape[1:3])
     rests = total.abs() <= rounding * size.amax(-1, keepdim=True)
     divisor = total.masked_fill(rests, 1.0)
-    _warn_of_cancelling(flow, torch.where(rests, 1.0, size / divisor.abs()), rows)
+    _warn_of_cancelling(flow, torch.where(rests, 1.0, size / divisor.abs()), used)
+    if _collapses(found, used):
+        warnings.warn(
+            f"With mlp_baseline={flow.settings.get('mlp_baseline')!r} and rule {rule!r} nothing of a token stays with "
+            f"it: through {len(used)} layers all destinations come to be made of the same tokens, whatever the model "
+            "does. Ask attribute() for mlp_baseline='zero', which counts the skip connection, and take the rule "
+            "'conserving'.",
+            CollapseWarning,
+            stacklevel=4,  # the caller of Flow.rollout, Flow.paths or Flow.graph
+        )
     heads = torch.where(rests[:, None, None], 0.0, found.heads / divisor[:, None, None])
     return Edges(heads, torch.where(rests, 1.0, found.skip / divisor))
 
 
-def _warn_of_cancelling(flow: FlowData, times: Float[Tensor, "layer dst"], rows: Sequence[int] | None) -> None:
+def _collapses(found: Edges, rows: Sequence[int]) -> bool:
+    """Whether several layers leave nothing where it was."""
+    skip, heads = found.skip[list(rows)].abs(), found.heads[list(rows)].abs()
+    return len(rows) > 1 and bool((skip <= 1e-6 * heads.sum((1, 2)).amax(-1, keepdim=True)).all())
+
+
+def doubts(flow: FlowData, start: int | None, stop: int | None, rule: str) -> list[str]:
+    """What a figure of shares through the layers has to say against itself, in a few words each."""
+    rows, found = span(flow, start, stop), edges(flow, rule)
+    total = (found.heads.sum((1, 2)) + found.skip)[list(rows)].abs()
+    size = (found.heads.abs().sum((1, 2)) + found.skip.abs())[list(rows)]
+    # Sums that are rounding are set aside, as in `shares`.
+    told = total > torch.finfo(torch.float32).eps * math.prod(found.heads.shape[1:3]) * size.amax(-1, keepdim=True)
+    cancelling = int((told & (size > CANCELS * total)).sum())
+    said = []
+    if _collapses(found, rows):
+        said.append("<b>no skip connection: rows become alike</b>, use mlp_baseline='zero'")
+    if cancelling:
+        said.append(
+            f"<b>contributions nearly cancel in {cancelling} of {total.numel()} steps</b>: shares are unreliable"
+        )
+    return said
+
+
+def _warn_of_cancelling(flow: FlowData, times: Float[Tensor, "layer dst"], rows: Sequence[int]) -> None:
     """Warn where the terms of a sum are `times` as large as the sum."""
-    rows = range(len(flow.layers)) if rows is None else rows
     times = times[list(rows)]
     count = int((times > CANCELS).sum())
     if not count:

@@ -9,6 +9,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lig_lens.arguments import checked
 from lig_lens.choose import find_places, of_flow
 from lig_lens.errors import InputError, check_choice
 from lig_lens.flow.labels import CELLS, TENSORS, Axes, axes_of
@@ -97,6 +98,7 @@ class FlowData:
         """Whether the dst axis stands for all positions, in order."""
         return self.destinations == tuple(range(len(self.tokens)))
 
+    @checked
     def columns(self, map: str = "attn") -> Float[Tensor, "layer *rest dst"]:
         """Return the terms that add up to `total[map]`, along the axis before the last.
 
@@ -119,6 +121,7 @@ class FlowData:
         tensor: Tensor = getattr(self, map)
         return tensor
 
+    @checked
     def shares(self, map: str = "attn") -> Float[Tensor, "layer *rest dst"]:
         """Columns divided by their sum, so that each adds up to 1; axes as in `columns`.
 
@@ -142,6 +145,7 @@ class FlowData:
         vanishing = column_sum.abs() <= rounding
         return torch.where(vanishing, torch.zeros_like(terms), terms / column_sum.masked_fill(vanishing, 1.0))
 
+    @checked
     def to_tl(self, map: str = "attn") -> Float[Tensor, "layer *head dst src"]:
         """Contributions in TransformerLens' order: attn "layer head dst src", block "layer dst src".
 
@@ -155,6 +159,7 @@ class FlowData:
             raise InputError("The 'mlp' map has no source axis to transpose: use flow.mlp, or map='attn' or 'block'.")
         return rearrange(terms, "... src dst -> ... dst src").contiguous()
 
+    @checked
     def top(self, k: int, map: str = "attn", layer: int | None = None) -> list[Edge]:
         """Find the k strongest contributions by absolute value, strongest first; ties in index order.
 
@@ -202,6 +207,7 @@ class FlowData:
             share=share,
         )
 
+    @checked
     def worst_gap(self, map: str | None = None) -> float:
         """Largest relative completeness gap of one map, or of all of them.
 
@@ -217,6 +223,7 @@ class FlowData:
         masks = [self.converged[name] for name in self.maps]
         return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
+    @checked
     def select(self: F, layers: tuple[int, ...] | None = None, destinations: tuple[int, ...] | None = None) -> F:
         """Keep only some layers (block numbers) or destinations (positions), in the order given.
 
@@ -341,3 +348,31 @@ def _ranges(numbers: tuple[int, ...]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+# How far the sums of a file without checksum may be off: beyond their gap, relative to the map's largest total.
+_SLACK = 1e-3
+
+
+def check_sums(flow: FlowData) -> None:
+    """Check a Flow against itself: contributions against their totals, and gaps against what has converged.
+
+    Raises:
+        InputError: numbers that cannot belong together.
+    """
+    for name in flow.maps:
+        terms, total, gap = flow.columns(name).double(), flow.total[name].double(), flow.gap[name].double()
+        if flow.metric is None:
+            found, rounding = terms.sum(-2), terms.abs().sum(-2)
+        else:
+            parts = [terms.flatten(1)] + ([] if flow.skip is None else [flow.skip.double().flatten(1)])
+            found, rounding = torch.cat(parts, 1).sum(1), torch.cat(parts, 1).abs().sum(1)
+        allowed = gap * total.abs() + _SLACK * total.abs().max() + 1e-5 * rounding
+        wrong = ~((found - total).abs() <= allowed)
+        if bool(wrong.any()):
+            at = tuple(wrong.nonzero()[0].tolist())
+            summed, told = float(found[at]), float(total[at])
+            raise InputError(f"{name} adds up to {summed:.6g} at {list(at)}, and its total there is {told:.6g}.")
+        tol = flow.settings.get("tol")
+        if isinstance(tol, float) and bool((flow.converged[name] & ~(gap <= tol * (1 + 1e-6))).any()):
+            raise InputError(f"{name} is marked as converged where its gap is above tol={tol:g}.")

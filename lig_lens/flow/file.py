@@ -2,10 +2,11 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,8 +31,13 @@ def save(flow: FlowData, path: str | os.PathLike[str]) -> Path:
         tensors |= {f"{group}.{name}": value for name, value in getattr(flow, group).items()}
     # safetensors refuses tensors that share memory, which slices of one result may do.
     tensors = {name: value.clone() for name, value in tensors.items()}
-    labels = {name: getattr(flow, name) for name in LABELS}
-    return write_atomic(path, safetensors_bytes(tensors, metadata=_metadata(labels)))
+    head = _head({name: getattr(flow, name) for name in LABELS})
+    stored = {name: _numbers(value) for name, value in tensors.items()}
+    return write_atomic(path, safetensors_bytes(tensors, metadata=_metadata(head, _checksum(head, stored))))
+
+
+# Of the length of one; it is filled in at the end.
+_NO_CHECKSUM = "-" * 64
 
 
 class GrowingFile:
@@ -43,7 +49,8 @@ class GrowingFile:
 
     def __init__(self, stream: BinaryIO, labels: Mapping[str, object], shapes: Mapping[str, Sequence[int]]) -> None:
         self._stream, self._shapes, self._starts = stream, shapes, {}
-        entries: dict[str, object] = {"__metadata__": _metadata(labels)}
+        self._head = _head(labels)
+        entries: dict[str, object] = {"__metadata__": _metadata(self._head, _NO_CHECKSUM)}
         end = 0
         # safetensors wants large elements first.
         for name in sorted(shapes, key=_dtype, reverse=True):
@@ -52,7 +59,7 @@ class GrowingFile:
             entries[name] = {"dtype": _dtype(name), "shape": list(shapes[name]), "data_offsets": [start, end]}
         header = json.dumps(entries, ensure_ascii=False, allow_nan=False).encode()
         header += b" " * (-len(header) % 8)
-        self._offset = 8 + len(header)
+        self._offset, self._checksum_at = 8 + len(header), 8 + header.index(_NO_CHECKSUM.encode())
         stream.write(len(header).to_bytes(8, "little") + header)
         if hasattr(os, "posix_fallocate"):
             try:
@@ -71,6 +78,20 @@ class GrowingFile:
         self._stream.seek(self._offset + self._starts[name] + index * data.nbytes)
         self._stream.write(data.data)
 
+    def finish(self) -> None:
+        """Add the checksum, once all is there."""
+        found = _checksum(self._head, {name: self._stored(name) for name in self._starts})
+        self._stream.seek(self._checksum_at)
+        self._stream.write(found.encode())
+
+    def _stored(self, name: str) -> Iterator[bytes]:
+        """The numbers of a tensor, layer by layer."""
+        count, *shape = self._shapes[name]
+        size = math.prod(shape) * (4 if _dtype(name) == "F32" else 1)
+        for index in range(count):
+            self._stream.seek(self._offset + self._starts[name] + index * size)
+            yield self._stream.read(size)
+
 
 @contextlib.contextmanager
 def growing(
@@ -87,8 +108,10 @@ def growing(
         InputError: `path` cannot be written.
         OSError: no room for the file.
     """
-    with replacing(path) as beside, open(beside, "wb") as stream:
-        yield GrowingFile(stream, labels, shapes)
+    with replacing(path) as beside, open(beside, "w+b") as stream:
+        file = GrowingFile(stream, labels, shapes)
+        yield file
+        file.finish()
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -97,13 +120,43 @@ def _dtype(name: str) -> str:
     return "BOOL" if name.startswith("converged") else "F32"
 
 
-def _metadata(labels: Mapping[str, object]) -> dict[str, str]:
-    return {"lig_lens": json.dumps(header_of(labels), ensure_ascii=False, allow_nan=False)}
+def _head(labels: Mapping[str, object]) -> str:
+    return json.dumps({**header_of(labels), "checksummed": True}, ensure_ascii=False, allow_nan=False)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Labels and tensors of a saved Flow, as arguments for `Flow`; see `Flow.load`."""
+def _metadata(head: str, checksum: str) -> dict[str, str]:
+    return {"lig_lens": head, "sha256": checksum}
+
+
+def _numbers(tensor: Tensor) -> Iterator[Any]:
+    """The numbers of a tensor as buffers, layer by layer, since all of them may not fit into memory twice."""
+    for layer in tensor if tensor.ndim > 1 else [tensor]:
+        yield layer.detach().cpu().contiguous().numpy()
+
+
+def _checksum(head: str, tensors: Mapping[str, Iterable[Any]]) -> str:
+    """SHA-256 over the labels, and over the names and numbers of all tensors in the order of their names."""
+    digest = hashlib.sha256(head.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        for piece in tensors[name]:
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """Labels and tensors of a saved Flow, as arguments for `Flow`, and whether a checksum vouches for them.
+
+    See `Flow.load`.
+    """
     file, shown = Path(path), repr(os.fspath(path))
+    try:
+        file.stat()
+    except (OSError, ValueError) as error:
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise FlowFileError(
+                f"{shown[:200]} cannot be read ({error.args[-1]}): give a file that Flow.save wrote."
+            ) from error
     if not file.is_file():
         kind = "is a folder, not a Flow file" if file.is_dir() else "does not exist"
         raise FlowFileError(f"{shown} {kind}: give a file that Flow.save wrote.")
@@ -122,8 +175,16 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             "give one that Flow.save wrote."
         )
     header = parse_header(metadata["lig_lens"], shown)
+    checked = header.checksummed or "sha256" in metadata  # older files have none
+    if checked:
+        stored = {name: _numbers(tensor) for name, tensor in tensors.items()}
+        if metadata.get("sha256") != _checksum(metadata["lig_lens"], stored):
+            raise FlowFileError(
+                f"{shown} is damaged: its labels and numbers are not those that were written (checksum). Take a copy "
+                "of it, or compute the Flow again."
+            )
     fields = {name: getattr(header, name) for name in LABELS}
-    return fields, _group(tensors, shown)
+    return fields, _group(tensors, shown), checked
 
 
 def _group(tensors: dict[str, Tensor], shown: str) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 import lig_lens
+from lig_lens.arguments import checked
 from lig_lens.errors import FlowFileError, InputError
 from lig_lens.flow import compose, consistency, file, routes
 from lig_lens.flow.consistency import Consistency
-from lig_lens.flow.data import FlowData
+from lig_lens.flow.data import FlowData, check_sums
 from lig_lens.flow.routes import Path as Route
 from lig_lens.flow.to_json import json_of
 from lig_lens.flow.to_networkx import graph_of
@@ -77,6 +78,7 @@ class Flow(FlowData):
             cannot hold.
     """
 
+    @checked
     def compose(self, rule: str = "product") -> Float[Tensor, "layer src dst"]:
         """Block map put together from the attn and mlp maps.
 
@@ -90,7 +92,8 @@ class Flow(FlowData):
         """
         return compose.compose(self, rule)
 
-    def consistency(self, direct: "Flow | None" = None, rule: str = "product") -> Consistency:
+    @checked
+    def consistency(self, direct: FlowData | None = None, rule: str = "product") -> Consistency:
         """How far `compose(rule)` is from the directly measured block map of `direct`, by default this Flow's own.
 
         Raises:
@@ -98,6 +101,7 @@ class Flow(FlowData):
         """
         return consistency.consistency(self, self if direct is None else direct, rule)
 
+    @checked
     def rollout(
         self, start: int | None = None, stop: int | None = None, rule: str = "conserving"
     ) -> Float[Tensor, "src dst"]:
@@ -119,6 +123,7 @@ class Flow(FlowData):
         """
         return compose.rollout(self, start, stop, rule)
 
+    @checked
     def paths(
         self, dst: int, k: int = 10, start: int | None = None, stop: int | None = None, rule: str = "conserving"
     ) -> list[Route]:
@@ -142,6 +147,7 @@ class Flow(FlowData):
         """
         return routes.paths(self, dst, k, start, stop, rule)
 
+    @checked
     def graph(
         self, threshold: float = 0.01, start: int | None = None, stop: int | None = None, rule: str = "conserving"
     ) -> "networkx.DiGraph":
@@ -165,6 +171,7 @@ class Flow(FlowData):
         """
         return graph_of(self, threshold, start, stop, rule)
 
+    @checked
     def explore(self, height: int = 900) -> "lig_lens.Explorer":
         """Make a page to explore this Flow in; a notebook shows it, `.save(path)` writes it. See `lig_lens.explore`.
 
@@ -177,6 +184,7 @@ class Flow(FlowData):
         # The one step up: the package resolves the name when it is asked for.
         return lig_lens.explore(self, height=height)
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write tensors and labels to a safetensors file with a JSON header, in one step (never pickle).
 
@@ -186,18 +194,23 @@ class Flow(FlowData):
         return file.save(self, path)
 
     @classmethod
+    @checked
     def load(cls, path: str | os.PathLike[str]) -> "Flow":
         """Read a Flow that `save` wrote.
 
         Raises:
             FlowFileError: no such file, a damaged one, one that is no Flow, or one with a newer schema.
         """
-        fields, tensors = file.read(path)
+        fields, tensors, checked = file.read(path)
         try:
-            return cls(**fields, **tensors)
+            flow = cls(**fields, **tensors)
+            if not checked:
+                check_sums(flow)
         except InputError as error:
             raise FlowFileError(f"{str(path)!r} is damaged ({error}) Save the Flow again.") from error
+        return flow
 
+    @checked
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Everything as JSON text, schema `lig_lens.flow` version 1 (docs/flow-json.md).
 
@@ -208,6 +221,7 @@ class Flow(FlowData):
         """
         return json_of(self, path)
 
+    @checked
     def to_dataframe(self, map: str = "attn") -> "pandas.DataFrame":
         """One map in long form, one row per contribution.
 

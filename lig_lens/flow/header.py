@@ -31,9 +31,10 @@ class FlowHeader(BaseModel):
     layouts: tuple[str, ...]
     engines: dict[str, tuple[str, ...]]
     metric: str | None = None
+    checksummed: bool = False
 
 
-LABELS = tuple(name for name in FlowHeader.model_fields if not name.startswith("schema"))
+LABELS = tuple(name for name in FlowHeader.model_fields if not name.startswith(("schema", "checksum")))
 
 
 def header_of(labels: Mapping[str, object]) -> dict[str, object]:
