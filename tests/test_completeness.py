@@ -113,7 +113,8 @@ def test_zero_ratio_reports_the_gap_of_the_share_it_took(ids: torch.Tensor) -> N
     with pytest.warns(ConvergenceWarning):
         zero = lig_lens.attribute(model, ids, attn_baseline="zero", tol=1e-3 / 4, **options)
         ratio = lig_lens.attribute(model, ids, attn_baseline="itb_zero_ratio", tol=1e-3, **options)
-    assert (ratio.gap["attn"] >= zero.gap["attn"] * (1 - 1e-5)).all()
+    # Stored in float32, the numbers from zero round by themselves.
+    assert (ratio.gap["attn"] >= zero.gap["attn"] * (1 - 1e-5) - 1e-7).all()
     assert not bool(ratio.converged["attn"][zero.gap["attn"] > 1e-3].any())
 
 

@@ -9,7 +9,6 @@ import torch
 from tiny_hooked import HOOKED_KINDS, has_hooked_transformer, tiny_hooked
 from tiny_models import KINDS, N_LAYERS, exact_hf, hf_residuals, tiny_bridge
 from torch import Tensor
-from unchecked import unchecked
 
 import lig_lens
 from lig_lens.names import SPLITS
@@ -192,12 +191,11 @@ def test_kl_divergence_is_zero_on_the_clean_run_and_falls_towards_it():
 
 
 def test_a_class_is_a_whole_number():
-    assert unchecked(lig_lens.class_logit)(np.int64(1)).name == "class_logit(1)"
-    with pytest.raises(lig_lens.InputError, match=r"^class_logit: the class 1\.5 is no whole number"):
-        unchecked(lig_lens.class_logit)(1.5)
-    ready = unchecked(lig_lens.class_logit)(1, pos=0.5)
-    with pytest.raises(lig_lens.InputError, match=r"^pos=0\.5 is no whole number"):
-        ready.on(None, torch.zeros(1, 3, 5))
+    assert lig_lens.class_logit(np.int64(1)).name == "class_logit(1)"
+    with pytest.raises(lig_lens.InputError, match=r"^class_logit: index=1\.5: give a whole number"):
+        lig_lens.class_logit(1.5)
+    with pytest.raises(lig_lens.InputError, match=r"^class_logit: pos=0\.5: give a whole number, or None"):
+        lig_lens.class_logit(1, pos=0.5)
 
 
 def test_class_logit_of_logits_without_positions():
@@ -326,7 +324,12 @@ def test_exact_model_is_what_the_bridge_runs():
 
 def test_nothing_to_share_where_nothing_changes():
     flow = lig_lens.attribute(
-        tiny_bridge("gpt2"), CLEAN, corrupted=CLEAN, target=lig_lens.metric(curved), progress=False
+        # What comes later does not reach the first position.
+        tiny_bridge("gpt2"),
+        CLEAN,
+        corrupted=[*CLEAN[:-1], 6],
+        target=lig_lens.class_logit(3, pos=0),
+        progress=False,
     )
     assert float(flow.attn.abs().max()) == 0 and float(flow.shares().abs().max()) == 0
     assert flow.converged["attn"].all()
