@@ -159,6 +159,8 @@ def _name(value: Any) -> str:
 
 
 def _number(value: Any) -> float:
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        value = value.item()  # of NumPy or torch
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise TypeError
     return float(value)

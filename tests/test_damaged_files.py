@@ -14,6 +14,8 @@ from test_flow_io import read_raw
 import lig_lens
 from lig_lens.errors import FlowFileError
 from lig_lens.flow.data import FlowData
+from lig_lens.flow.file import growing
+from lig_lens.flow.header import LABELS
 
 DAMAGES = int(os.environ.get("LIG_LENS_DAMAGES", "300"))
 
@@ -115,3 +117,17 @@ def test_a_file_that_grows_by_layers_has_its_checksum(tmp_path: Path) -> None:
     path.write_bytes(bytes(data))
     with pytest.raises(FlowFileError, match="checksum"):
         lig_lens.Flow.load(path)
+
+
+def test_tokens_that_look_like_no_checksum(tmp_path: Path) -> None:
+    labels = {name: getattr(make_flow(), name) for name in LABELS} | {"tokens": ("-" * 64, *make_flow().tokens[1:])}
+    flow = make_flow()
+    tensors = {name: getattr(flow, name) for name in ("attn", "mlp", "skip", "bias", "block")}
+    for group in ("total", "gap", "converged"):
+        tensors |= {f"{group}.{name}": value for name, value in getattr(flow, group).items()}
+    path = tmp_path / "f.safetensors"
+    with growing(path, labels, {name: tensor.shape for name, tensor in tensors.items()}) as stream:
+        for name, tensor in tensors.items():
+            for index, layer in enumerate(tensor):
+                stream.put(name, index, layer)
+    assert lig_lens.Flow.load(path).tokens[0] == "-" * 64

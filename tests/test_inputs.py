@@ -115,3 +115,11 @@ def test_pieces_of_one_character_are_told_apart(smollm2):
     assert [piece.strip()[1:] for piece in pieces if "漢" in piece] == [
         f"[{n}/{k}]" for k in (sum("漢" in piece for piece in pieces),) for n in range(1, k + 1)
     ]
+
+
+def test_a_mask_is_not_put_on_a_corrupted_prompt_with_other_padding(induction):
+    clean, mask = [0, 50, 49, 30], [1, 1, 1, 0]
+    with pytest.raises(lig_lens.InputError, match="corrupted has 4 tokens, the prompt 3"):
+        read_pairs(induction, clean, [0, 10, 49, 31], mask, None)
+    with pytest.raises(lig_lens.InputError, match="corrupted prompt is of type list"):
+        read_pairs(induction, clean, ["a"], mask, None)

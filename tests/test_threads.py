@@ -25,6 +25,20 @@ def work(model, number: int):
     return lig_lens.patching.patch(model, prompt, other, METRIC, progress=False).values
 
 
+def test_texts_in_threads() -> None:
+    model, text, other = lig_lens.load_model("induction"), "lamp lake mouse lamp", "lamp lake egg lamp"
+    metric = lig_lens.logit_difference("lake", "mouse")
+
+    def patched(bos: bool) -> torch.Tensor:
+        return lig_lens.patching.patch(model, text, other, metric, prepend_bos=bos, progress=False).values
+
+    alone = {bos: patched(bos) for bos in (True, False)}
+    assert alone[True].shape != alone[False].shape
+    with ThreadPoolExecutor(8) as pool:
+        for bos, found in zip([True, False] * 12, pool.map(patched, [True, False] * 12), strict=True):
+            assert torch.equal(found, alone[bos])
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_eight_threads_on_one_model(kind: str) -> None:
     model, numbers = tiny_bridge(kind), [n for n in range(24) if kind == "gpt2" or n % 3 == 0]

@@ -37,7 +37,8 @@ def describe_boundaries(
     if tokens is None:
         length = min(6, hooked.cfg.n_ctx)
         tokens = torch.arange(1, length + 1, device=hooked.cfg.device)[None] * 7 % hooked.cfg.d_vocab
-    stack, inputs = stack_of(hooked), read_prompt(hooked, tokens, what="tokens")
+    stack = stack_of(hooked)
     with one_at_a_time(hooked):
+        inputs = read_prompt(hooked, tokens, what="tokens")
         found = Blocks(stack, range(len(stack))).record(inputs, Needs(formula=False)).visited
     return [found[layer].block.boundaries for layer in range(len(stack))]

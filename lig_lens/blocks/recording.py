@@ -103,7 +103,10 @@ def _watch(
             raise Stop
 
     forward = None
+    last = None if whole else max(layers)
     with contextlib.ExitStack() as on:
+        # First, so that no watcher is on the blocks when it runs them again.
+        on.enter_context(no_random_numbers(stack.model.cfg.device, lambda: _result(stack, inputs, batch, last)))
         for layer in layers:
             known = None if folded is None else folded[layer]
             watcher = _Watcher(stack, layer, known, reads.get(layer), functools.partial(ran, layer))
@@ -112,8 +115,6 @@ def _watch(
             others = [layer for layer in range(len(stack)) if layer not in layers]
             pairs = [(stack.blocks[n], lambda _m, _a, output, n=n: ran(n, output), False) for n in others]
             on.enter_context(module_hooks(pairs))
-        last = None if whole else max(layers)
-        on.enter_context(no_random_numbers(stack.model.cfg.device, lambda: _result(stack, inputs, batch, last)))
         with torch.no_grad(), contextlib.suppress(Stop):
             output = stack.run(inputs, batch)
             forward = Forward(stack, inputs, output, [usual[n] for n in sorted(usual)])

@@ -81,7 +81,7 @@ def shares(flow: FlowData, rule: str = "conserving", rows: Sequence[int] | None 
             "does. Ask attribute() for mlp_baseline='zero', which counts the skip connection, and take the rule "
             "'conserving'.",
             CollapseWarning,
-            stacklevel=4,  # the caller of Flow.rollout, Flow.paths or Flow.graph
+            stacklevel=5,  # the caller of Flow.rollout, Flow.paths or Flow.graph
         )
     heads = torch.where(rests[:, None, None], 0.0, found.heads / divisor[:, None, None])
     return Edges(heads, torch.where(rests, 1.0, found.skip / divisor))
@@ -128,7 +128,7 @@ def _warn_of_cancelling(flow: FlowData, times: Float[Tensor, "layer dst"], rows:
         f"signs (baselines: attn {used['attn_baseline']!r}, mlp {used['mlp_baseline']!r})."
         + (f" Less may cancel with {' or '.join(others)}." if others else ""),
         CancellationWarning,
-        stacklevel=5,  # the caller of Flow.rollout, Flow.paths or Flow.graph
+        stacklevel=6,  # the caller of Flow.rollout, Flow.paths or Flow.graph
     )
 
 

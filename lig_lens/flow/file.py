@@ -59,7 +59,8 @@ class GrowingFile:
             entries[name] = {"dtype": _dtype(name), "shape": list(shapes[name]), "data_offsets": [start, end]}
         header = json.dumps(entries, ensure_ascii=False, allow_nan=False).encode()
         header += b" " * (-len(header) % 8)
-        self._offset, self._checksum_at = 8 + len(header), 8 + header.index(_NO_CHECKSUM.encode())
+        # The last such run: a token may be one of dashes too, and stands before.
+        self._offset, self._checksum_at = 8 + len(header), 8 + header.rindex(_NO_CHECKSUM.encode())
         stream.write(len(header).to_bytes(8, "little") + header)
         if hasattr(os, "posix_fallocate"):
             try:

@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass
 
 from lig_lens.arguments import checked
-from lig_lens.errors import InputError, check_whole
+from lig_lens.errors import InputError
 
 BOS = "<bos>"
 WORDS = tuple(
@@ -50,7 +50,6 @@ def induction_pairs(count: int, n_words: int = 16, seed: int = 0) -> list[Induct
     """
     if not 0 <= count <= 10**6:
         raise InputError(f"induction_pairs: count={count}: ask for at most a million.")
-    n_words, count = check_whole("n_words", n_words), check_whole("count", count)
     if not 5 <= n_words < MAX_TOKENS:
         raise InputError(f"n_words={n_words}: give 5 to {MAX_TOKENS - 1}, two pairs and the word to be continued.")
     if count < 1:

@@ -48,7 +48,7 @@ def read_pairs(model: HookedModel, prompt: Any, corrupted: Any, attention_mask: 
             clean = read_prompt(model, one, prepend_bos=prepend_bos, attention_mask=mask)
             second = None
             if other is not None:
-                padded = mask if mask is not None and _as_long(other, one) else None
+                padded = mask if _padded_alike(other, one, mask) else None
                 second = read_prompt(
                     model, other, prepend_bos=prepend_bos, attention_mask=padded, what="corrupted prompt"
                 )
@@ -99,16 +99,20 @@ def _check_same_length(clean: Inputs, corrupted: Inputs) -> None:
 def check_different(clean: Inputs, *others: Inputs) -> None:
     """Raise InputError if nothing would move between a prompt and others, because all of them equal it."""
     if others and all(other.record() == clean.record() for other in others):
+        shown = list(clean.tokens[:8]) + ["…"] * (len(clean) > 8)
         raise InputError(
-            f"corrupted equals the prompt, {list(clean.tokens)}: nothing moves between them, so every number would be "
-            "0. Change a token of one of them."
+            f"corrupted equals the prompt, {shown}: nothing moves between them, so all that is measured against it "
+            "would be 0. Change a token of one of them."
         )
 
 
-def _as_long(one: Any, other: Any) -> bool:
-    """Whether two prompts are token ids of one number, padding counted."""
-    return not isinstance(one, str) and not isinstance(other, str) and _count(one) == _count(other)
-
-
-def _count(ids: Any) -> int:
-    return int(torch.as_tensor(ids).numel())
+def _padded_alike(other: Any, one: Any, mask: Any) -> bool:
+    """Whether two prompts are token ids with the same padding where a mask says there is some."""
+    if mask is None or isinstance(one, str) or isinstance(other, str):
+        return False
+    try:
+        ids, others, kept = (torch.as_tensor(value).reshape(-1) for value in (one, other, mask))
+    except (TypeError, ValueError, RuntimeError):
+        return False  # refused by name where they are read
+    same_length = len(ids) == len(others) == len(kept)
+    return same_length and bool((ids[kept == 0] == others[kept == 0]).all())

@@ -10,6 +10,7 @@ from lig_lens.inputs.inputs import Inputs
 from lig_lens.inputs.pairs import read_pair
 from lig_lens.interventions.run import Recorder
 from lig_lens.models.loading import check_evaluating
+from lig_lens.models.running import one_at_a_time
 from lig_lens.models.stack import stack_of
 
 
@@ -48,6 +49,7 @@ def read_subject(model: object, prompts: Sequence[object], layers: Selection, pr
     hooked = check_hooked(model)
     check_evaluating(hooked)
     clean, *others = prompts
-    pairs = [read_pair(hooked, clean, other, prepend_bos) for other in others or [None]]
+    with one_at_a_time(hooked):  # a model's tokenizer has settings that it changes meanwhile
+        pairs = [read_pair(hooked, clean, other, prepend_bos) for other in others or [None]]
     read = (pairs[0][0], *(other for _, other in pairs if other is not None))
     return Subject(hooked, read, chosen_numbers("layer", layers, int(hooked.cfg.n_layers)))

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from lig_lens.errors import BoundaryError, InputError
 
 _State = tuple[object, ...]
+_ONE_CHECK = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -39,17 +41,25 @@ def no_random_numbers(device: object, run: Callable[[], Tensor]) -> Iterator[Non
 
 
 def _check_same(device: object, run: Callable[[], Tensor]) -> None:
-    devices = [] if not _on_cuda(device) else [torch.device(str(device))]
-    kept, outputs = (random.getstate(), np.random.get_state()), []
-    with torch.random.fork_rng(devices):
-        for seed in (0, 1):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
-            outputs.append(run())
-    random.setstate(kept[0])
-    np.random.set_state(kept[1])
-    if not torch.equal(*outputs):
+    with _ONE_CHECK:  # all models share the generators
+        before, outputs = (random.getstate(), np.random.get_state()), []
+        on_cuda = [torch.device(str(device))] if _on_cuda(device) else []
+        try:
+            with torch.random.fork_rng(on_cuda):
+                for seed in (0, 1):
+                    # Not torch.manual_seed, which seeds devices that are not restored.
+                    torch.default_generator.manual_seed(seed)
+                    for gpu in on_cuda:
+                        with torch.cuda.device(gpu):
+                            torch.cuda.manual_seed(seed)
+                    random.seed(seed)
+                    np.random.seed(seed)
+                    outputs.append(run())
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+    one, other = outputs
+    if one.shape != other.shape or not bool(((one == other) | (one.isnan() & other.isnan())).all()):
         raise InputError(
             "The model draws random numbers in its forward pass, and gives another result each time: call "
             "model.eval(), and take noise, or a router that samples, out of it."
@@ -57,7 +67,7 @@ def _check_same(device: object, run: Callable[[], Tensor]) -> None:
 
 
 def _states(device: object) -> _State:
-    """States of the generators that forward passes draw from: torch's and NumPy's.
+    """States of the generators that forward passes draw from: torch's, on CPU and CUDA, and NumPy's.
 
     Not Python's: what checks types while testing draws from it, and models only use it while they are trained.
     """

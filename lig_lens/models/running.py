@@ -112,7 +112,7 @@ def one_at_a_time(model: HookedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attributes_kept(model: HookedModel) -> Iterator[None]:
-    """Put back what modules note of a run: a bridge keeps its last pattern, with all that it was computed from."""
+    """Put back tensors that modules note of a run: a bridge keeps its last pattern, with all it was computed from."""
     before = [(module, dict(module.__dict__)) for _, module in model.named_modules()]
     try:
         yield

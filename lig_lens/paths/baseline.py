@@ -119,7 +119,7 @@ def register_baseline(
     kind = baseline if isinstance(baseline, type) else type(baseline)
     if not issubclass(kind, Baseline):
         raise InputError(f"register_baseline: {kind.__name__} is no Baseline: make it a subclass of lig_lens.Baseline.")
-    if isinstance(maps, str) or not maps:
+    if not maps:
         raise InputError(f"register_baseline: maps={maps!r}: give a list of maps, such as ['attn', 'block'].")
     chosen = tuple(check_choice("map", one, MAPS) for one in maps)
     BASELINES.add(name, BaselineEntry(baseline, chosen, shared, second_prompt, pattern))

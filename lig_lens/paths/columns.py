@@ -54,8 +54,8 @@ class Columns:
 
         def of_cells(part: Tensor) -> Tensor:
             if not self.total.ndim:  # one cell for everything
-                return part.double().sum()
-            return part.double().sum(-2) if part.ndim > self.total.ndim else part.double()
+                return part.sum(dtype=torch.float64)
+            return part.sum(-2, dtype=torch.float64) if part.ndim > self.total.ndim else part.double()
 
         return sum(
             (of_cells(part) for part in (self.skip, self.bias) if part is not None), of_cells(self.contributions)
