@@ -133,7 +133,8 @@ def attribute(
         check_evaluating(hooked)
         pairs = read_pairs(hooked, prompt, corrupted, attention_mask, prepend_bos)
         for clean, second in pairs:
-            check_different(*(one for one in (clean, second) if one is not None))
+            if second is not None:
+                check_different(clean, second)
         chosen = chosen_numbers("layer", layers, int(hooked.cfg.n_layers))
         wanted = [chosen_numbers("destination", destinations, len(clean)) for clean, _ in pairs]
         run = _Run(hooked, settings, chosen)

@@ -147,11 +147,11 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     Raises:
         InputError: `path` cannot be written (see `check_writable`).
     """
-    file = check_writable(path)
-    if file.exists() and not file.is_file():
-        file.write_bytes(data)
+    file = Path(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        check_writable(path).write_bytes(data)
         return file
-    with replacing(file) as beside, open(beside, "wb") as stream:
+    with replacing(path) as beside, open(beside, "wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())

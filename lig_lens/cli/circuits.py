@@ -57,10 +57,13 @@ def compare(settings: CircuitConfig) -> None:
     effects = _intervene(model, settings, union)
     table = compare_table(found, effects, k=settings.top)
     outputs = Outputs()
-    rows = {name: {k: v if v == v else None for k, v in row.items()} for name, row in table.T.to_dict().items()}
-    document = {"effects": json.loads(effects.to_json()), "agreement": rows}
-    data = (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    outputs.write(settings.json_path, lambda path: write_atomic(path, data))
+
+    def write_json(path: str) -> None:
+        rows = {name: {k: v if v == v else None for k, v in row.items()} for name, row in table.T.to_dict().items()}
+        document = {"effects": json.loads(effects.to_json()), "agreement": rows}
+        write_atomic(path, (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+    outputs.write(settings.json_path, write_json)
     if settings.html is not None:
         from lig_lens.show.plots import agreement_scatter, effects_map, write_html
 

@@ -9,9 +9,10 @@ Across blocks the weights of each destination are divided by their sum and multi
 import math
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lig_lens.choose import Words, find_places
@@ -67,13 +68,9 @@ def shares(flow: FlowData, rule: str = "conserving", rows: Sequence[int] | None 
     """
     found = edges(flow, rule)
     used = range(len(flow.layers)) if rows is None else rows
-    total = found.heads.sum((1, 2)) + found.skip
-    size = found.heads.abs().sum((1, 2)) + found.skip.abs()
-    # Of float32 contributions.
-    rounding = torch.finfo(torch.float32).eps * math.prod(found.heads.shape[1:3])
-    rests = total.abs() <= rounding * size.amax(-1, keepdim=True)
-    divisor = total.masked_fill(rests, 1.0)
-    _warn_of_cancelling(flow, torch.where(rests, 1.0, size / divisor.abs()), used)
+    sums = _sums(found)
+    divisor = sums.total.masked_fill(sums.rests, 1.0)
+    _warn_of_cancelling(flow, sums.times, used)
     if _collapses(found, used):
         warnings.warn(
             f"With mlp_baseline={flow.settings.get('mlp_baseline')!r} and rule {rule!r} nothing of a token stays with "
@@ -83,8 +80,25 @@ def shares(flow: FlowData, rule: str = "conserving", rows: Sequence[int] | None 
             CollapseWarning,
             stacklevel=5,  # the caller of Flow.rollout, Flow.paths or Flow.graph
         )
-    heads = torch.where(rests[:, None, None], 0.0, found.heads / divisor[:, None, None])
-    return Edges(heads, torch.where(rests, 1.0, found.skip / divisor))
+    heads = torch.where(sums.rests[:, None, None], 0.0, found.heads / divisor[:, None, None])
+    return Edges(heads, torch.where(sums.rests, 1.0, found.skip / divisor))
+
+
+class _Sums(NamedTuple):
+    """What enters each destination: its sum, whether that is rounding, and how many times larger its terms are."""
+
+    total: Float[Tensor, "layer dst"]
+    rests: Bool[Tensor, "layer dst"]
+    times: Float[Tensor, "layer dst"]
+
+
+def _sums(found: Edges) -> _Sums:
+    total = found.heads.sum((1, 2)) + found.skip
+    size = found.heads.abs().sum((1, 2)) + found.skip.abs()
+    # Of float32 contributions.
+    rounding = torch.finfo(torch.float32).eps * math.prod(found.heads.shape[1:3])
+    rests = total.abs() <= rounding * size.amax(-1, keepdim=True)
+    return _Sums(total, rests, torch.where(rests, 1.0, size / total.masked_fill(rests, 1.0).abs()))
 
 
 def _collapses(found: Edges, rows: Sequence[int]) -> bool:
@@ -96,17 +110,14 @@ def _collapses(found: Edges, rows: Sequence[int]) -> bool:
 def doubts(flow: FlowData, start: int | None, stop: int | None, rule: str) -> list[str]:
     """What a figure of shares through the layers has to say against itself, in a few words each."""
     rows, found = span(flow, start, stop), edges(flow, rule)
-    total = (found.heads.sum((1, 2)) + found.skip)[list(rows)].abs()
-    size = (found.heads.abs().sum((1, 2)) + found.skip.abs())[list(rows)]
-    # Sums that are rounding are set aside, as in `shares`.
-    told = total > torch.finfo(torch.float32).eps * math.prod(found.heads.shape[1:3]) * size.amax(-1, keepdim=True)
-    cancelling = int((told & (size > CANCELS * total)).sum())
+    times = _sums(found).times[list(rows)]
+    cancelling = int((times > CANCELS).sum())
     said = []
     if _collapses(found, rows):
         said.append("<b>no skip connection: rows become alike</b>, use mlp_baseline='zero'")
     if cancelling:
         said.append(
-            f"<b>contributions nearly cancel in {cancelling} of {total.numel()} steps</b>: shares are unreliable"
+            f"<b>contributions nearly cancel in {cancelling} of {times.numel()} steps</b>: shares are unreliable"
         )
     return said
 

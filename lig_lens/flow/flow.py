@@ -201,10 +201,10 @@ class Flow(FlowData):
         Raises:
             FlowFileError: no such file, a damaged one, one that is no Flow, or one with a newer schema.
         """
-        fields, tensors, checked = file.read(path)
+        fields, tensors, vouched = file.read(path)
         try:
             flow = cls(**fields, **tensors)
-            if not checked:
+            if not vouched:
                 check_sums(flow)
         except InputError as error:
             raise FlowFileError(f"{str(path)!r} is damaged ({error}) Save the Flow again.") from error

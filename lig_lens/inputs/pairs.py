@@ -34,7 +34,7 @@ def read_pairs(model: HookedModel, prompt: Any, corrupted: Any, attention_mask: 
         prepend_bos: for texts; the tokenizer's own default with None.
 
     Raises:
-        InputError: what cannot be read, prompts of different lengths.
+        InputError: what cannot be read, or prompts of different lengths.
     """
     several = is_batch(prompt)
     prompts, others, masks = (

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lig_lens.arguments import checked
-from lig_lens.errors import InputError, check_whole, optional
+from lig_lens.errors import InputError, optional
 from lig_lens.flow.effects import Effects
 from lig_lens.flow.flow import Flow
 
@@ -133,7 +133,7 @@ def compare(score: Flow | Effects, effects: Effects, *, k: int = 10, threshold: 
     optional("scipy", "compare")
     from scipy import stats
 
-    if check_whole("compare: k", k) < 1:
+    if k < 1:
         raise InputError(f"compare: k is {k}: ask for at least 1.")
     x, y = points(score, effects)
     threshold = _threshold(y, threshold)

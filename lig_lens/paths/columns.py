@@ -44,10 +44,8 @@ class Columns:
     def stored(self, tol: float) -> "Columns":
         """The same on the CPU in float32, as a Flow keeps them; the gap is at least what these numbers miss."""
         kept = self.each(lambda tensor: tensor.cpu().float() if tensor.is_floating_point() else tensor.cpu())
-        summed = kept.summed()
-        scale = torch.where(self.scale.cpu() > 0, self.scale.cpu(), 1.0).double()
-        gap = torch.maximum(kept.gap, ((summed - kept.total.double()).abs() / scale).float())
-        return replace(kept, gap=gap, converged=kept.converged & (gap <= tol))
+        gap = torch.maximum(kept.gap, ((kept.summed() - kept.total.double()).abs() / self.scale.cpu().double()).float())
+        return replace(kept, gap=gap, converged=kept.converged & (gap <= tol) & (kept.error <= tol))
 
     def summed(self) -> Float[Tensor, "..."]:
         """Sum of all that should add up to the total, cell by cell, in float64."""
