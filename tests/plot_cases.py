@@ -1,11 +1,14 @@
 """Every figure once, for the tests that hold for all of them."""
 
+import functools
+
 import torch
 from flows import make_flow
 
 import lig_lens
 from lig_lens import plots
 
+RULES = ("product", "conserving")
 HOSTILE = ("</script><script>alert(1)</script>", "\"quoted\" & 'more'", "<b>x</b>", "%{z}", "&lt;", "", "\n")
 
 
@@ -42,22 +45,23 @@ def make_effects(on, tokens=HOSTILE, layers=(0, 1), n_heads=3, seed=0):
 
 
 def every_figure(tokens=HOSTILE):
-    """Name and figure of each kind, on tokens that try to be markup."""
+    """What draws a figure of each kind, by name, on tokens that try to be markup."""
     flow, metric = make_flow(tokens=tokens, layers=(0, 1)), metric_flow(tokens)
+    other = make_flow(tokens=tokens, layers=(0, 1), seed=1)
     effects = {on: make_effects(on, tokens) for on in lig_lens.flow.effects.AXES}
-    results = [flow.consistency(rule=rule) for rule in ("product", "conserving")]
-    yield "head_grid", plots.head_grid(flow)
-    yield "head_grid of shares", plots.head_grid(flow, share=True, map="block")
-    yield "head_grid of a difference", plots.head_grid(flow, minus=make_flow(tokens=tokens, layers=(0, 1), seed=1))
-    yield "head_map", plots.head_map(flow, 1, 2)
-    yield "importance of a metric", plots.importance(metric)
-    yield "importance mlp", plots.importance(flow, map="mlp")
-    yield "importance attn", plots.importance(flow)
-    yield "rollout_map", plots.rollout_map(flow)
-    yield "consistency_plot", plots.consistency_plot(results)
-    yield "gap_map", plots.gap_map(flow)
-    yield "gap_map of a metric", plots.gap_map(metric)
-    yield "paths_graph", plots.paths_graph(flow, dst=0)
-    for on, found in effects.items():
-        yield f"effects_map {on}", plots.effects_map(found)
-    yield "agreement_scatter", plots.agreement_scatter(effects["edges"], make_effects("edges", tokens, seed=1))
+    return {
+        "head_grid": lambda: plots.head_grid(flow),
+        "head_grid of shares": lambda: plots.head_grid(flow, share=True, map="block"),
+        "head_grid of a difference": lambda: plots.head_grid(flow, minus=other),
+        "head_map": lambda: plots.head_map(flow, 1, 2),
+        "importance of a metric": lambda: plots.importance(metric),
+        "importance mlp": lambda: plots.importance(flow, map="mlp"),
+        "importance attn": lambda: plots.importance(flow),
+        "rollout_map": lambda: plots.rollout_map(flow),
+        "consistency_plot": lambda: plots.consistency_plot([flow.consistency(rule=rule) for rule in RULES]),
+        "gap_map": lambda: plots.gap_map(flow),
+        "gap_map of a metric": lambda: plots.gap_map(metric),
+        "paths_graph": lambda: plots.paths_graph(flow, dst=0),
+        **{f"effects_map {on}": functools.partial(plots.effects_map, found) for on, found in effects.items()},
+        "agreement_scatter": lambda: plots.agreement_scatter(effects["edges"], make_effects("edges", tokens, seed=1)),
+    }

@@ -1,5 +1,6 @@
 """Every figure: tokens stay text, axes and scales are titled, and a browser draws it."""
 
+import functools
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The kopts argument is ignored"),  # plotly gives it, whether of use or not
 ]
 
-FIGURES = dict(every_figure())
+FIGURES = {name: functools.cache(draw) for name, draw in every_figure().items()}
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
@@ -36,12 +37,12 @@ def strings(node):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_tokens_and_names_are_never_markup(name):
-    found = list(strings(json.loads(FIGURES[name].to_json())))
+    found = list(strings(json.loads(FIGURES[name]().to_json())))
     assert not [text for text in found if "<script" in text or "<b>x" in text or "<b>m" in text]
     tags = {tag for text in found for tag in re.findall(r"<(/?\w+)", text)}
     assert tags <= {"b", "/b", "i", "/i", "br", "span", "/span", "extra", "/extra"}
     # A token that looks like a template is none: it stands in labels, which are not rendered as templates.
-    templates = [trace.hovertemplate for trace in FIGURES[name].data if trace.hovertemplate]
+    templates = [trace.hovertemplate for trace in FIGURES[name]().data if trace.hovertemplate]
     assert all(
         set(re.findall(r"%\{(\w+)", text)) <= {"x", "y", "z", "text", "hovertext", "customdata", "fullData"}
         for text in templates
@@ -50,7 +51,7 @@ def test_tokens_and_names_are_never_markup(name):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_headings_axes_and_scales_have_titles(name):
-    figure = FIGURES[name]
+    figure = FIGURES[name]()
     assert isinstance(figure, go.Figure)
     notes = [note.text for note in figure.layout.annotations]
     heading = figure.layout.title.text or next(text for text in notes if text.startswith("<b>"))
@@ -66,7 +67,7 @@ def test_headings_axes_and_scales_have_titles(name):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_no_button_sends_a_figure_away(name):
-    assert "sendChartToCloud" in FIGURES[name].layout.modebar.remove
+    assert "sendChartToCloud" in FIGURES[name]().layout.modebar.remove
 
 
 def png_size_and_variety(png):
@@ -101,7 +102,7 @@ def kaleido():
 @pytest.mark.usefixtures("kaleido")
 @pytest.mark.parametrize("name", FIGURES)
 def test_static_images(name, tmp_path):
-    figure = FIGURES[name]
+    figure = FIGURES[name]()
     figure.write_image(tmp_path / "x.png")
     width, height, variety = png_size_and_variety((tmp_path / "x.png").read_bytes())
     assert (width, height) == (figure.layout.width, figure.layout.height) and variety > 100
@@ -115,10 +116,11 @@ def browse(page, *options):
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser to draw figures: apt-get install chromium")
 def test_a_browser_draws_every_figure(tmp_path):
-    page = write_html(list(FIGURES.values()), tmp_path / "x.html")
+    page = write_html([draw() for draw in FIGURES.values()], tmp_path / "x.html")
     drawn = browse(page, "--dump-dom").split('<div class="figure">')[1:]
     assert len(drawn) == len(FIGURES)
-    for (name, figure), html in zip(FIGURES.items(), drawn, strict=True):
+    for (name, draw), html in zip(FIGURES.items(), drawn, strict=True):
+        figure = draw()
         svg = html[html.index('class="main-svg"') :]
         assert f'width="{figure.layout.width}" height="{figure.layout.height}"' in svg[:300], name
         marks = svg.count("<image") if figure.data[0].type == "heatmap" else svg.count('class="trace scatter')
@@ -131,7 +133,7 @@ def test_a_browser_draws_every_figure(tmp_path):
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser to draw figures: apt-get install chromium")
 def test_a_page_is_not_blank(tmp_path):
-    page = write_html(FIGURES["paths_graph"], tmp_path / "x.html")
+    page = write_html(FIGURES["paths_graph"](), tmp_path / "x.html")
     browse(page, f"--screenshot={tmp_path / 'x.png'}", "--window-size=900,600")
     width, height, variety = png_size_and_variety((tmp_path / "x.png").read_bytes())
     assert (width, height) == (900, 600) and variety > 100

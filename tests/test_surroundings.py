@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_hooked import has_hooked_transformer, tiny_hooked
-from tiny_models import tiny_bridge
+from tiny_models import fresh_bridge, tiny_bridge
 
 import lig_lens
 
@@ -63,6 +63,27 @@ def test_surroundings_change_nothing(name: str, kind: str) -> None:
         found = ask_everything(model)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "neox", "gemma2", "hooked"])
+def test_what_else_a_model_shows_changes_nothing(kind: str, flag: str) -> None:
+    """TransformerLens' switches for more hooks reroute attention, before a block is known and after."""
+    if kind == "hooked" and not has_hooked_transformer():
+        pytest.skip("needs HookedTransformer")
+    model = tiny_hooked.__wrapped__("gpt2") if kind == "hooked" else fresh_bridge(kind)
+    switch = getattr(model, f"set_{flag}")
+    switch(True)
+    first = ask_everything(model)
+    switch(False)
+    expected = ask_everything(model)
+    switch(True)
+    for found in (first, ask_everything(model)):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5, equal_nan=True)
 
 
 def state_of(model: torch.nn.Module) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from lig_lens.blocks.layout_fit import diagnose, find_common_layout
 from lig_lens.blocks.layouts import BLOCK_ONLY
 from lig_lens.errors import BoundaryError, NonFiniteError
 
-# Where the two generations keep the head outputs before W_O, and the output of W_O with its bias.
-_Z_PATHS = (("attn.o.hook_in", "attn.o.hook_out"), ("attn.hook_z", "attn"))
+# Where the two generations keep the head outputs before W_O, and the output of W_O with its bias; a bridge that shows
+# each head's result (`set_use_attn_result`) does not run its W_O module.
+_Z_PATHS = (("attn.o.hook_in", "attn.o.hook_out"), ("attn.o.hook_in", "attn.hook_out"), ("attn.hook_z", "attn"))
 
 
 def find_block(call: BlockCall, seen: Seen, replayed: bool) -> Block:
