@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lig_lens import __version__
 from lig_lens.blocks.known import Blocks, Needs
@@ -25,7 +24,7 @@ from lig_lens.flow.flow import Flow
 from lig_lens.flow.labels import axes_of
 from lig_lens.hooked import HookedModel, check_hooked
 from lig_lens.inputs.inputs import Inputs
-from lig_lens.inputs.pairs import check_different, is_batch, read_pairs
+from lig_lens.inputs.pairs import is_batch, read_pairs
 from lig_lens.integrate.integrand import Budget
 from lig_lens.integrate.to_metric import Downstream
 from lig_lens.maps import MAPS, METRIC_MAPS
@@ -36,6 +35,7 @@ from lig_lens.models.running import one_at_a_time, prepared
 from lig_lens.models.stack import Forward, stack_of
 from lig_lens.paths.baseline import Baseline, chosen_baseline, describe_baseline
 from lig_lens.paths.columns import Columns
+from lig_lens.progress import progress
 from lig_lens.settings import DEFAULTS, Settings
 from lig_lens.targets.metrics import Metric
 from lig_lens.targets.resolve import as_target
@@ -132,9 +132,6 @@ def attribute(
     with one_at_a_time(hooked):
         check_evaluating(hooked)
         pairs = read_pairs(hooked, prompt, corrupted, attention_mask, prepend_bos)
-        for clean, second in pairs:
-            if second is not None:
-                check_different(clean, second)
         chosen = chosen_numbers("layer", layers, int(hooked.cfg.n_layers))
         wanted = [chosen_numbers("destination", destinations, len(clean)) for clean, _ in pairs]
         run = _Run(hooked, settings, chosen)
@@ -142,7 +139,10 @@ def attribute(
         for clean, second in pairs[1:]:
             run.check_prompt(first.values[chosen[0]], len(clean), second is not None)
         rest = (run.prepare(*pair, dst) for pair, dst in zip(pairs[1:], wanted[1:], strict=True))
-        flows = [run.flow(job, out) for job in itertools.chain([first], rest)]
+        flows = []
+        for number, job in enumerate(itertools.chain([first], rest), 1):
+            doing = "lig_lens" if len(pairs) == 1 else f"lig_lens, prompt {number} of {len(pairs)}"
+            flows.append(run.flow(job, out, doing))
         return flows if is_batch(prompt) else flows[0]
 
 
@@ -214,15 +214,21 @@ class _Run:
             for one in self.maps
         }
 
-    def flow(self, job: Job, out: "str | os.PathLike[str] | None") -> Flow:
-        """Compute every layer."""
+    def flow(self, job: Job, out: "str | os.PathLike[str] | None", doing: str) -> Flow:
+        """Compute every layer.
+
+        Args:
+            job: the prompt.
+            out: file for it, if there is one.
+            doing: what the progress bar says.
+        """
         labels, shapes = self._labels(job), self._shapes(job)
         if out is None or (Path(out).exists() and not Path(out).is_file()):  # a pipe cannot be written in pieces
             tensors = {
                 name: torch.empty(shape, dtype=torch.bool if name.startswith("converged") else torch.float32)
                 for name, shape in shapes.items()
             }
-            self._fill(job, lambda name, index, value: tensors[name][index].copy_(value))
+            self._fill(job, doing, lambda name, index, value: tensors[name][index].copy_(value))
             grouped: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if "." not in name}
             for group in flow_io.CELLS:
                 grouped[group] = {one.name: tensors[f"{group}.{one.name}"] for one in self.maps}
@@ -230,8 +236,8 @@ class _Run:
             if out is not None:
                 flow.save(out)
             return flow
-        with flow_io.growing(out, labels, shapes) as file:
-            self._fill(job, file.put)
+        with flow_io.growing(out, labels, shapes) as put:
+            self._fill(job, doing, put)
         return Flow.load(out)
 
     def _float32(self) -> AbstractContextManager[None]:
@@ -244,22 +250,16 @@ class _Run:
             corrupted = None if second is None else float(ready(second.output))
             return Downstream(clean, ready, float(ready(clean.output)), corrupted)
 
-    def _fill(self, job: Job, put: Callable[[str, int, Tensor], Any]) -> None:
+    def _fill(self, job: Job, doing: str, put: Callable[[str, int, Tensor], Any]) -> None:
         """Compute every layer and hand its tensors over, under the names that they have in a Flow file."""
-        total = len(job.layers) * len(self.maps) * len(job.destinations)
+        # From the last layer on: with a metric that takes least, and soon tells how long the others will take.
+        order = range(len(job.layers))[::-1]
+        total = sum(one.work(job, index) for one in self.maps for index in order)
         done: dict[str, list[Columns]] = {one.name: [] for one in self.maps}
-        with (
-            self._float32(),
-            tqdm(
-                total=total,
-                desc="lig_lens",
-                unit="col",
-                disable=not self.settings.progress,
-                file=sys.stderr,
-                leave=False,
-            ) as bar,
-        ):
-            for index, layer in enumerate(job.layers):
+        unit = "block" if self.settings.target.per_metric else "col"
+        with self._float32(), progress(doing, unit, total, self.settings.progress) as bar:
+            for index in order:
+                layer = job.layers[index]
                 with prepared(self.model, self.blocks.stack.blocks[layer]):
                     for one in self.maps:
                         bar.set_postfix_str(f"layer {layer} {one.name}")

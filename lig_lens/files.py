@@ -43,11 +43,6 @@ def check_writable(path: str | os.PathLike[str], what: str = "output") -> Path:
         raise InputError(f"{what}: cannot write {shown}: {str(parent)!r} is a file, not a folder: choose another.")
     if there is not None and not stat.S_ISREG(there):
         return file  # a pipe or a device
-    blocked = parent if not os.access(parent, os.W_OK | os.X_OK) else None
-    if blocked is None and there is not None and not os.access(file, os.W_OK):
-        blocked = file
-    if blocked is not None:
-        raise InputError(f"{what}: cannot write {shown}: no permission to write {str(blocked)!r}: choose another path.")
     target = Path(os.path.realpath(file))
     tried = _beside(target)
     try:
@@ -58,6 +53,8 @@ def check_writable(path: str | os.PathLike[str], what: str = "output") -> Path:
             f"{what}: cannot write {shown}: {os.strerror(error.errno or 0)} in {str(target.parent)!r}: choose another "
             "path."
         ) from error
+    if there is not None and not os.access(file, os.W_OK):
+        raise InputError(f"{what}: cannot write {shown}: no permission to replace it: choose another path.")
     return file
 
 
@@ -70,10 +67,18 @@ def check_apart(output: str | os.PathLike[str], what: str, inputs: Mapping[str, 
         inputs: paths of files that are read, by what they are called; None for what is not given.
     """
     for name, path in inputs.items():
-        if path is not None and os.path.realpath(path) == os.path.realpath(output):
+        if path is not None and real(path) == real(output):
             raise InputError(
                 f"{what} {os.fspath(output)!r} is {name} itself, and would take its place: give another path."
             )
+
+
+def real(path: str | os.PathLike[str]) -> str:
+    """The path without symbolic links; as it stands where no file can have that name, which is told later."""
+    try:
+        return os.path.realpath(path)
+    except ValueError:
+        return os.fspath(path)
 
 
 @contextlib.contextmanager
@@ -84,25 +89,37 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         InputError: `path` cannot be written (see `check_writable`).
-        OutputError: no room, or another failure of the disk while it is written.
+        OutputError: it cannot take its place.
     """
     target = Path(os.path.realpath(check_writable(path)))  # keep a symbolic link a link
     _remove_left_over(target)
     beside = _beside(target)
     try:
         yield beside
-        os.replace(beside, target)
+        with writing(path):
+            os.replace(beside, target)
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the file that is written, where the disk fails. Nothing else belongs inside: what fails is called its fault.
+
+    Raises:
+        OutputError: no room, or another failure of the disk.
+    """
+    try:
+        yield
     except OSError as error:
-        if error.errno is None:
+        if error.errno is None or isinstance(error, OutputError):
             raise
         raise OutputError(
             error.errno,
             f"Cannot write {os.fspath(path)!r}: {os.strerror(error.errno)}. Nothing of it was kept: make room, or give "
             "another path",
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def _beside(target: Path) -> Path:
@@ -146,12 +163,14 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
 
     Raises:
         InputError: `path` cannot be written (see `check_writable`).
+        OutputError: see `writing`.
     """
     file = Path(path)
     if os.path.exists(path) and not os.path.isfile(path):
-        check_writable(path).write_bytes(data)
+        with writing(path):
+            check_writable(path).write_bytes(data)
         return file
-    with replacing(path) as beside, open(beside, "wb") as stream:
+    with replacing(path) as beside, writing(path), open(beside, "wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())

@@ -47,7 +47,7 @@ head_map(flows["zero"], layer=1, head=7, share=True)
 #
 # This is the paper's test: compose the `attn` and `mlp` maps of a block and compare the result with the `block` map,
 # which is measured directly. For the `mlp` map, `att_itb_a0` asks what the heads add: they start as at the start of the
-# `itb` path, and the skip connection is kept. Twenty sentences, as in the paper's study.
+# `itb` path, and the skip connection is kept. Ten sentences; the paper's study has twenty.
 
 # %%
 sentences = (
@@ -61,16 +61,6 @@ sentences = (
     "He answered every question without looking at his notes.",
     "The museum that we wanted to visit was closed on Monday.",
     "A good map is worth more than a fast horse.",
-    "The price of copper fell again after the strike ended.",
-    "Children were building a castle out of wet sand.",
-    "The letter arrived a week after she had moved out.",
-    "Our train stopped twice in the middle of the forest.",
-    "The doctor who treated him has retired since then.",
-    "They painted the kitchen yellow and the door green.",
-    "An unknown artist carved the statue from a single stone.",
-    "The dog barked at the postman, but it never bit him.",
-    "Scientists measured the ice at both ends of the lake.",
-    "If the engine is cold, it needs a minute to start.",
 )
 tables = []
 for text in sentences:
@@ -89,10 +79,11 @@ mean = pandas.concat(tables).groupby(names).mean().sort_values("pearson", ascend
 mean[["l2_normalised", "pearson"]].head(6).round(2)
 
 # %% [markdown]
-# As in the paper, `itb` with `att_itb_a0` comes nearest to the block map of `itb`. The two rules correlate with it
+# As in the paper, `itb` with `att_itb_a0` comes nearest to the block map of `itb`. The rules correlate with it
 # about equally well. But for the product, the difference from the block map is nearly three times as long as the block
 # map itself (`l2_normalised`): the product multiplies two lengths, so its units are wrong. The conserving rule, with
-# shares for the heads' sources, leaves 17 %. No composition comes as near to the block map of `zero`.
+# shares for the heads' sources, leaves 17 %. To the block map of `zero` only `sizes` comes near, the conserving rule
+# with absolute values, and only in what it ranks: the difference is three quarters as long as the map.
 
 # %%
 together = ll.attribute(model, sentences[0], progress=False)  # itb, att_itb_a0, itb: the defaults

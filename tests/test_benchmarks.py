@@ -200,10 +200,29 @@ def test_consistency(program: Program, tmp_path: Path) -> None:
     out = tmp_path / "consistency.json"
     program("consistency").main(model="minilm", sentences=1, tol=1e-2, device="cpu", out=out)
     means = read(out)["cells"]
-    assert len(means) == 3 * 8 * 2 and all(-1 <= row["pearson"] <= 1 and row["l2"] > 0 for row in means)
+    assert len(means) == 3 * 8 * 3 and all(-1 <= row["pearson"] <= 1 and row["l2"] > 0 for row in means)
 
 
-NAMES = ("accuracy", "consistency", "cost", "memory", "versus_captum", "versus_intervention", "versus_released_lig")
+def test_rollout(program: Program, tmp_path: Path) -> None:
+    out = tmp_path / "rollout.json"
+    program("rollout").main(models="minilm", sentences=1, device="cpu", out=out)
+    cells = {(c["attn_baseline"], c["mlp_baseline"], c["rule"]): c for c in read(out)["cells"]}
+    assert len(cells) == 3 * 2 * 3
+    # What the page on rollouts recommends does better than the defaults.
+    assert cells["zero", "zero", "sizes"]["spearman"] > cells["itb", "att_itb_a0", "conserving"]["spearman"] + 0.2
+    assert all(c["largest_sum"] == pytest.approx(1.0, abs=1e-4) for (_, _, rule), c in cells.items() if rule == "sizes")
+
+
+NAMES = (
+    "accuracy",
+    "consistency",
+    "cost",
+    "memory",
+    "rollout",
+    "versus_captum",
+    "versus_intervention",
+    "versus_released_lig",
+)
 
 
 def test_help_from_another_folder(tmp_path: Path) -> None:

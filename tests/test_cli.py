@@ -54,12 +54,12 @@ def core(monkeypatch):
 
 
 def _error(capsys, arguments, status=2):
-    """The one line on stderr of a run that fails with `status`."""
+    """The line on stderr of a run that fails with `status`, after what it said of its progress."""
     assert run(arguments) == status
     captured = capsys.readouterr()
     assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    assert line.startswith("lig-lens: error: ")
+    *said, line = captured.err.splitlines()
+    assert line.startswith("lig-lens: error: ") and all(one.startswith("lig-lens: loading ") for one in said)
     return line
 
 
@@ -202,7 +202,7 @@ def test_the_convergence_warning_is_one_line(core, capsys, monkeypatch):
 
     monkeypatch.setattr(importlib.import_module("lig_lens.attribution"), "attribute", attribute)
     assert run(["explain", "a"]) == 0
-    assert capsys.readouterr().err == "lig-lens: warning: 3 of 9 cells missed tol\n"
+    assert capsys.readouterr().err == "lig-lens: loading minilm\nlig-lens: warning: 3 of 9 cells missed tol\n"
 
 
 def test_config_file_is_used_and_flags_win(core, tmp_path):

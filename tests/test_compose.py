@@ -178,7 +178,7 @@ def test_later_sources_are_no_agreement():
 def test_table_of_all_pairs():
     flows = [measured("bert", *names) for names in (("itb", "zero", "itb"), ("zero", "att_itb_a0", "zero"))]
     table = lig_lens.consistency_table(flows)
-    assert len(table) == 2 * 2 * 2 * 2
+    assert len(table) == 2 * 2 * 2 * len(compose.RULES)
     names = ["attn_baseline", "mlp_baseline", "rule", "block_baseline"]
     assert not table.duplicated(names).any()
     row = table[(table[names] == ["zero", "att_itb_a0", "product", "zero"]).all(axis=1)].iloc[0]
@@ -233,5 +233,38 @@ def test_a_rule_is_a_class_and_a_line(monkeypatch):
     torch.testing.assert_close(flow.compose("even").sum(1), flow.total["mlp"])
     torch.testing.assert_close(flow.rollout(rule="even").sum(0), torch.ones(len(flow.tokens)))
     assert flow.paths(2, 3, rule="even")
-    with pytest.raises(lig_lens.InputError, match="Unknown rule 'evn': use one of 'product', 'conserving', 'even'"):
+    with pytest.raises(
+        lig_lens.InputError, match="Unknown rule 'evn': use one of 'product', 'conserving', 'sizes', 'even'"
+    ):
         flow.compose("evn")
+
+
+def test_sizes_by_hand():
+    """As `conserving`, of absolute values; shares lie between 0 and 1 through all layers."""
+    flow = random_flow()
+    attn, mlp = flow.attn.double().abs(), flow.mlp.double().abs()
+    expected = (attn / attn.sum(2, keepdim=True) * mlp[:, :, None]).sum(1)
+    expected.diagonal(dim1=1, dim2=2).add_((flow.skip + flow.bias).double().abs())
+    torch.testing.assert_close(flow.compose("sizes").double(), expected, rtol=1e-5, atol=1e-6)
+    rollout = flow.rollout(rule="sizes")
+    assert bool((rollout >= 0).all())
+    torch.testing.assert_close(rollout.sum(0), torch.ones(len(flow.tokens)))
+
+
+def test_what_makes_all_destinations_alike_is_said():
+    """No skip connection, or too many layers; and not where a rollout tells destinations apart."""
+    flow = make_flow(layers=range(12), settings={"mlp_baseline": "att_itb_a0"})
+    sizes = {name: getattr(flow, name).abs() for name in ("attn", "mlp")}
+    none_kept = dataclasses.replace(
+        flow, **sizes, skip=0 * flow.skip, bias=0 * flow.bias, total={**flow.total, "mlp": sizes["mlp"].sum(1)}
+    )
+    with pytest.warns(lig_lens.CollapseWarning, match=r"differ by less than 5%.*mlp_baseline='zero'"):
+        none_kept.rollout()
+    mixed = dataclasses.replace(none_kept, skip=0.1 * sizes["mlp"].sum(1))
+    with pytest.warns(lig_lens.CollapseWarning, match="Pass fewer layers"):
+        mixed.paths(dst=1, k=2)
+    assert "pass fewer layers" in " ".join(compose.doubts(mixed, None, None, "conserving"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lig_lens.CollapseWarning)
+        mixed.rollout(stop=2)
+        dataclasses.replace(none_kept, skip=20 * sizes["mlp"].sum(1)).rollout()

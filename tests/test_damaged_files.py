@@ -126,8 +126,8 @@ def test_tokens_that_look_like_no_checksum(tmp_path: Path) -> None:
     for group in ("total", "gap", "converged"):
         tensors |= {f"{group}.{name}": value for name, value in getattr(flow, group).items()}
     path = tmp_path / "f.safetensors"
-    with growing(path, labels, {name: tensor.shape for name, tensor in tensors.items()}) as stream:
+    with growing(path, labels, {name: tensor.shape for name, tensor in tensors.items()}) as put:
         for name, tensor in tensors.items():
             for index, layer in enumerate(tensor):
-                stream.put(name, index, layer)
+                put(name, index, layer)
     assert lig_lens.Flow.load(path).tokens[0] == "-" * 64

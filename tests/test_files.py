@@ -2,11 +2,6 @@
 
 import errno
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,38 +11,6 @@ import lig_lens
 from lig_lens import files
 from lig_lens.cli.main import run
 from lig_lens.errors import InputError, OutputError
-
-KILLS = int(os.environ.get("LIG_LENS_KILLS", "8"))
-_WRITER = """
-import sys
-from lig_lens.files import replacing, write_atomic
-piece = bytes([int(sys.argv[2])]) * (1 << 20)
-print("ready", flush=True)
-while True:
-    with replacing(sys.argv[1]) as beside, open(beside, "wb") as stream:
-        for _ in range(8):
-            stream.write(piece)
-"""
-
-
-def test_killed_while_it_writes(tmp_path: Path) -> None:
-    """The file is what one writer wrote, whole; what the killed one left goes with the next write."""
-    path, rng, left = tmp_path / "x.bin", random.Random(0), 0
-    for number in range(KILLS):
-        writer = subprocess.Popen([sys.executable, "-c", _WRITER, path, str(number % 250)], stdout=subprocess.PIPE)
-        assert writer.stdout is not None
-        writer.stdout.readline()
-        time.sleep(rng.uniform(0.0, 0.05))
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        names = [file.name for file in tmp_path.iterdir()]
-        left += len([name for name in names if name.endswith(".tmp")])
-        if path.exists():
-            data = path.read_bytes()
-            assert len(data) == 8 << 20 and len(set(data)) == 1
-        files.write_atomic(path, b"whole")
-        assert [file.name for file in tmp_path.iterdir()] == ["x.bin"] and path.read_bytes() == b"whole"
-    assert left, "no kill hit a write: the test shows nothing"
 
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:

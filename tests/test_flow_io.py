@@ -1,5 +1,6 @@
 """A Flow on disk and in other formats: the same numbers come back, and bad files are clear errors."""
 
+import errno
 import json
 import os
 import stat
@@ -175,7 +176,14 @@ def test_paths_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="is a folder"):
         check_writable(".")
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(InputError, match=r"no permission to write .*: choose another path"):
+    with pytest.raises(InputError, match=r"no permission to replace it: choose another path"):
+        check_writable(tmp_path / "file")
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", refused)
+    with pytest.raises(InputError, match=r"Permission denied in .*: choose another path"):
         check_writable(tmp_path / "x")
 
 

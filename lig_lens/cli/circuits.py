@@ -7,7 +7,7 @@ import typer
 
 from lig_lens.cli.configs import CircuitConfig
 from lig_lens.cli.flags import with_flags
-from lig_lens.cli.shared import Outputs, load
+from lig_lens.cli.shared import Outputs, load, say
 
 if TYPE_CHECKING:
     from lig_lens.flow.effects import Effects
@@ -20,15 +20,14 @@ def patch(settings: CircuitConfig) -> None:
     from lig_lens.show.summary import summarize_effects
 
     effects = _intervene(load(settings), settings, None)
-    outputs = Outputs()
-    outputs.write(settings.json_path, effects.to_json)
-    if settings.html is not None:
-        from lig_lens.show.plots import effects_map, write_html
+    with Outputs(settings) as outputs:
+        outputs.write(settings.json_path, effects.to_json)
+        if settings.html is not None:
+            from lig_lens.show.plots import effects_map, write_html
 
-        title = f"lig_lens: {settings.clean}"
-        outputs.write(settings.html, lambda path: write_html(effects_map(effects), path, title=title))
-    typer.echo(summarize_effects(effects, settings.top))
-    outputs.tell(settings)
+            title = f"lig_lens: {settings.clean}"
+            outputs.write(settings.html, lambda path: write_html(effects_map(effects), path, title=title))
+        typer.echo(summarize_effects(effects, settings.top))
 
 
 @with_flags(CircuitConfig)
@@ -46,32 +45,34 @@ def compare(settings: CircuitConfig) -> None:
     # Interventions on edges replace messages.
     split = "message" if settings.at.startswith("edges") else "source"
     asked = settings.attribute_arguments()
+    say(settings, "1 of 3: contributions, from the last block to the first")
     flow = cast(Flow, attribute(model, settings.clean, target=metric, split=split, **asked))  # one prompt, one Flow
     found: dict[str, Any] = {"LIG by message" if split == "message" else "LIG": flow}
+    say(settings, "2 of 3: other scores")
     if not settings.at.startswith("resid"):
         on = "edges" if settings.at.startswith("edges") else "heads_by_pos"
         found |= scores(model, settings.clean, settings.corrupted, metric, on=on, layers=settings.layers)
     union = None
     if settings.at.startswith("edges"):
         union = sorted({edge for score in found.values() for edge in patching.top_edges(score, settings.edges)})
+    say(settings, "3 of 3: interventions, which all of these should foretell")
     effects = _intervene(model, settings, union)
     table = compare_table(found, effects, k=settings.top)
-    outputs = Outputs()
 
     def write_json(path: str) -> None:
         rows = {name: {k: v if v == v else None for k, v in row.items()} for name, row in table.T.to_dict().items()}
         document = {"effects": json.loads(effects.to_json()), "agreement": rows}
         write_atomic(path, (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
-    outputs.write(settings.json_path, write_json)
-    if settings.html is not None:
-        from lig_lens.show.plots import agreement_scatter, effects_map, write_html
+    with Outputs(settings) as outputs:
+        outputs.write(settings.json_path, write_json)
+        if settings.html is not None:
+            from lig_lens.show.plots import agreement_scatter, effects_map, write_html
 
-        figures = [agreement_scatter(score, effects, name=name) for name, score in found.items()]
-        title = f"lig_lens: {settings.clean}"
-        outputs.write(settings.html, lambda path: write_html([*figures, effects_map(effects)], path, title=title))
-    typer.echo(summarize_agreement(table, effects))
-    outputs.tell(settings)
+            figures = [agreement_scatter(score, effects, name=name) for name, score in found.items()]
+            title = f"lig_lens: {settings.clean}"
+            outputs.write(settings.html, lambda path: write_html([*figures, effects_map(effects)], path, title=title))
+        typer.echo(summarize_agreement(table, effects))
 
 
 def _metric(settings: CircuitConfig) -> "Metric":

@@ -11,6 +11,7 @@ from pydantic import Field, StrictStr, ValidationError
 
 from lig_lens.errors import InputError
 from lig_lens.fields import Flag, PositiveInt, Section, Switch, fields_of, flag_of, key_error
+from lig_lens.files import real
 from lig_lens.interventions import NODES
 from lig_lens.names import DTYPES
 from lig_lens.settings import Asked, Attribution, Settings
@@ -36,7 +37,7 @@ class RunConfig(Asked):
         """See the base class; also two outputs with one path."""
         super().check_together()
         paths = [path for path in self.files().values() if path is not None]
-        if len({Path(path).absolute() for path in paths}) < len(paths):
+        if len({real(path) for path in paths}) < len(paths):
             raise InputError(f"Two of {', '.join(self.files())} name one path, {paths[0]!r}: give each its own.")
 
     def attribute_arguments(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import typer
 
 from lig_lens.cli.configs import ExplainConfig
 from lig_lens.cli.flags import with_flags
-from lig_lens.cli.shared import Outputs, load, terminal_width
+from lig_lens.cli.shared import Outputs, load, say, terminal_width
 from lig_lens.errors import InputError
 
 
@@ -24,12 +24,12 @@ def explain(
 
     flow = cast(Flow, attribute(load(settings), text, **settings.attribute_arguments()))  # one text gives one Flow
     # Written before anything is printed, so that a closed pipe costs no result.
-    outputs = Outputs()
-    outputs.write(settings.out, flow.save)
-    outputs.write(settings.json_path, flow.to_json)
-    if settings.html is not None:
-        from lig_lens.show.explorer import write_explorer
+    with Outputs(settings) as outputs:
+        outputs.write(settings.out, flow.save)
+        outputs.write(settings.json_path, flow.to_json)
+        if settings.html is not None:
+            say(settings, "writing the page")
+            from lig_lens.show.explorer import write_explorer
 
-        outputs.write(settings.html, lambda path: write_explorer(flow, path, title=f"lig_lens: {text}"))
-    typer.echo(summarize(flow, terminal_width()))
-    outputs.tell(settings)
+            outputs.write(settings.html, lambda path: write_explorer(flow, path, title=f"lig_lens: {text}"))
+        typer.echo(summarize(flow, terminal_width()))

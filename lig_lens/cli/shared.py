@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from lig_lens.cli.configs import RunConfig
-from lig_lens.errors import InputError
+from lig_lens.errors import InputError, OutputError
 
 
 def load(settings: RunConfig) -> Any:
@@ -17,17 +17,48 @@ def load(settings: RunConfig) -> Any:
     Raises:
         InputError: no such model, or a device that cannot be used here.
     """
+    say(settings, f"loading {settings.model}")
     from lig_lens.models.loading import load_model
 
     return load_model(settings.model, device=settings.device, dtype=settings.dtype)
 
 
-class Outputs:
-    """The files that a command writes. Each may fail for itself, which costs neither the others nor what is printed."""
+def say(settings: RunConfig, doing: str) -> None:
+    """Say on stderr what is being done, unless progress is not to be shown."""
+    if settings.progress:
+        typer.echo(f"lig-lens: {doing}", err=True)
 
-    def __init__(self) -> None:
+
+class Outputs:
+    """The files that a command writes. Each may fail for itself, which costs neither the others nor what is printed.
+
+    As a context manager it names, when all else is printed, the files that were written, or the flags that write one.
+
+    Raises:
+        InputError: at the end, a result that a file cannot hold.
+        OutputError: at the end, a file that could not be written.
+    """
+
+    def __init__(self, settings: RunConfig) -> None:
+        self._settings = settings
         self._written: list[str] = []
-        self._failed: list[InputError | OSError] = []
+        self._failed: list[InputError | OutputError] = []
+
+    def __enter__(self) -> "Outputs":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None and self._written:
+            typer.echo(f"Wrote {', '.join(self._written)}")
+        elif error is None and not self._failed:
+            *first, last = self._settings.files()
+            typer.echo(f"No file written; {', '.join(first)} and {last} write one.")
+        # Where nothing can be printed any more, what failed is said all the same.
+        raised = self._failed.pop() if error is None and self._failed else None
+        for failed in self._failed:
+            typer.echo(f"lig-lens: error: {failed}", err=True)
+        if raised is not None:
+            raise raised
 
     def write(self, path: str | None, how: Callable[[str], object]) -> None:
         """Write a file, if it was asked for."""
@@ -35,27 +66,10 @@ class Outputs:
             return
         try:
             how(path)
-        except (InputError, OSError) as error:
+        except (InputError, OutputError) as error:
             self._failed.append(error)
         else:
             self._written.append(path)
-
-    def tell(self, settings: RunConfig) -> None:
-        """Name the files that were written, or the flags that write one; call it when all else is printed.
-
-        Raises:
-            InputError: a result that a file cannot hold.
-            OSError: a file that could not be written.
-        """
-        if self._written:
-            typer.echo(f"Wrote {', '.join(self._written)}")
-        elif not self._failed:
-            *first, last = settings.files()
-            typer.echo(f"No file written; {', '.join(first)} and {last} write one.")
-        for error in self._failed[:-1]:
-            typer.echo(f"lig-lens: error: {error}", err=True)
-        if self._failed:
-            raise self._failed[-1]
 
 
 def terminal_width() -> int | None:

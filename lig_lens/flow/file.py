@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +16,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from lig_lens.errors import FlowFileError
-from lig_lens.files import replacing, write_atomic
+from lig_lens.files import replacing, write_atomic, writing
 from lig_lens.flow.data import FlowData
 from lig_lens.flow.header import LABELS, brief, header_of, parse_header
 from lig_lens.flow.labels import CELLS as CELLS
@@ -97,8 +97,8 @@ class GrowingFile:
 @contextlib.contextmanager
 def growing(
     path: str | os.PathLike[str], labels: Mapping[str, object], shapes: Mapping[str, Sequence[int]]
-) -> Iterator[GrowingFile]:
-    """Open a Flow file to be filled; it is there, whole, once this ends without an error.
+) -> Iterator[Callable[[str, int, Tensor], None]]:
+    """Give what writes a tensor's layer into a new Flow file, which is there, whole, once this ends without an error.
 
     Args:
         path: where it goes.
@@ -107,14 +107,27 @@ def growing(
 
     Raises:
         InputError: `path` cannot be written.
-        OSError: no room for the file.
+        OutputError: no room for the file.
     """
-    with replacing(path) as beside, open(beside, "w+b") as stream:
-        file = GrowingFile(stream, labels, shapes)
-        yield file
-        file.finish()
-        stream.flush()
-        os.fsync(stream.fileno())
+    with replacing(path) as beside:
+        with writing(path):
+            stream = open(beside, "w+b")
+        try:
+            with writing(path):
+                file = GrowingFile(stream, labels, shapes)
+
+            def put(name: str, index: int, value: Tensor) -> None:
+                with writing(path):
+                    file.put(name, index, value)
+
+            yield put
+            with writing(path):
+                file.finish()
+                stream.flush()
+                os.fsync(stream.fileno())
+        finally:
+            with writing(path):
+                stream.close()
 
 
 def _dtype(name: str) -> str:

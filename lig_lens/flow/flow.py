@@ -85,7 +85,8 @@ class Flow(FlowData):
         Args:
             rule: `product` (the paper's, arXiv 2606.21564), `sum_h attn[h, i, j] mlp[h, j]`; or `conserving` (ours),
                 `sum_h attn[h, i, j] / sum_i attn[h, i, j] mlp[h, j]`, and skip and bias of j on i = j, so that a
-                column adds up to what the mlp map explains.
+                column adds up to what the mlp map explains; or `sizes` (ours), which is `conserving` of absolute
+                values, so that nothing cancels.
 
         Raises:
             InputError: unknown rule, or no attn and mlp maps.
@@ -107,8 +108,9 @@ class Flow(FlowData):
     ) -> Float[Tensor, "src dst"]:
         """Shares multiplied through the layers: how much of each residual leaving layer `stop - 1` is which token's.
 
-        Columns add up to 1, single shares may be negative or exceed 1. A destination that nothing moves keeps what
-        it has.
+        Columns add up to 1, single shares may be negative or exceed 1 (but with `sizes`). A destination that nothing
+        moves keeps what it has. Ask `attribute` for `attn_baseline="zero"` and `mlp_baseline="zero"`: the defaults
+        leave out what each token keeps.
 
         Args:
             start: number of the first block, the Flow's first by default.
@@ -120,6 +122,7 @@ class Flow(FlowData):
 
         Warns:
             CancellationWarning: in some step what is added up nearly cancels, so that shares are huge.
+            CollapseWarning: the columns are nearly the same, as through many layers, or without a skip connection.
         """
         return compose.rollout(self, start, stop, rule)
 
@@ -143,7 +146,7 @@ class Flow(FlowData):
             InputError: as `rollout`, or k below 1, or a position outside the prompt.
 
         Warns:
-            CancellationWarning: as `rollout`.
+            CancellationWarning, CollapseWarning: as `rollout`.
         """
         return routes.paths(self, dst, k, start, stop, rule)
 
@@ -167,7 +170,7 @@ class Flow(FlowData):
             InputError: as `rollout`, or a negative threshold.
 
         Warns:
-            CancellationWarning: as `rollout`.
+            CancellationWarning, CollapseWarning: as `rollout`.
         """
         return graph_of(self, threshold, start, stop, rule)
 

@@ -59,9 +59,11 @@ class Rule(ABC):
 
     Attributes:
         conserves: whether what enters a destination adds up to what the mlp map explains of it.
+        in_explorer: whether the explorer, which composes in the browser, knows it too.
     """
 
     conserves = False
+    in_explorer = False
 
     @abstractmethod
     def edges(self, maps: HeadMaps) -> Edges:
@@ -70,6 +72,8 @@ class Rule(ABC):
 
 class Product(Rule):
     """The paper's (arXiv 2606.21564): `attn[h, i, j] mlp[h, j]` through heads, and nothing past them."""
+
+    in_explorer = True
 
     def edges(self, maps: HeadMaps) -> Edges:
         """Products of both contributions; the unit is that of the target, squared."""
@@ -84,20 +88,38 @@ class Conserving(Rule):
     map says of that head.
     """
 
-    conserves = True
+    conserves = in_explorer = True
 
     def edges(self, maps: HeadMaps) -> Edges:
         """Parts of the mlp map, in its unit."""
-        flow, shares = maps.flow, maps.flow.shares("attn").double()
-        total = shares.sum(-2, keepdim=True)
-        rests = total == 0
-        shares = torch.where(rests, 0.0, shares / total.masked_fill(rests, 1.0))
-        columns = torch.arange(len(flow.destinations))
-        shares[:, :, list(flow.destinations), columns] += rests[:, :, 0].double()
+        shares = _divided(maps.flow, maps.flow.shares("attn").double())
         return Edges(shares * maps.mlp.double()[:, :, None], maps.past.double())
 
 
-RULES: Registry[Entry] = Registry("rule", product=Entry(Product), conserving=Entry(Conserving))
+class Sizes(Rule):
+    """Ours: as `Conserving`, of absolute values: `|attn[h, i, j]| / sum_i |attn[h, i, j]| * |mlp[h, j]|`.
+
+    Nothing can cancel, so that shares lie between 0 and 1 and stay so through all layers. Signs are lost: it says how
+    much comes from where, not what for.
+    """
+
+    def edges(self, maps: HeadMaps) -> Edges:
+        """Sizes, in the unit of the mlp map."""
+        shares = _divided(maps.flow, maps.attn.double().abs())
+        return Edges(shares * maps.mlp.double().abs()[:, :, None], maps.past.double().abs())
+
+
+def _divided(flow: FlowData, attn: Float[Tensor, "layer head src dst"]) -> Float[Tensor, "layer head src dst"]:
+    """Columns divided by their sums; where there is none, the destination itself gets all."""
+    total = attn.sum(-2, keepdim=True)
+    rests = total == 0
+    shares = torch.where(rests, 0.0, attn / total.masked_fill(rests, 1.0))
+    columns = torch.arange(len(flow.destinations))
+    shares[:, :, list(flow.destinations), columns] += rests[:, :, 0].double()
+    return shares
+
+
+RULES: Registry[Entry] = Registry("rule", product=Entry(Product), conserving=Entry(Conserving), sizes=Entry(Sizes))
 
 
 def rule_of(name: str) -> Rule:

@@ -23,7 +23,9 @@ def is_batch(prompt: Any) -> bool:
     return not isinstance(prompt[0], numbers.Integral)
 
 
-def read_pairs(model: HookedModel, prompt: Any, corrupted: Any, attention_mask: Any, prepend_bos: Any) -> list[Pair]:
+def read_pairs(
+    model: HookedModel, prompt: Any, corrupted: Any, attention_mask: Any, prepend_bos: Any, may_equal: bool = False
+) -> list[Pair]:
     """Read prompts, and the corrupted prompt of each where there is one.
 
     Args:
@@ -32,6 +34,7 @@ def read_pairs(model: HookedModel, prompt: Any, corrupted: Any, attention_mask: 
         corrupted: one for each, or None.
         attention_mask: one for each, or None; it holds for the corrupted prompt too, where that is padded alike.
         prepend_bos: for texts; the tokenizer's own default with None.
+        may_equal: whether a corrupted prompt may equal its prompt.
 
     Raises:
         InputError: what cannot be read, or prompts of different lengths.
@@ -53,6 +56,8 @@ def read_pairs(model: HookedModel, prompt: Any, corrupted: Any, attention_mask: 
                     model, other, prepend_bos=prepend_bos, attention_mask=padded, what="corrupted prompt"
                 )
                 _check_same_length(clean, second)
+                if not may_equal:
+                    check_different(clean, second)
         except InputError as error:
             where = f"Prompt {number} of {len(prompts)}: " if several else ""
             raise InputError(f"{where}{error}") from error
@@ -80,7 +85,7 @@ def read_pair(model: HookedModel, clean: Any, other: Any, prepend_bos: Any) -> P
     """
     if is_batch(clean) or is_batch(other):
         raise InputError("A list of prompts: give one pair at a time, and average() the results.")
-    return read_pairs(model, clean, other, None, prepend_bos)[0]
+    return read_pairs(model, clean, other, None, prepend_bos, may_equal=True)[0]
 
 
 def _check_same_length(clean: Inputs, corrupted: Inputs) -> None:

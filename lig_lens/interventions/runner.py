@@ -7,11 +7,9 @@ grouped keys and in every layout, and gives what TransformerLens' own patching g
 Differences that rounding alone can cause are given as 0.
 """
 
-import sys
 from collections.abc import Sequence
 
 import torch
-from tqdm.auto import tqdm
 
 from lig_lens.choose import Selection
 from lig_lens.errors import InputError
@@ -20,6 +18,7 @@ from lig_lens.inputs.pairs import check_different
 from lig_lens.interventions.intervention import Intervention
 from lig_lens.interventions.subject import read_subject
 from lig_lens.models.running import one_at_a_time, prepared
+from lig_lens.progress import progress as progress_of
 from lig_lens.settings import MAX_BATCH_TOKENS
 from lig_lens.targets.metrics import Function, Metric
 from lig_lens.targets.metrics import metric as as_metric
@@ -75,14 +74,7 @@ def intervene(
         }
         before, noise = float(ready(into.forward.output)), into.noise(ready)
         rows = []
-        with tqdm(
-            total=sum(some.count for some in trials.values()),
-            desc=intervention.doing,
-            unit="run",
-            disable=not progress,
-            file=sys.stderr,
-            leave=False,
-        ) as bar:
+        with progress_of(intervention.doing, "run", sum(some.count for some in trials.values()), progress) as bar:
             for layer, some in trials.items():
                 found = some.arranged(into.measure(ready, layer, some, max_batch_tokens, bar.update))
                 effects = found - before if intervention.denoises else before - found

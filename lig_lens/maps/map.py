@@ -44,8 +44,12 @@ class Map(ABC):
         Args:
             job: the prompt.
             index: of the layer among those asked for.
-            advance: told how many columns are done.
+            advance: told how much of its `work` is done.
         """
+
+    def work(self, job: Job, index: int) -> int:
+        """How much is to be done at one layer, for the progress bar: the number of columns."""
+        return len(job.destinations)
 
     def node_shape(self, values: Values, n_pos: int) -> tuple[int, ...]:
         """Shape of the node that the map goes from, for a prompt of `n_pos` positions."""

@@ -30,9 +30,13 @@ class AttnToMetric(Map):
         # Where the path starts in the second prompt's run, the metric there is known.
         known = down.corrupted if place.corrupted is not None and path.start is place.corrupted.resid_pre else None
         heads, skip, integral = metric_integral(values, path, between, down, known, job.budget)
-        advance(len(job.destinations))
+        advance(self.work(job, index))
         cells = {name: value[0, 0] for name, value in cells_of(integral).items()}
         return self.finished(job, index, Columns(heads, **cells, skip=skip))
+
+    def work(self, job: Job, index: int) -> int:
+        """The blocks that every point of the path runs through."""
+        return len(job.values[job.layers[index]].call.stack) - job.layers[index]
 
     def check_block(self, values: Values, wanted: str, by_message: bool) -> None:
         """See the base class."""

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lig_lens.errors import InputError
-from lig_lens.flow.compose import CANCELS, RULES, edges
+from lig_lens.flow import compose
+from lig_lens.flow.compose import CANCELS, edges
 from lig_lens.flow.describe import Facts, averaged, describe
 from lig_lens.flow.flow import Flow
 from lig_lens.flow.labels import TENSORS
@@ -21,6 +22,9 @@ from lig_lens.flow.rules import rule_of
 from lig_lens.show.plots.style import QUALITATIVE
 from lig_lens.show.text import show_token
 from lig_lens.show.words import beside_gap, by_message, change, mean_of
+
+# Rules of composition that the page has; it composes by them itself.
+RULES = tuple(name for name in compose.RULES if rule_of(name).in_explorer)
 
 # Numbers of one Flow: up to the first they are written as float32, up to the second a page holds them at all.
 EXACT_NUMBERS = 2**20
