@@ -262,7 +262,7 @@ class _Run:
                 layer = job.layers[index]
                 with prepared(self.model, self.blocks.stack.blocks[layer]):
                     for one in self.maps:
-                        bar.set_postfix_str(f"layer {layer} {one.name}")
+                        bar.set_postfix_str(f"layer {layer} {one.name}", refresh=False)
                         columns = one.columns(job, index, bar.update)
                         put(one.name, index, columns.contributions)
                         for part in one.parts:

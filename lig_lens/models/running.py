@@ -119,7 +119,7 @@ def _attributes_kept(model: HookedModel) -> Iterator[None]:
     finally:
         for module, kept in before:
             for name, value in list(module.__dict__.items()):
-                if not isinstance(value, Tensor) or value is kept.get(name):
+                if value is kept.get(name) or not isinstance(value, Tensor):  # asked in the order of their cost
                     continue
                 if name in kept:
                     module.__dict__[name] = kept[name]
