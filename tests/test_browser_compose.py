@@ -245,7 +245,7 @@ def clear(drawn):
     kept = []
     for flow in (spec.flow() for spec in drawn):
         try:
-            for rule in compose.RULES:
+            for rule in contents.RULES:
                 Sides(flow, rule, half=False)
             for map in flow.maps:
                 terms = flow.columns(map).double()
@@ -264,8 +264,8 @@ def test_numbers_are_those_of_compose(numbers_of, drawn, half):
     found = numbers_of(drawn, exact=0 if half else contents.EXACT_NUMBERS)
     for number, flow in enumerate(drawn):
         assert found[number].half == half and found[number].by_head
-        assert list(found[number].maps) == [*flow.maps, *compose.RULES]
-        for rule in compose.RULES:
+        assert list(found[number].maps) == [*flow.maps, *contents.RULES]
+        for rule in contents.RULES:
             sides_agree(flow, rule, found[number], half, by_head=True)
         for map in flow.maps:
             shares_agree(flow, map, found[number], half)
@@ -278,7 +278,7 @@ def test_numbers_without_single_heads_are_those_of_compose(numbers_of, spec, hal
     count = sum(part.numel() for part in (flow.attn, flow.mlp, flow.skip, flow.bias, flow.block))
     (found,) = numbers_of([flow], 0 if half else contents.EXACT_NUMBERS, count - 1).values()
     assert not found.by_head and "attn" not in found.maps
-    for rule in compose.RULES:
+    for rule in contents.RULES:
         sides_agree(flow, rule, found, half, by_head=False)
 
 

@@ -271,7 +271,9 @@ def test_what_enters_besides_the_residual_stream_is_noticed():
 
 
 def test_a_head_that_was_never_trained_is_refused():
-    with pytest.raises(lig_lens.InputError, match="saved without a language-model head"):
+    with pytest.raises(
+        lig_lens.InputError, match=r"logits come from random weights: cls\.predictions.*saved as BertModel"
+    ):
         lig_lens.attribute(
             lig_lens.load_model("minilm"), "a cat", corrupted="a dog", target=lig_lens.log_probability("cat")
         )

@@ -1,6 +1,5 @@
 """A name, a folder or a model in, a hooked model out."""
 
-import contextlib
 import weakref
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 from lig_lens.arguments import checked
 from lig_lens.errors import InputError
 from lig_lens.hooked import HookedModel, check_hooked
+from lig_lens.models.boot import boot
 from lig_lens.models.packaged import INDUCTION, PACKAGED, quiet_transformers
 from lig_lens.names import DTYPES
 
@@ -69,7 +69,7 @@ def load_model(
             )
         return _hooked_induction(device, torch_dtype)
     source = PACKAGED[name]() if name in PACKAGED else _folder_or_hub_id(name)
-    bridge = _boot(str(source), name, device, torch_dtype, load_weights)
+    bridge = boot(str(source), name, device, torch_dtype, load_weights)
     _NAMES[bridge] = name
     return bridge
 
@@ -195,25 +195,3 @@ def _folder_or_hub_id(name: str) -> Path | str:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip():
         raise InputError(f"No such model folder: {name!r}. Give an existing folder, 'minilm', 'smollm2' or a hub id.")
     return name
-
-
-def _boot(source: str, name: str, device: str | torch.device | None, dtype: torch.dtype, load_weights: bool) -> Any:
-    from transformer_lens.model_bridge import TransformerBridge
-
-    try:
-        with quiet_transformers():
-            bridge = TransformerBridge.boot_transformers(source, device=device, dtype=dtype, load_weights=load_weights)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        if Path(source).is_dir():
-            raise InputError(f"The folder {name!r} holds no model that can be loaded: {reason}") from error
-        raise InputError(
-            f"{name!r} is neither a local folder nor a model that can be fetched now ({reason}): give a folder saved "
-            "with save_pretrained, 'minilm', 'smollm2', or a hub id while online (HF_HUB_OFFLINE unset)."
-        ) from error
-    if not load_weights:
-        with contextlib.redirect_stdout(None):  # TransformerLens prints the dtype
-            bridge.to(dtype)
-        bridge.eval()
-    bridge.enable_compatibility_mode(disable_warnings=True, no_processing=True)
-    return bridge

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lig_lens.arguments import checked
 from lig_lens.errors import InputError
+from lig_lens.models.heads import check_head
 from lig_lens.targets.target import Target
 
 Function = Callable[[Tensor], Any]
@@ -38,8 +39,10 @@ class Metric(Target):
             clean: its logits on the clean prompt.
 
         Raises:
-            InputError: an answer that is no single token, or a metric that does not give one finite number.
+            InputError: an answer that is no single token, a metric that does not give one finite number, or logits that
+                come from random weights.
         """
+        check_head(model)
         ready = BatchMetric(self.name, self.prepare(model, clean))
         ready(clean)
         return ready
@@ -200,7 +203,6 @@ def kl_divergence(pos: int = -1) -> Metric:
     """
 
     def prepare(model: object, clean: Tensor) -> Function:
-        _check_head(model)
         at = _position(clean, pos)
         wanted = clean[0, at].detach().log_softmax(-1)
         return lambda logits: (wanted.exp() * (wanted - logits[0, at].log_softmax(-1))).sum()
@@ -210,17 +212,6 @@ def kl_divergence(pos: int = -1) -> Metric:
 
 def _named(pos: int | None, usual: int | None) -> str:
     return "" if pos == usual else f", pos={pos}"
-
-
-def _check_head(model: object) -> None:
-    """Refuse a language-model head that no weights were loaded for: it is random, and another one at every load."""
-    hf = getattr(model, "original_model", None)
-    saved = getattr(getattr(hf, "config", None), "architectures", None) or []
-    if hf is not None and "MaskedLM" in type(hf).__name__ and saved and not any("For" in name for name in saved):
-        raise InputError(
-            f"This model was saved without a language-model head ({', '.join(saved)}), so its logits come from random "
-            "weights: take a model with a head, or metric(f) if you have put one in."
-        )
 
 
 def _position(logits: Tensor, pos: int) -> int:
@@ -238,7 +229,6 @@ def _position(logits: Tensor, pos: int) -> int:
 def _token(model: object, answer: str | int, logits: Tensor) -> int:
     """Id of an answer token."""
     d_vocab = logits.shape[-1]
-    _check_head(model)
     if isinstance(answer, str):
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None:

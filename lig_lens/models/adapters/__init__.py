@@ -1,0 +1,35 @@
+"""Families that TransformerLens' bridge does not take by itself: which of its adapters serves them, and how.
+
+A family whose modules are those of another, under other names, is a line here. All of them are held against the plain
+transformers model (`tests/test_families.py`).
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from lig_lens.models.adapters.encoders import EncoderNames
+
+# The class of transformers that a model was saved as -> the architecture that the bridge knows, with the same modules.
+KIN: Mapping[str, str] = MappingProxyType({"PhimoeForCausalLM": "PhiMoEForCausalLM"})
+
+# Encoders with BERT's layers: where theirs stand.
+ENCODERS: Mapping[str, EncoderNames] = MappingProxyType(
+    {
+        "RobertaForMaskedLM": EncoderNames("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
+        "XLMRobertaForMaskedLM": EncoderNames("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
+        "CamembertForMaskedLM": EncoderNames("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
+        "ElectraForMaskedLM": EncoderNames(
+            "electra", "generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head"
+        ),
+    }
+)
+# What a model says of its type, where the class that it was saved as is not among those above.
+MODEL_TYPES: Mapping[str, str] = MappingProxyType(
+    {
+        "roberta": "RobertaForMaskedLM",
+        "xlm-roberta": "XLMRobertaForMaskedLM",
+        "camembert": "CamembertForMaskedLM",
+        "electra": "ElectraForMaskedLM",
+        "phimoe": "PhimoeForCausalLM",
+    }
+)
