@@ -6,8 +6,8 @@
 # What happens: the class is chosen by model_type: it gives BertForMaskedLM (LlamaForCausalLM, ...), whose head is not
 # in the file and is drawn at random, another one at every load. Nothing is raised, warned or logged.
 # Why it matters here: every number about logits would explain weights that nobody has trained.
-# What is done about it: the blocks are the file's, so maps inside a block hold. `class_logit` refuses logits that have
-# positions unless `pos` names one (`tests/test_metric.py`).
+# What is done about it: a classifier is loaded as the class that it was saved as, and logits from weights that stand in
+# no file are refused by name (`lig_lens/models/boot.py`; `tests/test_families.py`).
 set -euo pipefail
 export HF_HUB_OFFLINE=1
 folder=$(mktemp -d)

@@ -3,6 +3,7 @@ from .attribution import attribute as attribute
 from .blocks.block import BlockBoundaries as BlockBoundaries
 from .blocks.describe import describe_boundaries as describe_boundaries
 from .errors import BoundaryError as BoundaryError
+from .errors import BridgeWarning as BridgeWarning
 from .errors import CancellationWarning as CancellationWarning
 from .errors import CollapseWarning as CollapseWarning
 from .errors import ConvergenceWarning as ConvergenceWarning

@@ -46,8 +46,12 @@ class CancellationWarning(UserWarning):
     """Shares of a step divide by a sum whose terms nearly cancel: they are large and of both signs."""
 
 
+class BridgeWarning(UserWarning):
+    """A bridge computes something else than the plain model that it was made of."""
+
+
 class CollapseWarning(UserWarning):
-    """Shares were multiplied through layers without what each token keeps: all destinations end alike."""
+    """Shares were multiplied through layers until all destinations are made of the same tokens."""
 
 
 def check_choice(what: str, value: object, valid: Sequence[str]) -> str:

@@ -19,7 +19,9 @@ def progress(doing: str, unit: str, total: int, shown: bool) -> Iterator[Any]:
         shown: whether it is shown at all.
     """
     # A log gets a line now and then, not ten each second.
-    pause = 0.1 if sys.stderr.isatty() else 10.0
+    in_notebook = any("notebook" in one.__module__ for one in tqdm.__mro__)
+    is_log = not in_notebook and not getattr(sys.stderr, "isatty", lambda: False)()
+    pause = 10.0 if is_log else 0.1
     with tqdm(
         total=total, desc=doing, unit=unit, disable=not shown, file=sys.stderr, leave=False, mininterval=pause
     ) as bar:

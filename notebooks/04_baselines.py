@@ -82,8 +82,7 @@ mean[["l2_normalised", "pearson"]].head(6).round(2)
 # As in the paper, `itb` with `att_itb_a0` comes nearest to the block map of `itb`. The rules correlate with it
 # about equally well. But for the product, the difference from the block map is nearly three times as long as the block
 # map itself (`l2_normalised`): the product multiplies two lengths, so its units are wrong. The conserving rule, with
-# shares for the heads' sources, leaves 17 %. To the block map of `zero` only `sizes` comes near, the conserving rule
-# with absolute values, and only in what it ranks: the difference is three quarters as long as the map.
+# shares for the heads' sources, leaves 17 %. No composition comes as near to the block map of `zero`.
 
 # %%
 together = ll.attribute(model, sentences[0], progress=False)  # itb, att_itb_a0, itb: the defaults

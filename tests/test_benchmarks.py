@@ -200,7 +200,7 @@ def test_consistency(program: Program, tmp_path: Path) -> None:
     out = tmp_path / "consistency.json"
     program("consistency").main(model="minilm", sentences=1, tol=1e-2, device="cpu", out=out)
     means = read(out)["cells"]
-    assert len(means) == 3 * 8 * 3 and all(-1 <= row["pearson"] <= 1 and row["l2"] > 0 for row in means)
+    assert len(means) == 3 * 8 * 2 and all(-1 <= row["pearson"] <= 1 and row["l2"] > 0 for row in means)
 
 
 def test_rollout(program: Program, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""The closed-form engine gives what automatic differentiation gives, wherever it says it can."""
+"""The closed-form engine gives what automatic differentiation gives, wherever it says it can.
+
+Most of it on one generation of TransformerLens: `test_oracle.py` holds the numbers themselves on both.
+"""
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ TOL = 1e-5
 BASELINES = ("zero", "itb", "itb_zero_ratio", "itb_map_ratio", "corrupted", "tensor")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("target", ["l2", "direction"])
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("name", ["attn", "block"])
@@ -39,6 +43,7 @@ def test_engines_agree(kind: str, name: str, baseline: str, target: str) -> None
     torch.testing.assert_close(flows[0].total[name], flows[1].total[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("baseline", ["zero", "itb", "corrupted", "tensor"])
 @pytest.mark.parametrize("kind", COVERED)
 def test_engines_agree_at_the_default_tolerance(kind: str, baseline: str) -> None:
@@ -46,6 +51,7 @@ def test_engines_agree_at_the_default_tolerance(kind: str, baseline: str) -> Non
     assert max(difference(flows, name) for name in ("attn", "block")) <= 2e-3
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("baseline", ["zero", "itb"])
 @pytest.mark.parametrize("name", ["attn", "block"])
 @pytest.mark.parametrize("kind", COVERED)
@@ -62,6 +68,7 @@ def test_engines_agree_on_hooked_transformers(kind: str, name: str) -> None:
         assert difference(both(tiny_hooked(kind), [5, 12, 30, 7], name, baseline, "l2", tol=TOL), name) <= 2e-5
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", COVERED)
 @settings(max_examples=4, deadline=None)
 @given(
@@ -76,6 +83,7 @@ def test_engines_agree_on_any_prompt(kind: str, ids: list[int], name: str, basel
     assert (fast - slow).abs().max() <= 2e-5 * slow.abs().max() + 1e-6
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("baseline", ["zero", "itb"])
 @pytest.mark.parametrize("name", ["attn", "block"])
 @pytest.mark.parametrize("model_name", ["minilm", "smollm2"])

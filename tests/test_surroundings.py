@@ -54,6 +54,7 @@ SURROUNDINGS = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", SURROUNDINGS)
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_surroundings_change_nothing(name: str, kind: str) -> None:

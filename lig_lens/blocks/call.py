@@ -44,7 +44,8 @@ class Seen:
         self.order.append(path)
         # Some bridges fire a hook twice; the first value is the one on the path.
         if path not in self.values:
-            self.values[path] = tensor[0].detach().clone()
+            # Some blocks flatten items and positions before a norm (OPT): what then has two axes is one item's.
+            self.values[path] = (tensor if tensor.ndim == 2 else tensor[0]).detach().clone()
 
 
 @dataclass(frozen=True)

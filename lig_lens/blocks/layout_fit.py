@@ -115,7 +115,7 @@ def diagnose(inside: Inside) -> tuple[Layout, Float[Tensor, "d_model"]]:
                 "its output), but only what acts on each token alike can be attributed to heads. Take off hooks that "
                 "edit the model, or use maps=('block',)."
             )
-    trial = Trial(inside, b_O, outputs[0], outputs[1])
+    trial = Trial(inside, b_O, moved, outputs[0], outputs[1])
     for layout in LAYOUTS:
         if layout.fits(trial):
             return layout, b_O

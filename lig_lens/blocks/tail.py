@@ -82,7 +82,7 @@ class Scales:
     """What the norms after attention divide by at the start of paths; at their ends it is known from the prompt."""
 
     def __init__(self, values: Values) -> None:
-        self.end = values.tail_scales
+        self.end, self.n_pos = values.tail_scales, len(values)
         self.start: dict[str, list[Tensor]] = {path: [] for path in self.end}
 
     def hooks(self, pick: Callable[[Tensor], Tensor]) -> dict[str, Hook]:
@@ -93,7 +93,8 @@ class Scales:
     def _read(self, waiting: set[str], path: str, pick: Callable[[Tensor], Tensor], value: Tensor) -> None:
         if path in waiting:
             waiting.discard(path)
-            self.start[path].append(pick(value.detach()[..., 0]))
+            # Items and positions may have been flattened.
+            self.start[path].append(pick(value.detach()[..., 0].reshape(-1, self.n_pos)))
 
     def widths(self, dst: Int[Tensor, "dst"]) -> tuple[Float[Tensor, "dst"], Float[Tensor, "dst"]]:
         """Share of a path, at its start and at its end, in which these norms turn to the direction of the other end.

@@ -103,7 +103,9 @@ def _wants_traceback() -> bool:
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
     """Print the package's own warnings as one line, without a source line that means nothing to a user."""
-    from lig_lens.errors import CancellationWarning, CollapseWarning, ConvergenceWarning
+    from lig_lens.errors import BridgeWarning, CancellationWarning, CollapseWarning, ConvergenceWarning
+
+    ours = (BridgeWarning, CancellationWarning, CollapseWarning, ConvergenceWarning)
 
     shown = warnings.showwarning
 
@@ -115,7 +117,7 @@ def _one_line_warnings() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if issubclass(category, (CancellationWarning, CollapseWarning, ConvergenceWarning)):
+        if issubclass(category, ours):
             print(f"lig-lens: warning: {' '.join(str(message).split())}", file=sys.stderr)
         else:
             shown(message, category, filename, lineno, file, line)

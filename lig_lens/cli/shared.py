@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from lig_lens.cli.configs import RunConfig
-from lig_lens.errors import InputError, OutputError
+from lig_lens.errors import InputError
 
 
 def load(settings: RunConfig) -> Any:
@@ -42,23 +42,25 @@ class Outputs:
     def __init__(self, settings: RunConfig) -> None:
         self._settings = settings
         self._written: list[str] = []
-        self._failed: list[InputError | OutputError] = []
+        self._failed: list[InputError | OSError] = []
 
     def __enter__(self) -> "Outputs":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None and self._written:
-            typer.echo(f"Wrote {', '.join(self._written)}")
-        elif error is None and not self._failed:
-            *first, last = self._settings.files()
-            typer.echo(f"No file written; {', '.join(first)} and {last} write one.")
         # Where nothing can be printed any more, what failed is said all the same.
         raised = self._failed.pop() if error is None and self._failed else None
         for failed in self._failed:
             typer.echo(f"lig-lens: error: {failed}", err=True)
-        if raised is not None:
-            raise raised
+        try:
+            if error is None and self._written:
+                typer.echo(f"Wrote {', '.join(self._written)}")
+            elif error is None and raised is None:
+                *first, last = self._settings.files()
+                typer.echo(f"No file written; {', '.join(first)} and {last} write one.")
+        finally:
+            if raised is not None:
+                raise raised
 
     def write(self, path: str | None, how: Callable[[str], object]) -> None:
         """Write a file, if it was asked for."""
@@ -66,7 +68,7 @@ class Outputs:
             return
         try:
             how(path)
-        except (InputError, OutputError) as error:
+        except (InputError, OSError) as error:
             self._failed.append(error)
         else:
             self._written.append(path)

@@ -76,7 +76,7 @@ def shares(flow: FlowData, rule: str = "conserving", rows: Sequence[int] | None 
     if _alike(divided, flow, used):
         warnings.warn(
             f"Through {len(used)} layers all destinations come to be made of the same tokens: their columns of the "
-            f"rollout differ by less than {ALIKE:.0%}. {_remedy(found, used)[0]}.",
+            f"rollout differ by less than {ALIKE:.0%}. {_remedy(found, used, rule)[0]}.",
             CollapseWarning,
             stacklevel=5,  # the caller of Flow.rollout, Flow.paths or Flow.graph
         )
@@ -114,13 +114,15 @@ def _alike(divided: Edges, flow: FlowData, rows: Sequence[int]) -> bool:
     return bool((columns - columns.mean(1, keepdim=True)).norm() < ALIKE * columns.norm())
 
 
-def _remedy(found: Edges, rows: Sequence[int]) -> tuple[str, str]:
+def _remedy(found: Edges, rows: Sequence[int], rule: str) -> tuple[str, str]:
     """What to do about columns that are alike, at length and in a few words."""
+    if rule == "product":
+        return "The rule 'product' leaves out what stays with a token: take another", "take rule='conserving'"
     skip, heads = found.skip[list(rows)].abs(), found.heads[list(rows)].abs()
     if bool((skip <= 1e-6 * heads.sum((1, 2)).amax(-1, keepdim=True)).all()):
         return (
-            "With this mlp_baseline or rule nothing of a token stays with it: ask attribute() for attn_baseline='zero' "
-            "and mlp_baseline='zero', which counts the skip connection, and take another rule than 'product'",
+            "With this mlp_baseline nothing of a token stays with it: ask attribute() for attn_baseline='zero' and "
+            "mlp_baseline='zero', which counts the skip connection",
             "use mlp_baseline='zero'",
         )
     return "Pass fewer layers (start, stop): what a few of them do still differs by destination", "pass fewer layers"
@@ -134,7 +136,7 @@ def doubts(flow: FlowData, start: int | None, stop: int | None, rule: str) -> li
     cancelling = int((times > CANCELS).sum())
     said = []
     if _alike(_divided(found, sums), flow, rows):
-        said.append(f"<b>all destinations look alike</b>, {_remedy(found, rows)[1]}")
+        said.append(f"<b>all destinations look alike</b>, {_remedy(found, rows, rule)[1]}")
     if cancelling:
         said.append(
             f"<b>contributions nearly cancel in {cancelling} of {times.numel()} steps</b>: shares are unreliable"

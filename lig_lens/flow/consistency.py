@@ -13,12 +13,15 @@ from lig_lens.arguments import checked
 from lig_lens.errors import InputError, optional
 from lig_lens.flow.compose import RULES, compose
 from lig_lens.flow.data import FlowData
+from lig_lens.flow.rules import rule_of
 from lig_lens.names import MAPS
 
 if TYPE_CHECKING:
     import pandas
 
 T = TypeVar("T")
+
+SIGNED = tuple(name for name in RULES if rule_of(name).signed)
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,13 @@ def _check_same_prompt(flows: Sequence[FlowData]) -> None:
 
 
 @checked
-def consistency_table(flows: Sequence[FlowData], rules: Sequence[str] = RULES) -> "pandas.DataFrame":
+def consistency_table(flows: Sequence[FlowData], rules: Sequence[str] = SIGNED) -> "pandas.DataFrame":
     """Compare every composition of some Flows of one prompt with every direct block map among them.
 
     Args:
         flows: results of `attribute` for one prompt, with the attn, mlp and block maps from different baselines;
             every attn map is put together with every mlp map.
-        rules: of composition.
+        rules: of composition; by default those whose weights have signs, as a block map has.
 
     Returns:
         one row for each attn baseline, mlp baseline, rule and block baseline, with the means over layers and

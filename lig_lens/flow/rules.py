@@ -58,10 +58,12 @@ class Rule(ABC):
     """How the edges within a block are weighed.
 
     Attributes:
+        signed: whether weights have the signs of contributions, which alone compare with a block map.
         conserves: whether what enters a destination adds up to what the mlp map explains of it.
         in_explorer: whether the explorer, which composes in the browser, knows it too.
     """
 
+    signed = True
     conserves = False
     in_explorer = False
 
@@ -92,7 +94,7 @@ class Conserving(Rule):
 
     def edges(self, maps: HeadMaps) -> Edges:
         """Parts of the mlp map, in its unit."""
-        shares = _divided(maps.flow, maps.flow.shares("attn").double())
+        shares = _column_shares(maps.flow, maps.flow.shares("attn").double())
         return Edges(shares * maps.mlp.double()[:, :, None], maps.past.double())
 
 
@@ -103,13 +105,15 @@ class Sizes(Rule):
     much comes from where, not what for.
     """
 
+    signed = False
+
     def edges(self, maps: HeadMaps) -> Edges:
         """Sizes, in the unit of the mlp map."""
-        shares = _divided(maps.flow, maps.attn.double().abs())
+        shares = _column_shares(maps.flow, maps.attn.double().abs())
         return Edges(shares * maps.mlp.double().abs()[:, :, None], maps.past.double().abs())
 
 
-def _divided(flow: FlowData, attn: Float[Tensor, "layer head src dst"]) -> Float[Tensor, "layer head src dst"]:
+def _column_shares(flow: FlowData, attn: Float[Tensor, "layer head src dst"]) -> Float[Tensor, "layer head src dst"]:
     """Columns divided by their sums; where there is none, the destination itself gets all."""
     total = attn.sum(-2, keepdim=True)
     rests = total == 0

@@ -1,21 +1,28 @@
 """A checkpoint in, a bridge out: as the class that it was saved as, and with what its loading found missing."""
 
 import contextlib
-from collections.abc import Iterator
+import copy
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lig_lens.errors import InputError
+from lig_lens.errors import BridgeWarning, InputError
 from lig_lens.models.adapters import ENCODERS, KIN, MODEL_TYPES
 from lig_lens.models.adapters.classifiers import classifier_adapter
 from lig_lens.models.adapters.encoders import encoder_adapter
 from lig_lens.models.heads import listed, note_head
 from lig_lens.models.packaged import quiet_transformers
+from lig_lens.models.running import HALF, first_tensor
 
 _CLASSIFIER = "ForSequenceClassification"
+# A prompt that every vocabulary has, and how far logits on it may be apart, relative to their spread: rounding in
+# single and in half precision.
+_PROBE = (5, 9, 7, 11)
+_APART, _HALF_APART = 1e-3, 5e-2
 
 
 class _Loading:
@@ -23,21 +30,33 @@ class _Loading:
 
     def __init__(self, kind: Any) -> None:
         self.kind, self.__name__ = kind, kind.__name__
-        self.missing: list[tuple[str, Tensor]] = []
-        self.body: list[str] = []
+        self.of_head: list[tuple[str, Tensor]] = []
+        self.of_body: list[str] = []
+        self.logits: Tensor | None = None
 
     def from_pretrained(self, source: str, **options: Any) -> Any:
         """Load the model, and note weights that are in no file: those of its body, and those of its head."""
         model, info = self.kind.from_pretrained(source, output_loading_info=True, **options)
         weights = dict(model.named_parameters())
         prefix = f"{model.base_model_prefix}."
-        has_head = prefix != "." and hasattr(model, model.base_model_prefix)
-        for name in sorted(info["missing_keys"]):
-            if name in weights and has_head and not name.startswith(prefix):
-                self.missing.append((name, weights[name]))
-            elif name in weights:
-                self.body.append(name)
+        has_body = prefix != "." and hasattr(model, model.base_model_prefix)
+        unembed = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        of_unembed = {id(weight) for weight in unembed.parameters()} if isinstance(unembed, torch.nn.Module) else set()
+        for name in sorted(info["missing_keys"] & weights.keys()):
+            if id(weights[name]) in of_unembed or (has_body and not name.startswith(prefix)):
+                self.of_head.append((name, weights[name]))
+            else:
+                self.of_body.append(name)
+        self.logits = _plain_logits(model, lambda: self._again(source, **options))
         return model
+
+    def _again(self, source: str, **options: Any) -> Any:
+        """The model as its user loads it, where the class settles its attention when it is made."""
+        config = copy.deepcopy(options.pop("config"))
+        options.pop("attn_implementation", None)
+        # The bridge asks for attentions, which transformers gives with eager attention alone.
+        config._attn_implementation, config.output_attentions = None, False
+        return self.kind.from_pretrained(source, config=config, **options).eval()
 
     def from_config(self, config: Any, **options: Any) -> Any:
         """Make the model with random weights."""
@@ -70,19 +89,63 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
             model_class=loading,
             hf_config_overrides={"original_architecture": architecture},
         )
-    if loading.body:
+    vars(bridge.original_model.config).pop("original_architecture", None)
+    loaded = type(bridge.original_model).__name__
+    if loading.of_body:
         raise InputError(
-            f"{name!r} lacks weights of its blocks: {listed(loading.body)} stand in no file of it, and random ones "
-            "would be explained. Save the whole model again."
+            f"{name!r} lacks weights of its blocks: {listed(loading.of_body)} stand in no file of it, and random ones "
+            f"would be explained. It was saved as {saved or 'an unknown class'} and loaded as {loaded}: take a model "
+            "that was saved whole."
         )
     if load_weights:
-        note_head(bridge, saved, type(bridge.original_model).__name__, loading.missing)
+        note_head(bridge, saved, loaded, loading.of_head)
+        _compare(bridge, loading.logits, name)
     else:
         with contextlib.redirect_stdout(None):  # TransformerLens prints the dtype
             bridge.to(dtype)
         bridge.eval()
     bridge.enable_compatibility_mode(disable_warnings=True, no_processing=True)
     return bridge
+
+
+@torch.no_grad()
+def _plain_logits(model: Any, load_again: Callable[[], Any]) -> Tensor | None:
+    """Logits of a plain model as its user runs it, with the attention that transformers takes by default.
+
+    None where it takes no token ids alone.
+    """
+    taken = getattr(model.config, "_attn_implementation", None)
+    model.eval()
+    try:
+        with contextlib.suppress(ValueError, ImportError, AttributeError):
+            model.set_attn_implementation("sdpa")
+        switched = getattr(model.config, "_attn_implementation", None) == "sdpa"
+        plain = model if switched or not getattr(model, "_supports_sdpa", False) else load_again()
+        logits = plain(input_ids=torch.tensor([_PROBE])).logits
+        return logits.float() if isinstance(logits, Tensor) else None
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError):
+        return None
+    finally:
+        if taken is not None:
+            model.set_attn_implementation(taken)
+
+
+@torch.no_grad()
+def _compare(bridge: Any, plain: Tensor | None, name: str) -> None:
+    """Warn if a bridge gives other logits than the plain model did."""
+    if plain is None:
+        return
+    found = first_tensor(bridge(torch.tensor([_PROBE], device=bridge.cfg.device))).cpu().float()
+    spread = float((plain - plain.mean(-1, keepdim=True)).abs().max())
+    apart = float((found - plain).abs().max()) / max(spread, 1e-30) if found.shape == plain.shape else float("inf")
+    if not apart <= (_HALF_APART if bridge.cfg.dtype in HALF else _APART):
+        warnings.warn(
+            f"TransformerLens' bridge of {name!r} gives other logits than the plain "
+            f"{type(bridge.original_model).__name__} as transformers runs it (apart by {apart:.1e} of their spread): "
+            "contributions are to what the bridge computes. Try another version of TransformerLens or transformers.",
+            BridgeWarning,
+            stacklevel=4,  # the caller of load_model
+        )
 
 
 def _served(source: str) -> tuple[str, str, _Loading]:
@@ -98,7 +161,7 @@ def _served(source: str) -> tuple[str, str, _Loading]:
         get_hf_model_class_for_architecture,
     )
 
-    config = transformers.AutoConfig.from_pretrained(source)
+    config = transformers.AutoConfig.from_pretrained(_without_alias(source))
     saved = next(iter(getattr(config, "architectures", None) or [""]))
     _register_ours()
     language = saved if saved in SUPPORTED_ARCHITECTURES else MODEL_TYPES.get(config.model_type)
@@ -109,7 +172,7 @@ def _served(source: str) -> tuple[str, str, _Loading]:
             raise InputError(
                 f"{saved or 'A model'} (model_type {config.model_type!r}) is served neither by TransformerLens' bridge "
                 f"nor by an adapter of lig_lens ({len(SUPPORTED_ARCHITECTURES)} architectures are): load a model of "
-                "another family, or register an adapter with TransformerLens' ArchitectureAdapterFactory."
+                "another family."
             ) from error
     if saved.endswith(_CLASSIFIER) and hasattr(transformers, saved):
         if saved not in SUPPORTED_ARCHITECTURES:
@@ -118,6 +181,17 @@ def _served(source: str) -> tuple[str, str, _Loading]:
     if language in ENCODERS:
         return language, saved, _Loading(transformers.AutoModelForMaskedLM)
     return language, saved, _Loading(get_hf_model_class_for_architecture(language))
+
+
+def _without_alias(name: str) -> str:
+    """The hub id that TransformerLens loads for one of its own names, such as gpt2-small."""
+    try:
+        from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
+    except ImportError:  # 3.9
+        from transformer_lens.supported_models import MODEL_ALIASES
+
+        return next((official for official, aliases in MODEL_ALIASES.items() if name in aliases), name)
+    return resolve_model_alias(name) or name
 
 
 def _register_ours() -> None:
@@ -152,10 +226,10 @@ def _named(source: str, name: str) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if Path(source).is_dir():
             raise InputError(f"The folder {name!r} holds no model that can be loaded: {reason}") from error
         raise InputError(

@@ -5,7 +5,8 @@ from lig_lens.blocks.layouts.parallel import Parallel
 from lig_lens.blocks.layouts.post_ln import PostLn
 from lig_lens.blocks.layouts.pre_ln import PreLn
 from lig_lens.blocks.layouts.pre_post_ln import PrePostLn
+from lig_lens.blocks.layouts.scaled_pre_ln import ScaledPreLn
 
-LAYOUTS: tuple[Layout, ...] = (PreLn(), PostLn(), PrePostLn(), Parallel())
+LAYOUTS: tuple[Layout, ...] = (PreLn(), PostLn(), PrePostLn(), Parallel(), ScaledPreLn())
 # Of a block without separable heads.
 BLOCK_ONLY = "block_only"

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lig_lens.blocks.inside import ALLOWED, Inside, by_position, norm_before
+from lig_lens.models.running import Hook
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class Trial:
     Attributes:
         inside: the block's nodes on the prompt.
         b_O: bias of the attention output.
+        vector: what is moved.
         moved: output with a vector moved from the attention output to the skip connection.
         without_z: output with all head outputs 0.
     """
 
     inside: Inside
     b_O: Float[Tensor, "d_model"]
+    vector: Float[Tensor, "pos d_model"] = field(repr=False)
     moved: Float[Tensor, "pos d_model"] = field(repr=False)
     without_z: Float[Tensor, "pos d_model"] = field(repr=False)
 
@@ -33,6 +36,15 @@ class Trial:
     def output(self) -> Float[Tensor, "pos d_model"]:
         """The block's output on the prompt."""
         return self.inside.seen.output
+
+    def moved_scaled(self, scale: float) -> Float[Tensor, "pos d_model"]:
+        """Output with the vector added to the skip connection, and 1 / scale of it taken from the attention output."""
+        inside = self.inside
+        hooks: dict[str, Hook] = {
+            inside.z_path: lambda now: inside.z.reshape(now.shape),  # what enters attention moves too
+            inside.attn_out_path: lambda now: now - self.vector / scale,
+        }
+        return inside.call.run((inside.call.resid_pre + self.vector)[None], hooks)[0]
 
     def same(self, output: Float[Tensor, "pos d_model"]) -> bool:
         """Whether an output is that of the prompt."""

@@ -185,7 +185,7 @@ function warningOf(view) {
   if (view.forgets && view.composes(state.map)) {
     warnings.push(
       "What a token keeps of itself is not part of this flow: on this path of the mlp map the skip connection does not move. " +
-        "To follow content through blocks, compute with attn_baseline='itb_map_ratio', mlp_baseline='zero'."
+        "To follow content through blocks, compute with attn_baseline='zero', mlp_baseline='zero'."
     );
   }
   const cancelling = scene.cone ? view.spec.layers.reduce((sum, _, layer) => sum + view.cancelling(state.map, layer), 0) : 0;

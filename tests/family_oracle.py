@@ -1,0 +1,139 @@
+"""The maps from `zero` by naive autograd through a plain transformers model: no hook of TransformerLens, none of ours.
+
+The model runs whole, in float64, with the vectors that enter one of its layers, and what the linear map after its heads
+puts out, replaced by points of the path.
+"""
+
+import itertools
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Maps:
+    """[head, src, dst], [head, dst], [dst] and [src, dst]."""
+
+    attn: Tensor
+    mlp: Tensor
+    skip: Tensor
+    block: Tensor
+
+
+def maps_from_zero(model: nn.Module, layer: nn.Module, out: nn.Linear, n_heads: int, ids: list[int]) -> Maps:
+    """All maps of one layer.
+
+    Args:
+        model: a plain model in float64.
+        layer: one of its layers.
+        out: the linear map in it that takes head outputs to the attention output.
+        n_heads: of the layer.
+        ids: the prompt.
+    """
+    run = _Run(model, layer, out, n_heads, torch.tensor([ids]))
+    resid, z = run.seen()
+    attn_out, n_pos = run.attn_out, len(ids)
+    a, weights = _nodes()
+    weight = out.weight if isinstance(out, nn.Linear) else out.weight.T
+    W_O = weight.detach().T.reshape(n_heads, -1, resid.shape[-1])
+    attn = torch.zeros(n_heads, n_pos, n_pos, dtype=torch.float64)
+    block = torch.zeros(n_pos, n_pos, dtype=torch.float64)
+    mlp, skip = torch.zeros(n_heads, n_pos, dtype=torch.float64), torch.zeros(n_pos, dtype=torch.float64)
+    nothing = torch.zeros_like(resid)[None]
+
+    def integrated(scalars: Tensor, *ends: Tensor) -> list[Tensor]:
+        """Integrals of the gradients of one scalar at every point of the path."""
+        found = torch.autograd.grad(scalars.sum(), ends, retain_graph=True, materialize_grads=True)
+        return [torch.einsum("n,npm->pm", weights, one) for one in found]
+
+    x = (a[:, None, None] * resid).requires_grad_()
+    (z_0, y_0), (z_a, y_a) = run.at(nothing), run.at(x)
+    for j in range(n_pos):
+        for h in range(n_heads):
+            (by_x,) = integrated((z_a - z_0)[:, j, h].norm(dim=-1), x)
+            attn[h, :, j] = (by_x * resid).sum(-1)
+        (by_x,) = integrated((y_a - y_0)[:, j].norm(dim=-1), x)
+        block[:, j] = (by_x * resid).sum(-1)
+    s, o = ((a[:, None, None] * end).requires_grad_() for end in (resid, attn_out))
+    moved = run.tail(s, o) - run.tail(nothing, nothing)
+    for j in range(n_pos):
+        by_s, by_o = integrated(moved[:, j].norm(dim=-1), s, o)
+        skip[j] = by_s[j] @ resid[j]
+        mlp[:, j] = torch.einsum("m,hem,he->h", by_o[j], W_O, z[j])
+    return Maps(attn, mlp, skip, block)
+
+
+def _nodes() -> tuple[Tensor, Tensor]:
+    """Gauss nodes on panels that get about five times smaller towards the start, where norms turn on."""
+    edges = np.concatenate([[0.0], np.logspace(-8, 0, 13)])
+    x, w = np.polynomial.legendre.leggauss(8)
+    nodes = np.concatenate([(b - a) / 2 * x + (a + b) / 2 for a, b in itertools.pairwise(edges)])
+    weights = np.concatenate([(b - a) / 2 * w for a, b in itertools.pairwise(edges)])
+    return torch.tensor(nodes), torch.tensor(weights)
+
+
+class _Run:
+    def __init__(self, model: nn.Module, layer: nn.Module, out: nn.Module, n_heads: int, ids: Tensor) -> None:
+        self.model, self.layer, self.out, self.n_heads, self.ids = model, layer, out, n_heads, ids
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """What enters the layer, and its head outputs."""
+        kept: dict[str, Tensor] = {}
+        with torch.no_grad(), _hooked(self.layer, self.out, kept):
+            self.model(self.ids)
+        self.attn_out = kept["attn_out"][0].detach()
+        return kept["resid"][0].detach(), self._heads(kept["z"])[0]
+
+    def at(self, resid: Tensor) -> tuple[Tensor, Tensor]:
+        """Head outputs and the layer's output, when these vectors [point, pos, d_model] enter it."""
+        kept: dict[str, Tensor] = {}
+        with _hooked(self.layer, self.out, kept, resid=resid):
+            self.model(self.ids.expand(len(resid), -1))
+        return self._heads(kept["z"]), kept["output"]
+
+    def tail(self, skip: Tensor, attn_out: Tensor) -> Tensor:
+        """The layer's output, when `skip` enters it and its heads' map puts this out."""
+        kept: dict[str, Tensor] = {}
+        with _hooked(self.layer, self.out, kept, resid=skip, attn_out=attn_out):
+            self.model(self.ids.expand(len(skip), -1))
+        return kept["output"]
+
+    def _heads(self, z: Tensor) -> Tensor:
+        return z.reshape(-1, self.ids.shape[1], self.n_heads, z.shape[-1] // self.n_heads)
+
+
+@contextmanager
+def _hooked(
+    layer: nn.Module,
+    out: nn.Module,
+    kept: dict[str, Tensor],
+    resid: Tensor | None = None,
+    attn_out: Tensor | None = None,
+) -> Any:
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kept["resid"] = args[0] if args else kwargs["hidden_states"]
+        if resid is None:
+            return None
+        return ((resid, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": resid})
+
+    def through(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        kept["z"], kept["attn_out"] = args[0], output
+        return None if attn_out is None else attn_out.reshape(output.shape)
+
+    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+        kept["output"] = output[0] if isinstance(output, tuple) else output
+
+    handles = [
+        layer.register_forward_pre_hook(enter, with_kwargs=True),
+        out.register_forward_hook(through),
+        layer.register_forward_hook(leave),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
