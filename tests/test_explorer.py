@@ -170,8 +170,9 @@ def test_view_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert len(header_of(page.read_text(encoding="utf-8"))["samples"][0]["views"]) == 2
     assert run(["view", str(first), "--html", str(tmp_path / "x.html"), "--no-open"]) == 0
     assert len(opened) == 1 and (tmp_path / "x.html").exists()
-    assert run(["view", str(tmp_path / "none.safetensors"), "--no-open"]) == 2
-    assert "none.safetensors" in capsys.readouterr().err
+    for path in (str(tmp_path / "none.safetensors"), ".", "", str(tmp_path)):
+        assert run(["view", path, "--no-open"]) == 2
+        assert f"{path!r} is no file: give one that explain --out wrote" in capsys.readouterr().err
 
 
 def test_a_metric_has_the_total_of_every_layer():

@@ -9,6 +9,7 @@ import typer
 from lig_lens.cli.configs import RunConfig
 from lig_lens.cli.flags import option
 from lig_lens.cli.shared import terminal_width
+from lig_lens.errors import InputError
 from lig_lens.fields import help_of
 from lig_lens.files import check_apart, check_writable
 
@@ -42,6 +43,9 @@ def view(
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
 ) -> None:
     """Open saved Flows in the explorer: several prompts, or several baselines of one."""
+    for path in flows:
+        if not Path(path).is_file():
+            raise InputError(f"{path!r} is no file: give one that explain --out wrote.")
     page = html if html is not None else str(Path(flows[0]).with_suffix(".html"))
     check_writable(page, "--html")
     for path in flows:
