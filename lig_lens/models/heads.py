@@ -50,8 +50,10 @@ def check_head(model: object) -> None:
     Raises:
         InputError: names the weights, or the head that was not loaded.
     """
-    head = vars(model).get(_NOTE) if isinstance(model, torch.nn.Module) else None
-    if not isinstance(head, Head) or not isinstance(model, torch.nn.Module):
+    if not isinstance(model, torch.nn.Module):
+        return
+    head = vars(model).get(_NOTE)
+    if not isinstance(head, Head):
         return
     held = {id(weight) for weight in model.parameters()}
     # A bias of zeros says nothing of where it comes from.

@@ -12,12 +12,11 @@ from lig_lens.models.adapters.encoders import EncoderNames
 # The class of transformers that a model was saved as -> the architecture that the bridge knows, with the same modules.
 KIN: Mapping[str, str] = MappingProxyType({"PhimoeForCausalLM": "PhiMoEForCausalLM"})
 
+_ROBERTA = EncoderNames("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder")
 # Encoders with BERT's layers: where theirs stand.
 ENCODERS: Mapping[str, EncoderNames] = MappingProxyType(
     {
-        "RobertaForMaskedLM": EncoderNames("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
-        "XLMRobertaForMaskedLM": EncoderNames("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
-        "CamembertForMaskedLM": EncoderNames("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
+        **dict.fromkeys(("RobertaForMaskedLM", "XLMRobertaForMaskedLM", "CamembertForMaskedLM"), _ROBERTA),
         "ElectraForMaskedLM": EncoderNames(
             "electra", "generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head"
         ),
