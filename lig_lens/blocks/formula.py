@@ -2,10 +2,12 @@
 
 Covered is
 
-    x -> [norm] -> affine q, k, v -> [rotary] -> pattern = softmax(scale q.k + bias) -> z = pattern v
+    x -> [norm] -> affine q, k, v -> [norm of q, k] -> [rotary]
+    pattern = softmax(cap(scale q.k) + bias),  z = pattern v
 
 with LayerNorm, RMSNorm or no norm, any number of key-value heads, and any fixed bias (causal or sliding-window masks,
-ALiBi). `formula_fit.py` finds it on the model at hand.
+ALiBi, relative positions); norms of queries and keys may follow rotary, scores may be capped, and rows of the pattern
+may lose to a sink. `formula_fit.py` finds it on the model at hand.
 """
 
 import functools
@@ -17,6 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lig_lens.blocks.call import BlockCall
+from lig_lens.blocks.divisor import Divisor
+from lig_lens.blocks.head_norm import HeadNorm
+from lig_lens.blocks.rotary import Rotary, RotaryKind
+from lig_lens.blocks.score import Score, ScoreBias
 from lig_lens.models.running import Hook, Stop
 
 # Where the two generations show queries, keys and values before rotary, and the pattern.
@@ -52,140 +58,28 @@ def sigma(norm: str, eps: float, resid: Float[Tensor, "*batch d_model"]) -> Floa
 
 
 @dataclass(frozen=True)
-class Rotary:
-    """Rotation of queries and keys: pair p of position i turns by the angle whose cos and sin are given."""
-
-    cos: Float[Tensor, "pos pair"]
-    sin: Float[Tensor, "pos pair"]
-    adjacent: bool
-    """Pairs are neighbours (GPT-J); else dimension p is paired with p + n_pairs (GPT-NeoX)."""
-
-    def split(self, vectors: Float[Tensor, "*batch d_head"]) -> tuple[Tensor, Tensor, Tensor]:
-        """First and second dimensions of the pairs, and the dimensions that do not turn."""
-        n = 2 * self.cos.shape[-1]
-        turning, rest = vectors[..., :n], vectors[..., n:]
-        if self.adjacent:
-            return turning[..., ::2], turning[..., 1::2], rest
-        return turning[..., : n // 2], turning[..., n // 2 :], rest
-
-    def turn(self, vectors: Float[Tensor, "*batch pos d_head"]) -> Float[Tensor, "*batch pos d_head"]:
-        """Rotate every position. Dimensions come out in another order, the same for queries and keys."""
-        first, second, rest = self.split(vectors)
-        return torch.cat([first * self.cos - second * self.sin, second * self.cos + first * self.sin, rest], -1)
-
-
-@dataclass(frozen=True)
-class RotaryKind:
-    """Where a block's tables for rotary are, and which dimensions make a pair."""
-
-    source: str
-    adjacent: bool
-
-    def on(self, call: BlockCall, d_head: int) -> Rotary | None:
-        """The rotation of the prompt's positions, or None where the tables are not there or do not fit."""
-        pair = _TABLES[self.source](call)
-        if pair is None:
-            return None
-        n_pos = len(call.resid_pre)
-        cos, sin = (table.reshape(-1, table.shape[-1])[:n_pos].detach().to(call.resid_pre) for table in pair)
-        if len(cos) < n_pos or cos.shape != sin.shape or cos.shape[-1] > d_head:
-            return None
-        # Tables hold every angle twice: for neighbouring dimensions, or for two halves.
-        twice = bool((cos[:, ::2] == cos[:, 1::2]).all())
-        one = slice(None, None, 2) if twice else slice(cos.shape[-1] // 2)
-        return Rotary(cos[:, one], sin[:, one], self.adjacent)
-
-
-def _given(call: BlockCall) -> tuple[Tensor, Tensor] | None:
-    """Tables that the model hands to the block."""
-    given = call.kwargs.get("position_embeddings")
-    return (given[0], given[1]) if isinstance(given, (tuple, list)) and len(given) == 2 else None
-
-
-def _buffers(call: BlockCall) -> dict[str, Tensor]:
-    attn = call.modules["attn"]
-    return {name.split(".")[-1]: buffer for name, buffer in attn.named_buffers()}
-
-
-def _cos_and_sin(call: BlockCall) -> tuple[Tensor, Tensor] | None:
-    """Tables of a HookedTransformer."""
-    held = _buffers(call)
-    return (held["rotary_cos"], held["rotary_sin"]) if {"rotary_cos", "rotary_sin"} <= set(held) else None
-
-
-def _embed_positions(call: BlockCall) -> tuple[Tensor, Tensor] | None:
-    """Tables of GPT-J, one behind the other and each angle once."""
-    held = _buffers(call)
-    if "embed_positions" not in held:
-        return None
-    sin, cos = held["embed_positions"].chunk(2, -1)
-    return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
-
-
-_TABLES = {"position_embeddings": _given, "rotary_cos": _cos_and_sin, "embed_positions": _embed_positions}
-ROTARY_KINDS = tuple(RotaryKind(source, adjacent) for source in _TABLES for adjacent in (False, True))
-
-
-@dataclass(frozen=True)
-class ScoreBias:
-    """What is added to the scores: 0 and -inf for masks, distances for ALiBi. One for all heads, or one each.
-
-    Attributes:
-        known: positions of the prompt that it was read on.
-        window: of a plain mask, how many sources the last position sees, 0 where all see all; None of other biases.
-        table: of other biases, what was read; of fewer positions the bias is its corner.
-    """
-
-    known: int
-    window: int | None
-    table: Float[Tensor, "#head dst src"] | None = field(default=None, repr=False)
-
-    @classmethod
-    def of(cls, table: Float[Tensor, "#head dst src"]) -> "ScoreBias":
-        """What a table of biases is; plain masks are kept without it."""
-        n_pos, first = table.shape[-1], table[0]
-        window = 0 if not bool(first.any()) else int((first[-1] == 0).sum())
-        plain = len(table) == 1 and n_pos > 1 and torch.equal(first, _mask(n_pos, window, n_pos, first))
-        return cls(n_pos, window) if plain else cls(n_pos, None, table)
-
-    def at(self, n_pos: int, like: Tensor) -> Float[Tensor, "#head dst src"] | None:
-        """The bias for `n_pos` positions, in the dtype of `like`, or None where it is not known."""
-        if self.window is not None:
-            return _mask(n_pos, self.window, self.known, like)[None]
-        return None if self.table is None or n_pos > self.known else self.table[:, :n_pos, :n_pos]
-
-
-def _mask(n_pos: int, window: int, known: int, like: Tensor) -> Float[Tensor, "dst src"]:
-    """A causal mask of a width; a window as long as what is `known` may be longer, and 0 is no mask."""
-    mask = torch.zeros(n_pos, n_pos, dtype=like.dtype, device=like.device)
-    if window == 0:
-        return mask
-    place = torch.arange(n_pos, device=like.device)
-    back = place[:, None] - place
-    hidden = (back < 0) if window == known else (back < 0) | (back >= window)
-    return mask.masked_fill(hidden, -torch.inf)
-
-
-@dataclass(frozen=True)
 class Tokens:
-    """Residual vectors and what attention's linear maps make of them before the norm divides.
+    """Residual vectors and what attention's linear maps make of them before norms divide.
 
-    `q`, `k` and `v` are homogeneous in the residual: a query is `q / sigma + b_q`, with sigma the norm's denominator
-    (1 without a norm). `centred` are the vectors whose mean square is sigma^2 - eps.
+    `q`, `k` and `v` are homogeneous in the residual: a query is `q / sigma + b_q`, with sigma what `of_q` says (1
+    without a norm). Without norms of queries and keys, the three divisors are one object.
     """
 
-    centred: Float[Tensor, "pos d_model"]
     q: Float[Tensor, "head pos d_head"]
     k: Float[Tensor, "kv_head pos d_head"]
     v: Float[Tensor, "kv_head pos d_head"]
+    of_q: Divisor
+    of_k: Divisor
+    of_v: Divisor
 
 
 @dataclass(frozen=True)
 class AttentionFormula:
-    """Attention of one block: `z = softmax(scale turn(q) . turn(k) + bias) v`.
+    """Attention of one block: `z = softmax(cap(scale turn(q) . turn(k)) + bias) v`.
 
     `paths` are the hooks of q, k and v; `norm` is `layer`, `rms` or `none`, and `scale_path` the hook that shows what
-    it divides by, if one does; the biases b_q, b_k, b_v hold what the norm's own bias gives too.
+    it divides by, if one does; the biases b_q, b_k, b_v hold what norms' own biases give too. Where queries or keys
+    have a norm (`q_norm`, `k_norm`), what enters it is homogeneous in the residual, and the bias is that norm's.
     """
 
     paths: tuple[str, str, str]
@@ -193,11 +87,13 @@ class AttentionFormula:
     eps: float
     scale_path: str | None
     rotary: RotaryKind | None
-    scale: float
+    score: Score
     bias: ScoreBias = field(repr=False)
     b_q: Float[Tensor, "head 1 d_head"] = field(repr=False)
     b_k: Float[Tensor, "kv_head 1 d_head"] = field(repr=False)
     b_v: Float[Tensor, "kv_head 1 d_head"] = field(repr=False)
+    q_norm: HeadNorm | None = None
+    k_norm: HeadNorm | None = None
 
     @property
     def n_heads(self) -> int:
@@ -220,10 +116,32 @@ class AttentionFormula:
         return (*self.paths, PATTERN_PATH, *([] if self.scale_path is None else [self.scale_path]))
 
     def homogeneous(self, resid: Float[Tensor, "pos d_model"], vectors: tuple[Tensor, Tensor, Tensor]) -> Tokens:
-        """What the block made of residual vectors, before its norm divides; `vectors` are queries, keys, values."""
-        divisor = sigma(self.norm, self.eps, resid)
-        q, k, v = ((y - b) * divisor for y, b in zip(vectors, (self.b_q, self.b_k, self.b_v), strict=True))
-        return Tokens(centred(self.norm, resid), q, k, v)
+        """What the block made of residual vectors, before norms divide; `vectors` are queries, keys, values."""
+        divided = sigma(self.norm, self.eps, resid)
+        # What is homogeneous in the residual is 0 where that is 0, rounding of the fitted bias or not.
+        moves = centred(self.norm, resid).any(-1, keepdim=True)
+        q, k, v = (torch.where(moves, (y - b) * divided, 0.0) for y, b in zip(vectors, self.affine_biases, strict=True))
+        plain = of_q = of_k = Divisor.of_norm(self.norm, self.eps, centred(self.norm, resid))
+        if self.q_norm is not None:
+            q, of_q = self.q_norm.homogeneous(q), self.q_norm.divisor(q, plain)
+        if self.k_norm is not None:
+            k, of_k = self.k_norm.homogeneous(k), self.k_norm.divisor(k, plain)
+        return Tokens(q, k, v, of_q, of_k, plain)
+
+    @property
+    def affine_biases(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the linear maps of queries, keys and values add to what the block's norm divides."""
+        b_q = self.b_q if self.q_norm is None else torch.zeros_like(self.b_q)
+        b_k = self.b_k if self.k_norm is None else torch.zeros_like(self.b_k)
+        return b_q, b_k, self.b_v
+
+    def products(
+        self, rotary: Rotary | None, q: Float[Tensor, "head pos d_head"], k: Float[Tensor, "kv_head pos d_head"]
+    ) -> Float[Tensor, "head dst src"]:
+        """`q.k` of queries and keys as the linear maps make them, normed and turned."""
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        return products(rotary, q, k, weight=self.score.weight)
 
     def on(
         self, call: BlockCall, values: Mapping[str, Tensor], z: Float[Tensor, "pos head d_head"]
@@ -270,6 +188,11 @@ class FormulaValues:
         """Rotary, where there is one."""
         return vectors if self.rotary is None else self.rotary.turn(vectors)
 
+    def turn_queries(self, q: Float[Tensor, "head pos d_head"]) -> Float[Tensor, "head pos d_head"]:
+        """Rotary, scale, and the weights of norms that come after rotary: times turned keys, scores."""
+        turned, score = self.turn(q), self.formula.score
+        return score.scale * (turned if score.weight is None else turned * score.weight)
+
     def values(self) -> Float[Tensor, "pos head d_head"]:
         """Values of the prompt's tokens, for each query head."""
         formula = self.formula
@@ -280,11 +203,7 @@ class FormulaValues:
         """What the block makes of other residual vectors, from one run of its attention."""
         formula = self.formula
         q, k, v = AttentionReading(self.call, resid[None]).vectors(formula.paths, formula.d_head)
-        made = formula.homogeneous(resid, (q[0], k[0], v[0]))
-        # What is homogeneous in the residual is 0 where that is 0, rounding of the fitted bias or not.
-        moves = made.centred.any(-1, keepdim=True)
-        q, k, v = (torch.where(moves, y, 0.0) for y in (made.q, made.k, made.v))
-        return Tokens(made.centred, q, k, v)
+        return formula.homogeneous(resid, (q[0], k[0], v[0]))
 
     def gives(self, seen: "SeenAttention", z: Float[Tensor, "pos head d_head"]) -> bool:
         """Whether the formula gives pattern and head outputs `z` from the queries, keys and values that were seen.
@@ -292,13 +211,21 @@ class FormulaValues:
         Head outputs alone would not show a mask where little weight lies: what it hides has to be hidden, and nothing
         else that would show.
         """
-        pattern = (self.formula.scale * products(self.rotary, seen.q, seen.k) + self.bias).softmax(-1)
+        pattern = self.pattern(seen.q, seen.k)
         hidden = self.bias == -torch.inf
         if bool((hidden & (seen.pattern > 0)).any()) or bool(((seen.pattern == 0) & (pattern > _SHOWS)).any()):
             return False
         made, wanted = pattern @ per_query_head(seen.v, len(pattern)), z.transpose(0, 1)
         missed = (made - wanted).abs().amax((-2, -1)) / wanted.abs().amax((-2, -1)).clamp(min=1e-30)
         return float(missed.max()) <= ALLOWED
+
+    def pattern(
+        self, q: Float[Tensor, "head pos d_head"], k: Float[Tensor, "kv_head pos d_head"]
+    ) -> Float[Tensor, "head dst src"]:
+        """What attention makes of queries and keys as the linear maps make them."""
+        score = self.formula.score
+        scaled = score.scale * self.formula.products(self.rotary, q, k)
+        return score.softmax(score.capped(scaled) + self.bias)
 
     def is_affine(self, seen: "SeenAttention") -> bool:
         """Whether queries, keys and values follow from other residual vectors as the formula says.
@@ -315,8 +242,7 @@ class FormulaValues:
             return False
         plain, divisor = sigma(formula.norm, formula.eps, x), sigma(formula.norm, formula.eps, mixed)
         weights = own[0] * plain / divisor, other[0] * plain.flip(0) / divisor
-        biases = (formula.b_q, formula.b_k, formula.b_v)
-        for y, found, bias in zip((seen.q, seen.k, seen.v), again, biases, strict=True):
+        for y, found, bias in zip((seen.q, seen.k, seen.v), again, formula.affine_biases, strict=True):
             made = weights[0] * y + weights[1] * y.flip(-2) + (1 - weights[0] - weights[1]) * bias
             size = float(torch.maximum(y.abs(), found[0].abs()).max())
             if not float((found[0] - made).abs().max()) <= ALLOWED * size:
@@ -346,9 +272,11 @@ def products(
     q: Float[Tensor, "head pos d_head"],
     k: Float[Tensor, "kv_head pos d_head"],
     rows: Int[Tensor, "row"] | slice = _ALL,
+    weight: Float[Tensor, "head 1 d_head"] | None = None,
 ) -> Float[Tensor, "head row src"]:
-    """`q.k` of the queries `rows` with every source, both turned."""
+    """`q.k` of the queries `rows` with every source, both turned, and `weight` on the queries then."""
     q, k = (q, k) if rotary is None else (rotary.turn(q), rotary.turn(k))
+    q = q if weight is None else q * weight
     return q[:, rows] @ per_query_head(k, len(q)).transpose(-1, -2)
 
 

@@ -8,9 +8,9 @@ and where the query moves too, the destination's own source also `sum_k p_jk (dq
 (docs/method.md, where every line is derived). All sources, heads and destinations together cost a few
 attention-sized matrix products per node of the rule, and no automatic differentiation.
 
-Tensors are laid out `[head, panel, node, ...]`: a panel belongs to one destination, and its nodes are points on
-that destination's path. Where heads ask for different panels, each has its own list, and what depends on nothing
-but the panel has a head axis too; else that axis has length 1.
+Scores may be capped, `s = cap(x)`, and then ds = cap'(x) dx; where a sink takes part in the softmax, p adds up to less
+than 1 and the same formula holds. Norms divide vectors by numbers r = 1 / sigma of their own (`panels.py`), those of
+queries and keys by others than those of values. Tensors are laid out as `panels.py` says.
 """
 
 from abc import ABC, abstractmethod
@@ -22,28 +22,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lig_lens.blocks.formula import FormulaValues, Tokens, per_query_head
+from lig_lens.integrate.panels import OwnDivisor, Panels, SharedDivisor
 
 # Heads get lists of their own where the longest of them is shorter than this share of all panels.
 _OWN_LISTS = 0.7
-
-
-@dataclass
-class Panels:
-    """Points on paths that are worked on together.
-
-    Attributes:
-        rows: which of the panels that were asked for these are.
-        own: number of the destination of each.
-        dst: its position.
-        a: points on its path.
-        n_src: number of sources that any of them can see.
-    """
-
-    rows: Int[Tensor, "#head panel"]
-    own: Int[Tensor, "#head panel"]
-    dst: Int[Tensor, "#head panel"]
-    a: Float[Tensor, "#head panel node"]
-    n_src: int
 
 
 @dataclass(frozen=True)
@@ -76,10 +58,12 @@ class AttentionPath(ABC):
     z_start: Float[Tensor, "head dst d_head"]
 
     def __init__(self, values: FormulaValues, dst: Int[Tensor, "dst"]) -> None:
-        self.formula, self.dst = values.formula, dst
+        self.formula, self.dst, self.score = values.formula, dst, values.formula.score
         self.n_heads, self.n_kv_heads = self.formula.n_heads, self.formula.n_kv_heads
         self.heads = torch.arange(self.n_heads, device=dst.device)[:, None]
         self.bias = values.bias[:, dst]
+        # A cap comes before the bias.
+        self.fixed = self.bias if self.score.cap is None else torch.zeros_like(self.bias)
         self.b_k = values.turn(self.formula.b_k.expand_as(values.end.k))
         sources = torch.arange(1, self.bias.shape[-1] + 1, device=dst.device)
         seen = (torch.isfinite(self.bias).any(0) * sources).amax(-1)
@@ -114,7 +98,7 @@ class AttentionPath(ABC):
             on_device = own[part].to(self.dst.device)
             points = a[part].to(self.b_k.dtype).to(self.dst.device)
             n_src = int(reach[start:stop].max())
-            yield Panels(part.to(self.dst.device), on_device, self.dst[on_device], points, n_src)
+            yield Panels(self.heads, part.to(self.dst.device), on_device, self.dst[on_device], points, n_src)
             start = stop
 
     @abstractmethod
@@ -125,14 +109,22 @@ class AttentionPath(ABC):
         """What key-value heads have, once for each head that shares them."""
         return per_query_head(kv, self.n_heads)
 
-    def pick(self, table: Float[Tensor, "#head dst src"], panels: Panels) -> Float[Tensor, "#head panel 1 seen"]:
-        """Rows of a table of destinations and sources, for the destinations and sources of `panels`."""
-        heads = self.heads if len(table) > 1 else self.heads[:1]
-        return table[..., : panels.n_src][heads, panels.own][:, :, None]
+    def starts(self, size: int) -> Iterator[Panels]:
+        """The start of every path, in portions as `work` makes them."""
+        return self.work(torch.arange(len(self.dst)), torch.zeros(len(self.dst), 1), None, size)
 
-    def own(self, vectors: Float[Tensor, "head dst d_head"], panels: Panels) -> Float[Tensor, "head panel 1 d_head"]:
-        """What belongs to the destinations of `panels`."""
-        return vectors[self.heads, panels.own][:, :, None]
+    def scores(
+        self, products: Float[Tensor, "head panel node src"], panels: Panels
+    ) -> tuple[Float[Tensor, "head panel node src"], Float[Tensor, "head panel node src"] | None]:
+        """What enters the softmax, and how fast it follows the products (None: just as fast).
+
+        Args:
+            products: scaled, with `fixed`, which holds the bias where no cap comes between.
+            panels: where they are taken.
+        """
+        capped = self.score.capped(products)
+        steepness = self.score.steepness(capped)
+        return (capped if steepness is None else capped + panels.pick(self.bias)), steepness
 
     def each(
         self, rows: Float[Tensor, "head *rows dim"], maps: Float[Tensor, "kv_head dim out"]
@@ -147,28 +139,33 @@ class OwnPaths(AttentionPath):
 
     The query rests. With K and V homogeneous keys and values, the key of source i on the path of destination j is
     `r ((1 - a) K_j + a K_i) + b` at the place of i, `r = 1 / sigma_ij(a)`, and the same holds for values. sigma
-    follows from products of residuals alone, so nothing is evaluated once per pair and node but numbers.
+    follows from products of tokens alone, so nothing is evaluated once per pair and node but numbers.
     """
 
     def __init__(self, values: FormulaValues, dst: Int[Tensor, "dst"]) -> None:
         super().__init__(values, dst)
         formula, end = self.formula, values.end
-        products = end.centred @ end.centred.T / end.centred.shape[-1]
-        self.size, self.cross = products.diagonal(), products[dst]
-        self.r_own = torch.ones_like(self.size) if formula.norm == "none" else (self.size + formula.eps).rsqrt()
-        q = formula.scale * values.turn(end.q * self.r_own[:, None] + formula.b_q)[:, dst]
+        self.of_k = OwnDivisor(end.of_k, dst, self.n_heads)
+        self.of_v = self.of_k if end.of_v is end.of_k else OwnDivisor(end.of_v, dst, self.n_heads)
+        q = values.turn_queries(end.q / end.of_q.value(end.q) + formula.b_q)[:, dst]
         self.at_start = self._at_start(values, q)
         self.rise = self.each(q, values.turn(end.k).mT) - self.at_start
-        self.fixed = self.each(q, self.b_k.mT) + self.bias
+        self.fixed = self.each(q, self.b_k.mT) + self.fixed
         self.v, self.v_and_minus = end.v, torch.cat([end.v, -torch.ones_like(end.v[..., :1])], -1).mT
-        self.own_v, self.r_own = self.per_head(end.v)[:, dst], self.r_own[dst]
-        self.z_start = self.own_v * self.r_own[:, None] + self.per_head(formula.b_v)
+        self.own_v, self.b_v = self.per_head(end.v)[:, dst], self.per_head(formula.b_v)
+        self.r_own = self.of_v.end(end.v)[:, dst].expand(self.n_heads, -1, -1)
+        # What the sink leaves of the pattern at the start, where all sources have the destination's own value.
+        self.mass = torch.ones_like(self.r_own)
+        if self.score.sink is not None:
+            for panels in self.starts(q.numel()):
+                self.mass[panels.heads, panels.own] = self._attend(panels)[0].sum(-1)
+        self.z_start = self.mass * (self.own_v * self.r_own + self.b_v)
 
     def _at_start(self, values: FormulaValues, q: Float[Tensor, "head dst d_head"]) -> Float[Tensor, "head dst src"]:
         """`q_j.K_j` turned to the place of every source."""
         own, rotary = self.per_head(values.end.k[:, self.dst]), values.rotary
         if rotary is None:
-            return (q * own).sum(-1, keepdim=True).expand(-1, -1, len(self.size))
+            return (q * own).sum(-1, keepdim=True).expand(-1, -1, values.end.k.shape[1])
         n_pairs = rotary.cos.shape[-1]
         first, second, rest = rotary.split(own)
         q1, q2, q_rest = q[..., :n_pairs], q[..., n_pairs : 2 * n_pairs], q[..., 2 * n_pairs :]
@@ -177,38 +174,54 @@ class OwnPaths(AttentionPath):
         tables = torch.cat([rotary.cos, rotary.sin], -1)
         return factors @ tables.T + (q_rest * rest).sum(-1, keepdim=True)
 
-    def _norms(self, panels: Panels) -> tuple[Tensor, Tensor]:
-        """Of every pair of destination and source, r = 1 / sigma and (dr / da) / r: [#head panel node src]."""
+    def _attend(self, panels: Panels) -> tuple[Tensor, "_Keys"]:
+        """The pattern, and how the scores move."""
         a = panels.a[..., None]
-        if self.formula.norm == "none":
-            return torch.ones_like(a), torch.zeros_like(a)
-        cross = self.cross[:, : panels.n_src][panels.own][:, :, None]
-        start, end = self.size[panels.dst][..., None, None], self.size[: panels.n_src]
-        rest = 1 - a
-        square = torch.addcmul(rest * rest * start + self.formula.eps, 2 * a * rest, cross).addcmul_(a * a, end)
-        r = square.clamp_(min=self.formula.eps).rsqrt()
-        fall = torch.addcmul(rest * start, a - rest, cross).addcmul_(a, end, value=-1)
-        return r, fall.mul_(r).mul_(r)
+        rise, (r, slope) = panels.pick(self.rise), self.of_k.on(panels)
+        line = torch.addcmul(panels.pick(self.at_start), a, rise)
+        scores, steepness = self.scores(torch.addcmul(panels.pick(self.fixed), line, r), panels)
+        return self.score.softmax(scores), _Keys(line, rise, r, slope, steepness)
 
     def move(self, panels: Panels) -> "OwnMoved":
         """See the base class."""
         a = panels.a[..., None]
-        rise, (r, slope) = self.pick(self.rise, panels), self._norms(panels)
-        line = torch.addcmul(self.pick(self.at_start, panels), a, rise)
-        weights = torch.addcmul(self.pick(self.fixed, panels), line, r).softmax(-1).mul_(r)
+        pattern, keys = self._attend(panels)
+        r, slope = (keys.r, keys.slope) if self.of_v is self.of_k else self.of_v.on(panels)
+        own, r_own = panels.of_own(self.own_v), panels.of_own(self.r_own)
+        kept = panels.of_own(self.mass)
+        shift = None if self.score.sink is None else (pattern.sum(-1, keepdim=True) - kept) * self.b_v[:, None]
+        weights = pattern.mul_(r)
         summed, total = self.each(weights, self.v[:, : panels.n_src]), weights.sum(-1, keepdim=True)
-        own, r_own = self.own(self.own_v, panels), self.r_own[panels.own][..., None, None]
-        displacement = a * (summed - total * own) + (total - r_own) * own
-        return OwnMoved(panels, displacement, self, line, rise, weights, r, slope, own)
+        displacement = a * (summed - total * own) + (total - kept * r_own) * own
+        if shift is not None:
+            displacement += shift
+        return OwnMoved(panels, displacement, self, keys, weights, r, slope, own)
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Scores of `OwnPaths`, before any cap `r line + fixed`, on the way: `line` rises by `rise`."""
+
+    line: Float[Tensor, "head panel node src"]
+    rise: Float[Tensor, "head panel 1 src"]
+    r: Float[Tensor, "#head panel node #src"]
+    slope: Float[Tensor, "#head panel node #src"]
+    steepness: Float[Tensor, "head panel node src"] | None
+
+    def along(self, r_of_values: Tensor) -> Float[Tensor, "head panel node src"]:
+        """How fast the scores move, in units of 1 / sigma of the values."""
+        result = torch.addcmul(self.rise, self.line, self.slope)
+        if self.r is not r_of_values:
+            result.mul_(self.r / r_of_values)
+        return result if self.steepness is None else result.mul_(self.steepness)
 
 
 @dataclass(frozen=True)
 class OwnMoved(Moved):
-    """What `OwnPaths.move` keeps: scores are `r line + fixed`, and `line` rises by `rise`."""
+    """What `OwnPaths.move` keeps."""
 
     path: OwnPaths
-    line: Float[Tensor, "head panel node src"]
-    rise: Float[Tensor, "head panel 1 src"]
+    keys: _Keys
     weights: Float[Tensor, "head panel node src"]
     """Pattern times r."""
     r: Float[Tensor, "#head panel node #src"]
@@ -220,14 +233,16 @@ class OwnMoved(Moved):
         """See the base class."""
         path, panels, a = self.path, self.panels, self.panels.a[..., None]
         along_own = (gradient * self.own).sum(-1, keepdim=True)
-        rest = -(gradient * self.displacement).sum(-1, keepdim=True)
-        rest = rest - path.r_own[panels.own][..., None, None] * along_own
+        # g.b_v - g.u_j, where b_v counts only as far as a sink takes from it
+        kept = panels.of_own(path.mass)
+        rest = -(gradient * self.displacement).sum(-1, keepdim=True) - kept * panels.of_own(path.r_own) * along_own
+        if path.score.sink is not None:
+            rest = rest + (1 - kept) * (gradient * path.b_v[:, None]).sum(-1, keepdim=True)
         # g.(V_i - V_j), and from it g.v_i / r and g.v_i - g.u_j
         values = path.each(torch.cat([gradient, along_own], -1), path.v_and_minus[..., : panels.n_src])
         line = torch.addcmul(along_own, a, values)
         above = torch.addcmul(rest, line, self.r)
-        result = torch.addcmul(self.rise, self.line, self.slope)  # ds / r
-        result = result.mul_(above).add_(values).addcmul_(line, self.slope).mul_(self.weights)
+        result = self.keys.along(self.r).mul_(above).add_(values).addcmul_(line, self.slope).mul_(self.weights)
         # A source that does not move contributes nothing, rounding included.
         return result.scatter_(-1, panels.dst[..., None, None].expand(*result.shape[:-1], 1), 0.0)
 
@@ -243,33 +258,33 @@ class SharedPath(AttentionPath):
     def __init__(self, values: FormulaValues, dst: Int[Tensor, "dst"], start: Tokens) -> None:
         super().__init__(values, dst)
         formula, end = self.formula, values.end
-        # sigma^2 = steep (a - nearest)^2 + least + eps: no differences of large numbers where a path passes near 0.
-        step = end.centred - start.centred
-        self.steep = step.square().mean(-1)
-        along = (start.centred * step).mean(-1)
-        self.nearest = torch.where(self.steep > 0, -along / self.steep, 0.0)
-        self.least = (start.centred + self.nearest[:, None] * step).square().mean(-1)
-        b_q = formula.scale * values.turn(formula.b_q.expand_as(end.q))
-        q = [formula.scale * values.turn(tokens.q) for tokens in (start, end)]
+        self.of_v = SharedDivisor(start.of_v, end.of_v, self.n_heads)
+        self.of_q, self.of_k = (
+            self.of_v if last is end.of_v else SharedDivisor(first, last, self.n_heads)
+            for first, last in ((start.of_q, end.of_q), (start.of_k, end.of_k))
+        )
+        b_q, b_k = values.turn_queries(formula.b_q.expand_as(end.q)), self.b_k
+        q = [values.turn_queries(tokens.q) for tokens in (start, end)]
         k = [values.turn(tokens.k) for tokens in (start, end)]
-        if formula.norm == "none":  # what no norm divides can stand with its bias
-            q, k = [x + b_q for x in q], [x + self.b_k for x in k]
-            b_q, b_k = torch.zeros_like(b_q), torch.zeros_like(self.b_k)
-        else:
-            b_k = self.b_k
+        # What no norm divides can stand with its bias.
+        if self.of_q.constant:
+            q, b_q = [x + b_q for x in q], torch.zeros_like(b_q)
+        if self.of_k.constant:
+            k, b_k = [x + b_k for x in k], torch.zeros_like(b_k)
         self.from_zero = not bool(torch.stack([x.any() for x in (*q[:1], *k[:1], start.v)]).any())
         q, b_q = [x[:, dst] for x in q], b_q[:, dst]
         self.products_qk = [[self.each(x, y.mT) for y in k] for x in q]
         self.products_q = [self.each(x, b_k.mT) for x in q] if bool(b_k.any()) else None
         self.products_k = [self.each(b_q, y.mT) for y in k] if bool(b_q.any()) else None
-        self.fixed = self.bias + self.each(b_q, b_k.mT) if bool(b_q.any() & b_k.any()) else self.bias
-        self.v = (start.v, end.v)
-        # Values without their bias, which drops out of every difference.
-        self.v_start = torch.zeros_like(q[0])
-        if not self.from_zero:
-            for panels in self.work(torch.arange(len(dst)), torch.zeros(len(dst), 1), None, q[0].numel()):
+        if bool(b_q.any() & b_k.any()):
+            self.fixed = self.fixed + self.each(b_q, b_k.mT)
+        self.v, self.b_v = (start.v, end.v), self.per_head(formula.b_v)
+        # Values without their bias, which drops out of every difference, but for what a sink takes.
+        self.v_start = torch.zeros_like(self.per_head(end.v)[:, dst])
+        if not self.from_zero or self.score.sink is not None:
+            for panels in self.starts(q[0].numel()):
                 self.v_start[:, panels.own[0]] = self.move(panels).displacement[:, :, 0]
-        self.z_start = self.v_start + self.per_head(formula.b_v)
+        self.z_start = self.v_start + self.b_v if self.score.sink is None else self.v_start
 
     def between(self, ends: Sequence[Tensor], a: Tensor) -> Tensor:
         """A point on the line between two ends; lines from 0 cost less."""
@@ -279,44 +294,41 @@ class SharedPath(AttentionPath):
         """From one end to the other."""
         return ends[1] if self.from_zero else ends[1] - ends[0]
 
-    def _norms(
-        self, a: Float[Tensor, "#head panel node 1"], token: Int[Tensor, "..."] | slice
-    ) -> tuple[Tensor, Tensor]:
-        """R = 1 / sigma and (dr / da) / r of the tokens: [#head panel node token]."""
-        if self.formula.norm == "none":
-            return torch.ones_like(a), torch.zeros_like(a)
-        away, steep = a - self.nearest[token], self.steep[token]
-        r = torch.addcmul(self.least[token] + self.formula.eps, steep, away * away).rsqrt()
-        return r, -steep * away * r * r
-
     def move(self, panels: Panels) -> "SharedMoved":
         """See the base class."""
         a, n_src = panels.a[..., None], panels.n_src
-        r_own, slope_own = self._norms(a, panels.dst[..., None, None])
-        r, slope = self._norms(a, slice(n_src))
-        qk = [[self.pick(table, panels) for table in row] for row in self.products_qk]
+        r_own, slope_own = self.of_q.of_dst(panels)
+        r, slope = self.of_k.of_sources(panels)
+        qk = [[panels.pick(table) for table in row] for row in self.products_qk]
         by_k = [self.between((qk[0][i], qk[1][i]), a) for i in (0, 1)]  # at this query, both ends of the key
         by_q = [self.between(qk[i], a) for i in (0, 1)]
         line, both = self.between(by_k, a), r * r_own
-        scores = torch.addcmul(self.pick(self.fixed, panels), line, both)
+        scores = torch.addcmul(panels.pick(self.fixed), line, both)
         # Derivatives of the scores along the keys' and along the query's path.
         along_k = torch.addcmul(self.step(by_k), line, slope).mul_(both)
         along_q = torch.addcmul(self.step(by_q), line, slope_own).mul_(both)
         if self.products_q is not None:
-            ends = [self.pick(table, panels) for table in self.products_q]
+            ends = [panels.pick(table) for table in self.products_q]
             line = self.between(ends, a)
             scores.addcmul_(line, r_own)
             along_q.addcmul_(torch.addcmul(self.step(ends), line, slope_own), r_own)
         if self.products_k is not None:
-            ends = [self.pick(table, panels) for table in self.products_k]
+            ends = [panels.pick(table) for table in self.products_k]
             line = self.between(ends, a)
             scores.addcmul_(line, r)
             along_k.addcmul_(torch.addcmul(self.step(ends), line, slope), r)
-        pattern = scores.softmax(-1)
+        scores, steepness = self.scores(scores, panels)
+        if steepness is not None:
+            along_k, along_q = along_k.mul_(steepness), along_q.mul_(steepness)
+        pattern = self.score.softmax(scores)
+        if self.of_v is not self.of_k:
+            r, slope = self.of_v.of_sources(panels)
         weights = pattern * r
         ends = [torch.empty(0) if self.from_zero else self.each(weights, self.v[0][:, :n_src])]
         ends.append(self.each(weights, self.v[1][:, :n_src]))
-        displacement = self.between(ends, a) - self.own(self.v_start, panels)
+        displacement = self.between(ends, a) - panels.of_own(self.v_start)
+        if self.score.sink is not None:
+            displacement += pattern.sum(-1, keepdim=True) * self.b_v[:, None]
         return SharedMoved(panels, displacement, self, pattern, weights, r, slope, along_k, along_q)
 
 
@@ -337,8 +349,10 @@ class SharedMoved(Moved):
         """See the base class."""
         path, panels = self.path, self.panels
         line, step = self._at_values(gradient)
-        at_z = (gradient * (self.displacement + path.own(path.v_start, panels))).sum(-1, keepdim=True)
-        above = torch.addcmul(-at_z, line, self.r).mul_(self.pattern)
+        below = -(gradient * (self.displacement + panels.of_own(path.v_start))).sum(-1, keepdim=True)
+        if path.score.sink is not None:
+            below = below + (gradient * path.b_v[:, None]).sum(-1, keepdim=True)
+        above = torch.addcmul(below, line, self.r).mul_(self.pattern)
         by_query = torch.linalg.vecdot(above, self.along_q)
         result = above.mul_(self.along_k)
         result.addcmul_(step, self.weights)
@@ -350,8 +364,7 @@ class SharedMoved(Moved):
         Over the sources it adds up to what `contributions` does. Arguments as there.
         """
         line, step = self._at_values(gradient)
-        b_v = self.path.per_head(self.path.formula.b_v)[:, None]
-        values = torch.addcmul((gradient * b_v).sum(-1, keepdim=True), line, self.r)
+        values = torch.addcmul((gradient * self.path.b_v[:, None]).sum(-1, keepdim=True), line, self.r)
         along = self.along_k + self.along_q
         along -= torch.linalg.vecdot(self.pattern, along)[..., None]
         return along.mul_(self.pattern).mul_(values).addcmul_(step, self.weights)

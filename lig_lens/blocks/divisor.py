@@ -1,0 +1,55 @@
+"""What norms divide a token's vectors by."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Divisor:
+    """A root of mean squares: `sigma_i^2 = floor + sum_t weight_t mean(vectors_ti^2)`.
+
+    All of the vectors are linear in the residual, so along a straight path sigma^2 is a parabola. A norm on heads that
+    follows the block's own gives such a root too: with a key K / sigma, it divides K by the root of
+    `mean(K^2) + eps sigma^2`.
+
+    Attributes:
+        weights: of the terms; none where no norm divides, and then the floor is 1.
+        vectors: of the terms, one set for all heads or one each.
+        floor: what is added, eps.
+    """
+
+    weights: Sequence[float]
+    vectors: Sequence[Float[Tensor, "#head pos _"]] = field(repr=False)
+    floor: float
+
+    @classmethod
+    def of_norm(cls, norm: str, eps: float, centred: Float[Tensor, "pos d_model"]) -> "Divisor":
+        """What the block's norm divides by; `centred` are the vectors whose mean square it takes."""
+        return cls((), (), 1.0) if norm == "none" else cls((1.0,), (centred[None],), eps)
+
+    @property
+    def constant(self) -> bool:
+        """Whether it is 1, with no norm to divide."""
+        return not self.weights
+
+    def value(self, like: Tensor) -> Float[Tensor, "#head pos 1"]:
+        """Sigma of every token; `like` gives the dtype and, without a norm, the number of tokens."""
+        if self.constant:
+            return torch.ones_like(like[..., :1])
+        return (self.product(self.vectors, self.vectors) + self.floor).sqrt()[..., None]
+
+    def product(self, these: Sequence[Tensor], those: Sequence[Tensor]) -> Float[Tensor, "#head pos"]:
+        """Mean products of two sets of vectors, token by token, weighed as the squares are."""
+        pairs = zip(self.weights, these, those, strict=True)
+        return sum((weight * (a * b).mean(-1) for weight, a, b in pairs), torch.zeros(()).to(these[0]))
+
+    def table(self, rows: Tensor) -> Float[Tensor, "#head row pos"]:
+        """The same of the tokens `rows` with every token."""
+        parts = zip(self.weights, self.vectors, strict=True)
+        return sum(
+            (weight / x.shape[-1] * (x[:, rows] @ x.mT) for weight, x in parts), torch.zeros(()).to(self.vectors[0])
+        )

@@ -1,0 +1,133 @@
+"""Finds the norms on a block's queries and keys: before rotary or after it."""
+
+import functools
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lig_lens.blocks.call import BlockCall
+from lig_lens.blocks.formula import SeenAttention, per_query_head, sigma
+from lig_lens.blocks.head_norm import HeadNorm, fit_head_norm
+from lig_lens.blocks.rotary import Rotary
+
+# Both generations call them so.
+_PATHS = ("attn.q_norm", "attn.k_norm")
+# Root mean square of queries and keys that shows what a norm adds to the mean square.
+_SMALL = 1e-4
+# Of tokens at opposite places of the prompt.
+_MIXTURES = ((0.7, -0.4), (-0.5, 0.9), (0.2, 0.6))
+_BIASED = "queries or keys are biased before they are normed"
+_OTHER = "norms of queries and keys are neither LayerNorm nor RMSNorm"
+
+
+@dataclass(frozen=True)
+class ShownNorms:
+    """Queries and keys of several runs, the last one near 0, and what their norms made of them, if they have any."""
+
+    q: Float[Tensor, "run head pos d_head"] = field(repr=False)
+    k: Float[Tensor, "run kv_head pos d_head"] = field(repr=False)
+    outputs: tuple[Tensor | None, Tensor | None] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """Norms on queries and keys.
+
+    Attributes:
+        q: of queries.
+        k: of keys.
+        weight: what queries are multiplied with after rotary, where norms with weights come after it.
+        biases: b_q, b_k, b_v behind all norms.
+    """
+
+    q: HeadNorm | None
+    k: HeadNorm | None
+    weight: Float[Tensor, "head 1 d_head"] | None
+    biases: tuple[Tensor, Tensor, Tensor]
+
+    def of_q(self, vectors: Float[Tensor, "*run head pos d_head"]) -> Float[Tensor, "*run head pos d_head"]:
+        """Queries, normed."""
+        return vectors if self.q is None else self.q(vectors)
+
+    def of_k(self, vectors: Float[Tensor, "*run head pos d_head"]) -> Float[Tensor, "*run head pos d_head"]:
+        """Keys, normed."""
+        return vectors if self.k is None else self.k(vectors)
+
+
+def read_head_norms(
+    call: BlockCall, paths: tuple[str, str, str], norm: str, eps: float, own: SeenAttention
+) -> ShownNorms | None:
+    """Run attention on mixtures of the prompt's tokens and read its norms of queries and keys; None if it has none.
+
+    Args:
+        call: the block on a prompt.
+        paths: hooks of queries, keys and values.
+        norm: the block's own norm.
+        eps: what that adds to the mean square.
+        own: attention on the prompt.
+    """
+    if not any(path in call.modules for path in _PATHS):
+        return None
+    x = call.resid_pre
+    # How long queries and keys are before anything divides; rms is the same for all of one position.
+    size = (torch.cat([own.q, own.k]).square().mean((0, -1)).sqrt()[:, None] * sigma(norm, eps, x)).clamp(min=1e-12)
+    small = _SMALL / size * (1.0 if norm == "none" else eps**0.5)
+    resid = torch.stack([x, *(a * x + b * x.flip(0) for a, b in _MIXTURES), small * x])
+    read: dict[str, Tensor] = {}
+
+    def note(path: str, value: Tensor) -> None:
+        read.setdefault(path, value.detach().clone())
+
+    wanted = [path for path in (*paths[:2], *_PATHS) if path in call.modules]
+    call.read(resid, {path: functools.partial(note, path) for path in wanted}, stop_at="attn")
+    d_head = own.q.shape[-1]
+    q, k = (read[path].reshape(*resid.shape[:2], -1, d_head).transpose(1, 2) for path in paths[:2])
+    return ShownNorms(q, k, (read.get(_PATHS[0]), read.get(_PATHS[1])))
+
+
+def find_head_norms(
+    shown: ShownNorms | None, rotary: Rotary | None, biases: tuple[Tensor, Tensor, Tensor]
+) -> HeadNorms | str:
+    """The norms on queries and keys, or why they are not to be understood.
+
+    Args:
+        shown: what they were seen to do.
+        rotary: which they may follow.
+        biases: what the linear maps add.
+    """
+    if shown is None:
+        return HeadNorms(None, None, None, biases)
+    pairs = [(vectors, out) for vectors, out in zip((shown.q, shown.k), shown.outputs, strict=True)]
+    if any(out is not None and bool(bias.any()) for (_, out), bias in zip(pairs, biases, strict=False)):
+        return _BIASED
+    before = [None if out is None else _fit(vectors, out, None) for vectors, out in pairs]
+    if all(out is None or norm is not None for (_, out), norm in zip(pairs, before, strict=True)):
+        q, k = before
+        b_q, b_k = (bias if norm is None else norm.bias for norm, bias in zip(before, biases, strict=False))
+        return HeadNorms(q, k, None, (b_q, b_k, biases[2]))
+    after = [None if out is None or rotary is None else _fit(vectors, out, rotary) for vectors, out in pairs]
+    q, k = after
+    if q is None or k is None or q.centred or k.centred:
+        return _OTHER
+    weight = q.weight * per_query_head(k.weight, len(q.weight))
+    q, k = (replace(norm, weight=torch.ones_like(norm.weight)) for norm in (q, k))
+    return HeadNorms(q, k, weight, biases)
+
+
+def _fit(vectors: Float[Tensor, "run head pos d_head"], out: Tensor, rotary: Rotary | None) -> HeadNorm | None:
+    """The norm that makes `out` of vectors, turned first if `rotary` is given; heads may stand before positions."""
+    if out.numel() != vectors.numel():
+        return None
+    n_runs, n_heads, n_pos, d_head = vectors.shape
+    vectors = vectors if rotary is None else rotary.turn(vectors)
+    for arranged in (
+        out.reshape(n_runs, n_pos, n_heads, d_head).transpose(1, 2),
+        out.reshape(n_runs, n_heads, n_pos, d_head),
+    ):
+        arranged = arranged if rotary is None else torch.cat(rotary.split(arranged), -1)
+        found = fit_head_norm(vectors, arranged)
+        if found is not None:
+            return found
+    return None
