@@ -5,8 +5,8 @@ name for that: what a block does to its input is read at its hooks, on the promp
 from the formula makes `find_formula` return the reason instead.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -26,8 +26,8 @@ from lig_lens.blocks.formula import (
     seen_attention,
     sigma,
 )
-from lig_lens.blocks.head_norms import find_head_norms, read_head_norms
-from lig_lens.blocks.rotary import ROTARY_KINDS
+from lig_lens.blocks.head_norms import HeadNorms, find_head_norms, hidden_norms, near_zero, read_head_norms
+from lig_lens.blocks.rotary import ROTARY_KINDS, Rotary, RotaryKind
 from lig_lens.blocks.score import Score, ScoreBias
 from lig_lens.blocks.score_fit import fit_scores
 
@@ -80,35 +80,82 @@ def find_formula(
             if biases is None:
                 continue
             reason = "the pattern is not a softmax of scaled, possibly normed, rotated or capped q.k plus a fixed bias"
-            scale_path = _scale_path(call, values, norm, eps)
-            shown = read_head_norms(call, paths, norm, eps, own)
-            for kind in (*ROTARY_KINDS, None):
-                rotary = None if kind is None else kind.on(call, d_head)
-                if kind is not None and rotary is None:
-                    continue
-                norms = find_head_norms(shown, rotary, biases)
-                if isinstance(norms, str):
-                    reason = norms
-                    continue
-                normed = [replace(seen, q=norms.of_q(seen.q), k=norms.of_k(seen.k)) for seen in (own, other)]
-                for cap in (None, *_caps(call)):
-                    fitted = fit_scores(Score(d_head**-0.5, cap, weight=norms.weight), rotary, *normed)
-                    if fitted is None:
-                        reason = UNTOLD
-                        continue
-                    score, bias = fitted
-                    formula = AttentionFormula(
-                        paths, norm, eps, scale_path, kind, score, ScoreBias.of(bias), *norms.biases, norms.q, norms.k
-                    )
-                    end = formula.homogeneous(call.resid_pre, (own.q, own.k, own.v))
-                    found = FormulaValues(formula, call, rotary, bias, end)
-                    if found.gives(own, z) and _holds_on_probe(found, other):
-                        return found
+            part = _Part(call, paths, norm, eps, _scale_path(call, values, norm, eps), own, other, z)
+            for kind, rotary, norms in _turned(part, biases):
+                found = norms if isinstance(norms, str) else _with_scores(part, kind, rotary, norms)
+                if isinstance(found, FormulaValues):
+                    return found
+                reason = found or reason
     return reason
 
 
-def _holds_on_probe(found: FormulaValues, other: SeenAttention) -> bool:
-    """Whether the formula gives the probe's patterns too.
+@dataclass(frozen=True)
+class _Part:
+    """What is known of a block's attention once its linear maps are found: on the prompt, and on the probe."""
+
+    call: BlockCall
+    paths: tuple[str, str, str]
+    norm: str
+    eps: float
+    scale_path: str | None
+    own: SeenAttention
+    other: SeenAttention
+    z: Float[Tensor, "pos head d_head"]
+
+
+def _turned(
+    part: _Part, biases: tuple[Tensor, Tensor, Tensor]
+) -> Iterator[tuple[RotaryKind | None, Rotary | None, HeadNorms | str]]:
+    """Everything that may lie between the linear maps and q.k: rotary of any kind, and norms that hooks show, or not.
+
+    Where norms cannot be understood, the reason stands in their place.
+    """
+    call, d_head = part.call, part.z.shape[-1]
+    kinds = [(kind, kind.on(call, d_head)) for kind in ROTARY_KINDS]
+    turns = [*((kind, rotary) for kind, rotary in kinds if rotary is not None), (None, None)]
+    shown = read_head_norms(call, part.paths, part.norm, part.eps, part.own)
+    for kind, rotary in turns:
+        yield kind, rotary, find_head_norms(shown, rotary, biases)
+    hidden = None if shown is not None else hidden_norms(part.eps, biases)
+    if hidden is not None:
+        for kind, rotary in turns:
+            yield kind, rotary, hidden
+
+
+def _with_scores(
+    part: _Part, kind: RotaryKind | None, rotary: Rotary | None, norms: HeadNorms
+) -> FormulaValues | str | None:
+    """The formula, if scores follow from such queries and keys; a reason, if there is a better one than that."""
+    call, own, other = part.call, part.own, part.other
+    normed = [replace(seen, q=norms.of_q(seen.q), k=norms.of_k(seen.k)) for seen in (own, other)]
+    reason = None
+    for cap in (None, *_caps(call)):
+        fitted = fit_scores(Score(part.z.shape[-1] ** -0.5, cap, weight=norms.weight), rotary, *normed)
+        if fitted is None:
+            reason = UNTOLD
+            continue
+        score, bias = fitted
+        formula = AttentionFormula(
+            part.paths, part.norm, part.eps, part.scale_path, kind, score, ScoreBias.of(bias), *norms.biases,
+            norms.q, norms.k,
+        )  # fmt: skip
+        end = formula.homogeneous(call.resid_pre, (own.q, own.k, own.v))
+        found = FormulaValues(formula, call, rotary, bias, end)
+        if not found.gives(own, part.z) or not _holds_on(found, other):
+            continue
+        if norms.shown or _holds_on(found, _near_zero(part)):
+            return found
+    return reason
+
+
+def _near_zero(part: _Part) -> SeenAttention:
+    """Attention on vectors that show what norms of queries and keys add to the mean square."""
+    small = near_zero(part.call.resid_pre, part.norm, part.eps, part.own)
+    return AttentionReading(part.call, small[None]).seen(part.paths, part.z.shape[-1])
+
+
+def _holds_on(found: FormulaValues, other: SeenAttention) -> bool:
+    """Whether the formula gives the patterns of other runs too.
 
     Of a few tokens a bias can make any scores fit the prompt's own pattern, capped ones say; not two patterns at once.
     """

@@ -10,6 +10,8 @@ from lig_lens.blocks.divisor import Divisor
 
 # How far what it gives may be from what the block shows, relative to the largest value.
 ALLOWED = 1e-4
+# The same before eps is known.
+_ROUGHLY = 1e-2
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class HeadNorm:
     eps: float
     weight: Float[Tensor, "head 1 d_head"] = field(repr=False)
     bias: Float[Tensor, "head 1 d_head"] = field(repr=False)
+
+    @classmethod
+    def plain(cls, like: Float[Tensor, "head 1 d_head"], eps: float) -> "HeadNorm":
+        """RMSNorm of each head, without weights."""
+        return cls(False, False, eps, torch.ones_like(like), torch.zeros_like(like))
 
     def base(self, vectors: Float[Tensor, "*run head pos d_head"]) -> Float[Tensor, "*run head pos d_head"]:
         """The vectors whose mean square is taken."""
@@ -69,12 +76,12 @@ def fit_head_norm(
             plain = HeadNorm(centred, together, 1e-6, ones, torch.zeros_like(ones))
             weight, bias = _line(plain(large), there)
             found = HeadNorm(centred, together, 1e-6, weight, bias if centred else torch.zeros_like(bias))
-            if not _gives(found, large, there):
+            if not _gives(found, large, there, _ROUGHLY):
                 continue
             eps = _eps(found, vectors[-1], shown[-1])
             weight, bias = _line(replace(plain, eps=eps)(large), there)
             found = HeadNorm(centred, together, eps, weight, bias if centred else torch.zeros_like(bias))
-            if _gives(found, vectors, shown):
+            if _gives(found, vectors, shown, ALLOWED):
                 return found
     return None
 
@@ -88,9 +95,9 @@ def _line(x: Float[Tensor, "run head pos d_head"], y: Float[Tensor, "run head po
     return weight[:, None], bias[:, None]
 
 
-def _gives(norm: HeadNorm, vectors: Tensor, shown: Tensor) -> bool:
+def _gives(norm: HeadNorm, vectors: Tensor, shown: Tensor, allowed: float) -> bool:
     by_run = (norm(vectors) - shown).abs().amax((-3, -2, -1)) / shown.abs().amax((-3, -2, -1)).clamp(min=1e-30)
-    return float(by_run.max()) <= ALLOWED
+    return float(by_run.max()) <= allowed
 
 
 def _eps(norm: HeadNorm, small: Float[Tensor, "head pos d_head"], shown: Float[Tensor, "head pos d_head"]) -> float:

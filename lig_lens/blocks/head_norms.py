@@ -40,12 +40,14 @@ class HeadNorms:
         k: of keys.
         weight: what queries are multiplied with after rotary, where norms with weights come after it.
         biases: b_q, b_k, b_v behind all norms.
+        shown: whether hooks show what they do.
     """
 
     q: HeadNorm | None
     k: HeadNorm | None
     weight: Float[Tensor, "head 1 d_head"] | None
     biases: tuple[Tensor, Tensor, Tensor]
+    shown: bool = True
 
     def of_q(self, vectors: Float[Tensor, "*run head pos d_head"]) -> Float[Tensor, "*run head pos d_head"]:
         """Queries, normed."""
@@ -71,10 +73,7 @@ def read_head_norms(
     if not any(path in call.modules for path in _PATHS):
         return None
     x = call.resid_pre
-    # How long queries and keys are before anything divides; rms is the same for all of one position.
-    size = (torch.cat([own.q, own.k]).square().mean((0, -1)).sqrt()[:, None] * sigma(norm, eps, x)).clamp(min=1e-12)
-    small = _SMALL / size * (1.0 if norm == "none" else eps**0.5)
-    resid = torch.stack([x, *(a * x + b * x.flip(0) for a, b in _MIXTURES), small * x])
+    resid = torch.stack([x, *(a * x + b * x.flip(0) for a, b in _MIXTURES), near_zero(x, norm, eps, own)])
     read: dict[str, Tensor] = {}
 
     def note(path: str, value: Tensor) -> None:
@@ -85,6 +84,13 @@ def read_head_norms(
     d_head = own.q.shape[-1]
     q, k = (read[path].reshape(*resid.shape[:2], -1, d_head).transpose(1, 2) for path in paths[:2])
     return ShownNorms(q, k, (read.get(_PATHS[0]), read.get(_PATHS[1])))
+
+
+def near_zero(x: Float[Tensor, "pos d_model"], norm: str, eps: float, own: SeenAttention) -> Tensor:
+    """A prompt's residual vectors made so small that queries and keys show what a norm adds to their mean square."""
+    # How long queries and keys are before anything divides, on average at each position.
+    size = (torch.cat([own.q, own.k]).square().mean((0, -1)).sqrt()[:, None] * sigma(norm, eps, x)).clamp(min=1e-12)
+    return _SMALL / size * (1.0 if norm == "none" else eps**0.5) * x
 
 
 def find_head_norms(
@@ -114,6 +120,17 @@ def find_head_norms(
     weight = q.weight * per_query_head(k.weight, len(q.weight))
     q, k = (replace(norm, weight=torch.ones_like(norm.weight)) for norm in (q, k))
     return HeadNorms(q, k, weight, biases)
+
+
+def hidden_norms(eps: float, biases: tuple[Tensor, Tensor, Tensor]) -> HeadNorms | None:
+    """RMSNorm without weights on queries and keys, which no hook shows (Llama 4); the pattern has to tell.
+
+    Args:
+        eps: what the model's norms add.
+        biases: what the linear maps add, [head 1 d_head] each; what is normed must have none.
+    """
+    q, k = (None if bool(bias.any()) else HeadNorm.plain(bias, eps) for bias in biases[:2])
+    return None if q is None or k is None else HeadNorms(q, k, None, biases, shown=False)
 
 
 def _fit(vectors: Float[Tensor, "run head pos d_head"], out: Tensor, rotary: Rotary | None) -> HeadNorm | None:

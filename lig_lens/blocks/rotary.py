@@ -34,10 +34,11 @@ class Rotary:
 
 @dataclass(frozen=True)
 class RotaryKind:
-    """Where a block's tables for rotary are, and which dimensions make a pair."""
+    """Where a block's tables for rotary are, which dimensions make a pair, and which way it turns (NanoChat: back)."""
 
     source: str
     adjacent: bool
+    backwards: bool = False
 
     def on(self, call: BlockCall, d_head: int) -> Rotary | None:
         """The rotation of the prompt's positions, or None where the tables are not there or do not fit."""
@@ -46,6 +47,7 @@ class RotaryKind:
             return None
         n_pos = len(call.resid_pre)
         cos, sin = (table.reshape(-1, table.shape[-1])[:n_pos].detach().to(call.resid_pre) for table in pair)
+        sin = -sin if self.backwards else sin
         if len(cos) < n_pos or cos.shape != sin.shape or cos.shape[-1] > d_head:
             return None
         # Tables hold every angle twice, for neighbouring dimensions or for two halves, or once.
@@ -58,8 +60,10 @@ class RotaryKind:
 
 
 def _given(call: BlockCall) -> tuple[Tensor, Tensor] | None:
-    """Tables that the model hands to the block."""
+    """Tables that the model hands to the block, as one of complex numbers in Llama 4."""
     given = call.kwargs.get("position_embeddings")
+    if isinstance(given, Tensor) and given.is_complex():
+        return given.real, given.imag
     return (given[0], given[1]) if isinstance(given, (tuple, list)) and len(given) == 2 else None
 
 
@@ -84,4 +88,7 @@ def _embed_positions(call: BlockCall) -> tuple[Tensor, Tensor] | None:
 
 
 _TABLES = {"position_embeddings": _given, "rotary_cos": _cos_and_sin, "embed_positions": _embed_positions}
-ROTARY_KINDS = tuple(RotaryKind(source, adjacent) for source in _TABLES for adjacent in (False, True))
+ROTARY_KINDS = (
+    *(RotaryKind(source, adjacent) for source in _TABLES for adjacent in (False, True)),
+    *(RotaryKind("position_embeddings", adjacent, backwards=True) for adjacent in (False, True)),
+)
