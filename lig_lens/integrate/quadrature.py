@@ -49,6 +49,9 @@ _OF_MODES, _OF_DIFFERENCE = 1 / 30, 1 / 10
 # Length in t of the panels that a path starts with.
 PANEL_LENGTH = 4.0
 _NARROWEST = 1e-18
+# Layers that are as narrow as this may have others inside, and where parts are looked at there, in units of the width.
+_NARROW = 0.1
+_LADDER = (1e-2, 10**-3.5, 1e-5, 10**-6.5)
 # A change is resolved where rounding is at most this share of it.
 RESOLVED = 1e-3
 _NEWTON_STEPS = 5
@@ -201,6 +204,7 @@ def integrate(
     s0, s1 = (side.cpu().double().clamp(_NARROWEST, 1.0) for side in (s0, s1))
     tiny = torch.finfo(torch.float32).tiny
     noise = noise.cpu().double().clamp(min=tiny)
+    s0 = _narrowed(integrand, s0, tol, noise)
     panels, total = _first_panels(integrand, s0, s1)
     allowed = torch.maximum(tol * total.abs(), noise)
     shape = (n_dst, integrand.n_groups, integrand.n_parts)
@@ -257,6 +261,31 @@ def integrate(
 def _scalars(integrand: Integrand, dst: Tensor, a: Tensor) -> Tensor:
     """`integrand.scalars`, brought to the CPU."""
     return integrand.scalars(dst, a).cpu().double()
+
+
+def _narrowed(integrand: Integrand, s0: Tensor, tol: float, noise: Tensor) -> Tensor:
+    """Widths of the layers at a = 0, made smaller where something still happens far inside of them.
+
+    A norm that follows another one has a layer within that one's. Nodes that do not know of it step over it, sums of
+    parts need not change there, and so neither gap nor error would show it. Parts are therefore looked at on a ladder
+    that leads down to a = 0: where nothing happens they stay what they are.
+    """
+    narrow = (s0 < _NARROW).nonzero()[:, 0]
+    if not len(narrow):
+        return s0
+    a = s0[narrow, None] * torch.tensor(_LADDER, dtype=torch.float64)
+    # By how much parts differ between two rungs, times the upper one: how much may lie between.
+    factors = torch.zeros(*a.shape, a.shape[1] - 1, dtype=torch.float64)
+    for rung in range(a.shape[1] - 1):
+        factors[:, rung, rung], factors[:, rung + 1, rung] = -a[:, rung], a[:, rung]
+    groups = torch.ones(len(narrow), integrand.n_groups, dtype=torch.bool)
+    between = integrand.sums(narrow, a, factors, groups).abs().amax(-1).cpu().double()
+    total = _scalars(integrand, narrow, torch.ones_like(s0[narrow])).abs()
+    hides = (between > torch.maximum(tol * total, noise[narrow])).any(-1).T  # dst rung
+    deepest = torch.where(hides, a[:, 1:], torch.inf).amin(-1)
+    s0 = s0.clone()
+    s0[narrow] = torch.minimum(s0[narrow], deepest)
+    return s0
 
 
 def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor) -> tuple[_Panels, Tensor]:
