@@ -15,6 +15,7 @@ from lig_lens.models.adapters import ENCODERS, KIN
 from lig_lens.models.adapters.classifiers import classifier_adapter
 from lig_lens.models.adapters.encoders import encoder_adapter
 from lig_lens.models.heads import listed, note_head
+from lig_lens.models.own_tokenizer import keep_own_tokenizer
 from lig_lens.models.packaged import quiet_transformers
 from lig_lens.models.running import HALF, first_tensor
 
@@ -89,6 +90,7 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
             model_class=loading,
             hf_config_overrides={"original_architecture": architecture},
         )
+        keep_own_tokenizer(bridge, source)
     vars(bridge.original_model.config).pop("original_architecture", None)
     loaded = type(bridge.original_model).__name__
     if loading.of_body:

@@ -7,9 +7,10 @@ transformers model (`tests/test_families.py`, `tests/test_encoders.py`).
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from lig_lens.models.adapters.deberta import prepare_deberta, prepare_deberta_v2
 from lig_lens.models.adapters.encoders import Encoder
-from lig_lens.models.adapters.fused import split_deberta, split_modernbert
-from lig_lens.models.adapters.own_modules import own_position_projections, unroll_albert
+from lig_lens.models.adapters.fused import split_modernbert
+from lig_lens.models.adapters.own_modules import unroll_albert
 
 # The class of transformers that a model was saved as -> the architecture that the bridge knows, with the same modules.
 KIN: Mapping[str, str] = MappingProxyType({"PhimoeForCausalLM": "PhiMoEForCausalLM"})
@@ -105,8 +106,8 @@ ENCODERS: Mapping[str, Encoder] = MappingProxyType(
         "DebertaForMaskedLM": Encoder(
             "deberta",
             {f"blocks.attn.{part}": f"self.in_proj.{part}" for part in ("q", "k", "v")},
-            prepare=split_deberta,
+            prepare=prepare_deberta,
         ),
-        "DebertaV2ForMaskedLM": Encoder("deberta", _DEBERTA_V2, prepare=own_position_projections),
+        "DebertaV2ForMaskedLM": Encoder("deberta", _DEBERTA_V2, prepare=prepare_deberta_v2),
     }
 )

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-# Components that some checkpoints of a family lack.
-_OPTIONAL = ("token_type_embed", "pos_embed")
+# Components that some models of a family lack, or have under names of their own: DeBERTa has two heads, of which one
+# unembeds without a module.
+_OPTIONAL = ("token_type_embed", "pos_embed", "mlm_head", "ln_final", "unembed")
 # Hooks of a block with its norms after each sum, where TransformerLens' names for BERT show something else.
 _POST_LN_HOOKS = {"hook_attn_out": "attn.o.hook_out", "hook_resid_mid": "ln1.hook_in"}
 _PRE_LN_HOOKS = {"hook_attn_out": "attn.hook_out", "hook_resid_mid": "ln2.hook_in"}
@@ -23,8 +24,8 @@ class Encoder:
 
     Attributes:
         body: the encoder's name in the model, `bert` in BERT.
-        names: component of TransformerLens' adapter of BERT -> module, where it goes by another name. Names are relative
-            to the component around it; those of components around all blocks begin with the body's, written `{body}`.
+        names: component of TransformerLens' adapter of BERT -> module, where it goes by another name: relative to what
+            is around it in a block, else whole, with `{body}` for the encoder's.
         pre_ln: norms stand before attention and MLP.
         gated: the MLP has a gate.
         prepare: gives the encoder's modules a shape that hooks can be put on; what is computed stays.

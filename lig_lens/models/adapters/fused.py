@@ -37,12 +37,14 @@ class Fused(nn.Module):
 
     def forward(self, hidden_states: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """What the fused map gives, with the biases of parts added."""
-        made = [getattr(self, name)(hidden_states).unflatten(-1, (self.groups, -1)) for name in self.parts]
-        return torch.stack(made, -2).flatten(-3)
+        made = [getattr(self, name)(hidden_states) for name in self.parts]
+        pieces = [one.view(*one.shape[:-1], self.groups, -1) for one in made]
+        return torch.stack(pieces, -2).flatten(-3)
 
     def rows(self, of_whole: Tensor, number: int) -> Tensor:
         """Rows of the weight or bias that make a part; a view where there is one group."""
-        return of_whole.unflatten(0, (self.groups, len(self.parts), -1))[:, number].flatten(0, 1)
+        pieces = of_whole.view(self.groups, len(self.parts), -1, *of_whole.shape[1:])
+        return pieces[:, number].flatten(0, 1)
 
 
 class Part(nn.Module):
@@ -80,14 +82,3 @@ def split_modernbert(body: Any) -> None:
     for layer in body.layers:
         layer.attn.Wqkv = Fused(layer.attn.Wqkv, ("q", "k", "v"))
         layer.mlp.Wi = Fused(layer.mlp.Wi, ("gate", "up"))
-
-
-def split_deberta(body: Any) -> None:
-    """Take apart the queries, keys and values of DeBERTa's first version, head by head, with the biases added later."""
-    for layer in body.encoder.layer:
-        attention = layer.attention.self
-        biases = {part: getattr(attention, f"{part}_bias") for part in ("q", "v")}
-        attention.in_proj = Fused(attention.in_proj, ("q", "k", "v"), attention.num_attention_heads, biases)
-        for part, bias in biases.items():  # what is added to them later is then nothing
-            delattr(attention, f"{part}_bias")
-            attention.register_buffer(f"{part}_bias", torch.zeros_like(bias), persistent=False)

@@ -23,13 +23,3 @@ def unroll_albert(body: Any) -> None:
     encoder.config = copy.copy(encoder.config)  # the model's own goes on saying what was saved
     encoder.config.num_hidden_layers = encoder.config.num_hidden_groups = len(layers)
     encoder.albert_layer_groups = nn.ModuleList(shared_copy(layer) for layer in layers)
-
-
-def own_position_projections(body: Any) -> None:
-    """Project DeBERTa's relative positions by modules of their own where they share those of queries and keys."""
-    for layer in body.encoder.layer:
-        attention = layer.attention.self
-        if attention.relative_attention and attention.share_att_key:
-            attention.pos_key_proj = shared_copy(attention.key_proj)
-            attention.pos_query_proj = shared_copy(attention.query_proj)
-            attention.share_att_key = False
