@@ -169,7 +169,15 @@ def test_hooks_and_weights_are_what_they_are_called(family: Family, tmp_path: Pa
         b_O = 0 if attn.b_O is None else attn.b_O
         torch.testing.assert_close(torch.einsum("phd,hdm->pm", z, attn.W_O) + b_O, here["hook_attn_out"], **close)
         torch.testing.assert_close(here["hook_resid_pre"] + here["hook_attn_out"], here["hook_resid_mid"], **close)
-        assert here["hook_mlp_out"].shape == here["hook_resid_mid"].shape
+        b_out = 0 if block.mlp.b_out is None else block.mlp.b_out
+        torch.testing.assert_close(here["mlp.hook_post"] @ block.mlp.W_out + b_out, here["hook_mlp_out"], **close)
+        b_in = 0 if block.mlp.b_in is None else block.mlp.b_in
+        pre = "mlp.hook_pre_linear" if family is MODERNBERT else "mlp.hook_pre"
+        torch.testing.assert_close(here["mlp.in.hook_in"] @ block.mlp.W_in + b_in, here[pre], **close)
+    model.enable_compatibility_mode(disable_warnings=True)  # with processed weights, for those who want them
+    torch.testing.assert_close(
+        logits_of(model, IDS).log_softmax(-1), logits_of(plain, IDS).log_softmax(-1), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_layers_that_share_weights_go_on_sharing_them(tmp_path: Path) -> None:
@@ -205,7 +213,8 @@ VARIANTS = {
     "positions in the input": (DEBERTA, {"position_biased_input": True, "type_vocab_size": 2, "pos_att_type": ["p2c"]}),
     "heads that mix": (DEBERTA, {"talking_head": True}),
     "the newer head": (DEBERTA, {"legacy": False}),
-    "no relative positions": (DEBERTA_V2, {"relative_attention": False}),
+    "no relative positions": (DEBERTA, {"relative_attention": False}),
+    "no relative positions, second version": (DEBERTA_V2, {"relative_attention": False}),
     "projections of positions": (DEBERTA_V2, {"share_att_key": False, "position_buckets": -1, "legacy": False}),
 }
 
@@ -216,6 +225,8 @@ def test_variants(name: str, tmp_path: Path) -> None:
     plain = saved(f"{family.name}ForMaskedLM", tmp_path, **{**family.config, **config})
     model = ll.load_model(str(tmp_path), device="cpu")
     assert_same_logits(model, plain)
+    if not config.get("relative_attention", True):  # what is left is the softmax of q.k, by which hooks are told apart
+        assert ll.describe_boundaries(model)[0].engine == "closed_form"
     change = logits_of(plain, IDS)[0, -1] - logits_of(plain, OTHER)[0, -1]
     asked = {"corrupted": OTHER, "target": ll.logit_difference(9, 17), "progress": False}
     flow = ll.attribute(model, IDS, layers=[0, len(model.blocks) - 1], **asked)

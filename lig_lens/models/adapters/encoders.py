@@ -1,7 +1,7 @@
 """Encoders with BERT's layers under other names, or with their norms before attention and MLP."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,6 @@ from torch import nn
 _OPTIONAL = ("token_type_embed", "pos_embed", "mlm_head", "ln_final", "unembed")
 # Hooks of a block with its norms after each sum, where TransformerLens' names for BERT show something else.
 _POST_LN_HOOKS = {"hook_attn_out": "attn.o.hook_out", "hook_resid_mid": "ln1.hook_in"}
-_PRE_LN_HOOKS = {"hook_attn_out": "attn.hook_out", "hook_resid_mid": "ln2.hook_in"}
 
 
 def _as_it_is(_body: nn.Module) -> None:
@@ -35,7 +34,7 @@ class Encoder:
     names: Mapping[str, str]
     pre_ln: bool = False
     gated: bool = False
-    prepare: Callable[[Any], None] = field(default=_as_it_is)
+    prepare: Callable[[Any], None] = _as_it_is
 
 
 def encoder_adapter(encoder: Encoder) -> type:
@@ -51,8 +50,8 @@ def encoder_adapter(encoder: Encoder) -> type:
                 self.cfg.gated_mlp = True
                 parts = {part: LinearBridge(name=None) for part in ("gate", "in", "out")}
                 blocks.submodules["mlp"] = GatedMLPBridge(name=None, config=self.cfg, submodules=parts)
-            hooks = _PRE_LN_HOOKS if encoder.pre_ln else _POST_LN_HOOKS
-            blocks.hook_aliases = {**blocks.hook_aliases, **hooks}
+            if not encoder.pre_ln:
+                blocks.hook_aliases = {**blocks.hook_aliases, **_POST_LN_HOOKS}
             for component in self.component_mapping.values():
                 component.name = component.name.replace("bert.", f"{encoder.body}.", 1)
             for path, name in encoder.names.items():
@@ -73,8 +72,11 @@ def encoder_adapter(encoder: Encoder) -> type:
             self.cfg.n_layers = len(layers)
             norm = layers[-1].get_submodule(self.components["blocks"].submodules["ln2"].name)
             self.cfg.eps = getattr(norm, "eps", None) or norm.variance_epsilon
-            table = modules.get(self.components["pos_embed"].name) if "pos_embed" in self.components else None
-            if table is not None and table.padding_idx is not None:  # RoBERTa's positions begin after padding's
+            if "pos_embed" not in self.components:
+                self.cfg.positional_embedding_type = "rotary"  # no weights of positions that TransformerLens could fold
+                return
+            table = modules[self.components["pos_embed"].name]
+            if table.padding_idx is not None:  # RoBERTa's positions begin after padding's
                 self.cfg.n_ctx = table.num_embeddings - table.padding_idx - 1
 
     return EncoderAdapter
