@@ -76,6 +76,28 @@ FAMILIES = (
     DEBERTA,
     DEBERTA_V2,
 )
+# Families with the modules of one above, or of BERT with its norms elsewhere.
+LAST_LINEAR = "attention.output.dense"
+OTHERS = (
+    Family("Data2VecText", SMALL, "data2vec_text.encoder.layer", LAST_LINEAR, "lm_head"),
+    Family("Ernie", SMALL, "ernie.encoder.layer", LAST_LINEAR, "cls.predictions"),
+    Family("NomicBert", SMALL, "nomic_bert.layers", "self_attn.o_proj", "cls.predictions"),
+    Family("Gte", SMALL, "gte.layers", "self_attn.o_proj", "lm_head"),
+    Family("JinaEmbeddingsV3", SMALL, "roberta.layers", "self_attn.o_proj", "lm_head"),
+    Family("EuroBert", {**SMALL, **TOKENS, "num_key_value_heads": 2}, "model.layers", "self_attn.o_proj", "", "pre_ln"),
+    Family("MegatronBert", SMALL, "bert.encoder.layer", LAST_LINEAR, "cls.predictions", "pre_ln"),
+    Family("RobertaPreLayerNorm", SMALL, "roberta_prelayernorm.encoder.layer", LAST_LINEAR, "lm_head", "pre_ln"),
+    Family("XLMRobertaXL", SMALL, "roberta.encoder.layer", LAST_LINEAR, "lm_head", "pre_ln"),
+    Family(
+        "Esm",
+        {**SMALL, "position_embedding_type": "rotary", "pad_token_id": 1, "mask_token_id": 4},
+        "esm.encoder.layer",
+        LAST_LINEAR,
+        "lm_head",
+        "pre_ln",
+        "hooks",
+    ),
+)
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
@@ -101,21 +123,20 @@ def unshared(plain: Any) -> Any:
     return model
 
 
-@each_family
+@pytest.mark.parametrize("family", FAMILIES + OTHERS, ids=lambda family: family.name)
 def test_maps_are_those_of_the_plain_model(family: Family, tmp_path: Path) -> None:
     """Against autograd through the plain transformers model, in float64."""
     plain = saved(f"{family.name}ForMaskedLM", tmp_path, **family.config)
-    model = ll.load_model(str(tmp_path), device="cpu")
-    assert_same_logits(model, plain)
     model = ll.load_model(str(tmp_path), device="cpu", dtype="float64")
     plain = (unshared(plain) if family is ALBERT else plain).double()
+    assert_same_logits(model, plain)
     asked = {"attn_baseline": "zero", "mlp_baseline": "zero", "block_baseline": "zero"}
     # ModernBERT's first layer has no norm before attention, and sees everything.
     for layer in (0, 1) if family is MODERNBERT else (1,):
         module = plain.get_submodule(family.layers)[layer]
         expected = maps_from_zero(plain, module, module.get_submodule(family.out), 4, IDS[:4])
         flow = ll.attribute(model, IDS[:4], layers=[layer], tol=1e-5, max_nodes=8192, progress=False, **asked)
-        assert flow.layouts == (family.layout,)
+        assert (flow.layouts, flow.engines["attn"]) == ((family.layout,), (family.engine,))
         for name in ("attn", "mlp", "skip", "block"):
             found, wanted = getattr(flow, name)[0].double(), getattr(expected, name)
             assert float((found - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max()), name
@@ -172,9 +193,11 @@ def test_hooks_and_weights_are_what_they_are_called(family: Family, tmp_path: Pa
         b_out = 0 if block.mlp.b_out is None else block.mlp.b_out
         torch.testing.assert_close(here["mlp.hook_post"] @ block.mlp.W_out + b_out, here["hook_mlp_out"], **close)
         b_in = 0 if block.mlp.b_in is None else block.mlp.b_in
-        pre = "mlp.hook_pre_linear" if family is MODERNBERT else "mlp.hook_pre"
+        pre = "mlp.hook_pre_linear" if block.mlp.W_gate is not None else "mlp.hook_pre"
         torch.testing.assert_close(here["mlp.in.hook_in"] @ block.mlp.W_in + b_in, here[pre], **close)
-    model.enable_compatibility_mode(disable_warnings=True)  # with processed weights, for those who want them
+    model.enable_compatibility_mode(
+        disable_warnings=True, fold_ln=False
+    )  # with processed weights, for those who want them
     torch.testing.assert_close(
         logits_of(model, IDS).log_softmax(-1), logits_of(plain, IDS).log_softmax(-1), rtol=1e-5, atol=1e-5
     )
@@ -204,6 +227,18 @@ def test_texts_begin_and_end_as_in_transformers(kind: str, ends: dict[str, str],
     assert model.to_tokens("w1 w2").tolist() == [
         transformers.AutoTokenizer.from_pretrained(tmp_path)("w1 w2").input_ids
     ]
+
+
+def test_a_copy_has_weights_of_its_own(tmp_path: Path) -> None:
+    """Parts of fused maps look at the weights of the map that they are part of, in copies too."""
+    saved("ModernBertForMaskedLM", tmp_path, **MODERNBERT.config)
+    model = ll.load_model(str(tmp_path), device="cpu")
+    other, before = copy.deepcopy(model), logits_of(model, IDS)
+    torch.testing.assert_close(logits_of(other, IDS), before)
+    other.original_model.model.layers[0].attn.Wqkv.weight.data.mul_(2)
+    assert torch.equal(logits_of(model, IDS), before)
+    assert not torch.allclose(logits_of(other, IDS), before)
+    assert torch.equal(other.blocks[0].attn.W_V, 2 * model.blocks[0].attn.W_V)
 
 
 VARIANTS = {

@@ -16,6 +16,15 @@ from lig_lens.models.adapters.own_modules import unroll_albert
 KIN: Mapping[str, str] = MappingProxyType({"PhimoeForCausalLM": "PhiMoEForCausalLM"})
 
 _ROBERTA_HEAD = {"mlm_head": "lm_head.dense", "ln_final": "lm_head.layer_norm", "unembed": "lm_head.decoder"}
+_LLAMA_NAMES = {
+    "blocks": "{body}.layers",
+    "blocks.ln1": "post_attention_layernorm",
+    "blocks.ln2": "post_mlp_layernorm",
+    "blocks.attn": "self_attn",
+    **{f"blocks.attn.{part}": f"{part}_proj" for part in ("q", "k", "v", "o")},
+    "blocks.mlp": "mlp",
+}
+_LLAMA_MLP = {"blocks.mlp.gate": "gate_proj", "blocks.mlp.in": "up_proj", "blocks.mlp.out": "down_proj"}
 _DEBERTA_V2 = {"blocks.attn.q": "self.query_proj", "blocks.attn.k": "self.key_proj", "blocks.attn.v": "self.value_proj"}
 # Masked language models: what is where, if not where BERT has it.
 ENCODERS: Mapping[str, Encoder] = MappingProxyType(
@@ -23,6 +32,8 @@ ENCODERS: Mapping[str, Encoder] = MappingProxyType(
         **dict.fromkeys(
             ("RobertaForMaskedLM", "XLMRobertaForMaskedLM", "CamembertForMaskedLM"), Encoder("roberta", _ROBERTA_HEAD)
         ),
+        "Data2VecTextForMaskedLM": Encoder("data2vec_text", _ROBERTA_HEAD),
+        "ErnieForMaskedLM": Encoder("ernie", {}),
         "ElectraForMaskedLM": Encoder(
             "electra",
             {
@@ -102,6 +113,62 @@ ENCODERS: Mapping[str, Encoder] = MappingProxyType(
             pre_ln=True,
             gated=True,
             prepare=split_modernbert,
+        ),
+        "NomicBertForMaskedLM": Encoder(
+            "nomic_bert",
+            {**_LLAMA_NAMES, **_LLAMA_MLP, "ln_final": "cls.predictions.transform.layer_norm"},
+            gated=True,
+        ),
+        "GteForMaskedLM": Encoder("gte", {**_LLAMA_NAMES, **_LLAMA_MLP, **_ROBERTA_HEAD}, gated=True),
+        "JinaEmbeddingsV3ForMaskedLM": Encoder(
+            "roberta", {**_LLAMA_NAMES, "blocks.mlp.in": "fc1", "blocks.mlp.out": "fc2", **_ROBERTA_HEAD}
+        ),
+        "EuroBertForMaskedLM": Encoder(
+            "model",
+            {
+                **_LLAMA_NAMES,
+                **_LLAMA_MLP,
+                "embed": "{body}.embed_tokens",
+                "blocks.ln1": "input_layernorm",
+                "blocks.ln2": "post_attention_layernorm",
+                "ln_final": "{body}.norm",
+                "unembed": "lm_head",
+            },
+            pre_ln=True,
+            gated=True,
+        ),
+        "MegatronBertForMaskedLM": Encoder(
+            "bert", {"blocks.ln1": "attention.ln", "blocks.ln2": "ln", "ln_final": "{body}.encoder.ln"}, pre_ln=True
+        ),
+        "RobertaPreLayerNormForMaskedLM": Encoder(
+            "roberta_prelayernorm",
+            {
+                **_ROBERTA_HEAD,
+                "blocks.ln1": "attention.LayerNorm",
+                "blocks.ln2": "intermediate.LayerNorm",
+                "ln_final": "{body}.LayerNorm",
+            },
+            pre_ln=True,
+        ),
+        "XLMRobertaXLForMaskedLM": Encoder(
+            "roberta",
+            {
+                **_ROBERTA_HEAD,
+                "blocks.ln1": "attention.self_attn_layer_norm",
+                "blocks.ln2": "LayerNorm",
+                "ln_final": "{body}.encoder.LayerNorm",
+            },
+            pre_ln=True,
+        ),
+        "EsmForMaskedLM": Encoder(
+            "esm",
+            {
+                **_ROBERTA_HEAD,
+                "blocks.ln1": "attention.LayerNorm",
+                "blocks.ln2": "LayerNorm",
+                "ln_final": "{body}.encoder.emb_layer_norm_after",
+            },
+            pre_ln=True,
         ),
         "DebertaForMaskedLM": Encoder(
             "deberta",

@@ -8,9 +8,10 @@ from torch import nn
 
 # Components that some models of a family lack, or have under names of their own: DeBERTa has two heads, of which one
 # unembeds without a module.
-_OPTIONAL = ("token_type_embed", "pos_embed", "mlm_head", "ln_final", "unembed")
+_OPTIONAL = ("token_type_embed", "pos_embed", "embed_ln", "mlm_head", "ln_final", "unembed")
 # Hooks of a block with its norms after each sum, where TransformerLens' names for BERT show something else.
-_POST_LN_HOOKS = {"hook_attn_out": "attn.o.hook_out", "hook_resid_mid": "ln1.hook_in"}
+_HOOKS = {"hook_attn_out": "attn.o.hook_out"}
+_POST_LN_HOOKS = {"hook_resid_mid": "ln1.hook_in"}
 
 
 def _as_it_is(_body: nn.Module) -> None:
@@ -50,8 +51,8 @@ def encoder_adapter(encoder: Encoder) -> type:
                 self.cfg.gated_mlp = True
                 parts = {part: LinearBridge(name=None) for part in ("gate", "in", "out")}
                 blocks.submodules["mlp"] = GatedMLPBridge(name=None, config=self.cfg, submodules=parts)
-            if not encoder.pre_ln:
-                blocks.hook_aliases = {**blocks.hook_aliases, **_POST_LN_HOOKS}
+            own = _HOOKS if encoder.pre_ln else {**_HOOKS, **_POST_LN_HOOKS}
+            blocks.hook_aliases = {**blocks.hook_aliases, **own}
             for component in self.component_mapping.values():
                 component.name = component.name.replace("bert.", f"{encoder.body}.", 1)
             for path, name in encoder.names.items():
