@@ -2,12 +2,14 @@
 
 from typing import Any
 
+_PROBE = "a"
+
 
 def keep_own_tokenizer(bridge: Any, source: str) -> None:
     """Let an encoder read texts as it does in transformers, between its [CLS] and its [SEP].
 
     TransformerLens loads every tokenizer with `add_bos_token=True`, for which transformers may take both off, and it
-    takes off what ends a text, as [SEP] does where it is the end-of-text token too (RoBERTa).
+    takes off what ends a text, as [SEP] does where it is the end-of-text token too.
 
     Args:
         bridge: of any model; those of other families stay as they are.
@@ -20,7 +22,7 @@ def keep_own_tokenizer(bridge: Any, source: str) -> None:
     if bridge.tokenizer is None or not of_type.endswith("ForMaskedLM"):
         return
     own = AutoTokenizer.from_pretrained(source)
-    if own.cls_token_id is None or own.sep_token_id is None:
+    if own.cls_token_id is None or bridge.to_tokens(_PROBE)[0].tolist() == own(_PROBE)["input_ids"]:
         return
     bridge._tokenizer = own  # the property would change it again
     bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = True, False
