@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lig_lens.blocks.block import AttentionNodes, Block, BlockBoundaries
 from lig_lens.blocks.call import BlockCall, Seen
@@ -189,6 +189,8 @@ def _rounding(call: BlockCall, output: Tensor) -> float:
 
 def _norm_kind(module: Any) -> str:
     rms = getattr(module, "uses_rms_norm", None)
+    if isinstance(getattr(module, "original_component", None), nn.Identity):
+        return "Identity"
     if rms is None:
         return type(module).__name__
     return "RMSNorm" if rms else "LayerNorm"

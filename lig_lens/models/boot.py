@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lig_lens.errors import BridgeWarning, InputError
-from lig_lens.models.adapters import ENCODERS, KIN, MODEL_TYPES
+from lig_lens.models.adapters import ENCODERS, KIN
 from lig_lens.models.adapters.classifiers import classifier_adapter
 from lig_lens.models.adapters.encoders import encoder_adapter
 from lig_lens.models.heads import listed, note_head
+from lig_lens.models.own_tokenizer import keep_own_tokenizer
 from lig_lens.models.packaged import quiet_transformers
 from lig_lens.models.running import HALF, first_tensor
 
@@ -89,6 +90,7 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
             model_class=loading,
             hf_config_overrides={"original_architecture": architecture},
         )
+        keep_own_tokenizer(bridge, source)
     vars(bridge.original_model.config).pop("original_architecture", None)
     loaded = type(bridge.original_model).__name__
     if loading.of_body:
@@ -164,7 +166,7 @@ def _served(source: str) -> tuple[str, str, _Loading]:
     config = transformers.AutoConfig.from_pretrained(_without_alias(source))
     saved = next(iter(getattr(config, "architectures", None) or [""]))
     _register_ours()
-    language = saved if saved in SUPPORTED_ARCHITECTURES else MODEL_TYPES.get(config.model_type)
+    language = saved if saved in SUPPORTED_ARCHITECTURES else _of_ours(config.model_type)
     if language is None:
         try:
             language = determine_architecture_from_hf_config(config)
@@ -183,6 +185,17 @@ def _served(source: str) -> tuple[str, str, _Loading]:
     return language, saved, _Loading(get_hf_model_class_for_architecture(language))
 
 
+def _of_ours(model_type: str) -> str | None:
+    """The language model among those of our tables that a model of this type can be loaded as."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    names = (MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type))
+    return next((name for name in names if name in ENCODERS or name in KIN), None)
+
+
 def _without_alias(name: str) -> str:
     """The hub id that TransformerLens loads for one of its own names, such as gpt2-small."""
     try:
@@ -198,9 +211,9 @@ def _register_ours() -> None:
     """Let TransformerLens know the adapters of this package; its own are left in place."""
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
-    for name, names in ENCODERS.items():
+    for name, encoder in ENCODERS.items():
         if name not in SUPPORTED_ARCHITECTURES:
-            _register(name, encoder_adapter(names))
+            _register(name, encoder_adapter(encoder))
     for name, other in KIN.items():
         if name not in SUPPORTED_ARCHITECTURES and other in SUPPORTED_ARCHITECTURES:
             _register(name, SUPPORTED_ARCHITECTURES[other])

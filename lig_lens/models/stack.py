@@ -44,7 +44,8 @@ def stack_of(model: HookedModel) -> Stack:
     """The blocks of a hooked model; of today's models all are in one stack.
 
     Raises:
-        BoundaryError: one module serves several layers, as in ALBERT: layers are told apart by their modules.
+        BoundaryError: one module serves several layers, which are told apart by their modules (`load_model` gives
+            ALBERT's layers modules of their own, with the same weights).
     """
     blocks = list(model.blocks)[: int(model.cfg.n_layers)]
     if len({id(block) for block in blocks}) < len(blocks):
