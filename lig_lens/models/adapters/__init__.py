@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from lig_lens.models.adapters.encoders import EncoderNames
+from lig_lens.models.adapters.images import ImageNames
 
 # The class of transformers that a model was saved as -> the architecture that the bridge knows, with the same modules.
 KIN: Mapping[str, str] = MappingProxyType({"PhimoeForCausalLM": "PhiMoEForCausalLM"})
@@ -30,5 +31,22 @@ MODEL_TYPES: Mapping[str, str] = MappingProxyType(
         "camembert": "CamembertForMaskedLM",
         "electra": "ElectraForMaskedLM",
         "phimoe": "PhimoeForCausalLM",
+    }
+)
+
+_DINOV2 = ImageNames("encoder.layer", ("norm1", "norm2"), ("layer_scale1", "layer_scale2"))
+# Models of images, by the class that they were saved as; TransformerLens' adapter of ViT serves the first four as it is.
+IMAGES: Mapping[str, ImageNames] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            ("ViTModel", "ViTForImageClassification", "DeiTModel", "DeiTForImageClassification"), ImageNames()
+        ),
+        "DeiTForImageClassificationWithTeacher": ImageNames(),
+        "Dinov2Model": _DINOV2,
+        "Dinov2ForImageClassification": _DINOV2,
+        "Dinov2WithRegistersModel": _DINOV2,
+        "Dinov2WithRegistersForImageClassification": _DINOV2,
+        "ViTMAEModel": ImageNames(all_patches=True),
+        "ViTMAEForPreTraining": ImageNames(all_patches=True),
     }
 )
