@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -254,7 +255,7 @@ def _tensor(prompt: Any, kind: ImageKind, what: str) -> Tensor:
     if not hasattr(prompt, "ndim"):
         raise InputError(f"The {what} is of type {type(prompt).__name__}: {_remedy(kind)}.")
     try:
-        values = torch.as_tensor(prompt)
+        values = prompt if isinstance(prompt, Tensor) else torch.as_tensor(np.array(prompt))
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"The {what} holds no numbers ({error}): {_remedy(kind)}.") from error
     if values.ndim == 4 and len(values) != 1:

@@ -87,8 +87,8 @@ def read_ids(
 
 def arbitrary_ids(model: HookedModel) -> Int[Tensor, "1 pos"]:
     """A few ids that a model takes."""
-    length = min(6, model.cfg.n_ctx)
-    return torch.arange(1, length + 1, device=model.cfg.device)[None] * 7 % model.cfg.d_vocab
+    length = min(6, int(model.cfg.n_ctx))
+    return torch.arange(1, length + 1, device=model.cfg.device)[None] * 7 % int(model.cfg.d_vocab)
 
 
 def _from_text(model: HookedModel, text: str, prepend_bos: Any, what: str) -> Tensor:

@@ -59,8 +59,8 @@ def check_head(model: object) -> None:
         return
     if head.bare:
         raise InputError(
-            f"The model was saved as {head.saved or head.loaded}, which has no head: it gives vectors, and a metric takes "
-            "logits. Load a model with a head, or explain vectors (target='l2')."
+            f"The model was saved as {head.saved or head.loaded}, which has no head: it gives vectors, and a metric "
+            "takes logits. Load a model with a head, or explain vectors (target='l2')."
         )
     held = {id(weight) for weight in model.parameters()}
     # A bias of zeros says nothing of where it comes from.

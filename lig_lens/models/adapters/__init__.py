@@ -34,19 +34,21 @@ MODEL_TYPES: Mapping[str, str] = MappingProxyType(
     }
 )
 
+_VIT, _MASKED = ImageNames(), ImageNames(all_patches=True)
 _DINOV2 = ImageNames("encoder.layer", ("norm1", "norm2"), ("layer_scale1", "layer_scale2"))
-# Models of images, by the class that they were saved as; TransformerLens' adapter of ViT serves the first four as it is.
+# Models of images, by the class that they were saved as; those that TransformerLens has an adapter for keep it.
 IMAGES: Mapping[str, ImageNames] = MappingProxyType(
     {
-        **dict.fromkeys(
-            ("ViTModel", "ViTForImageClassification", "DeiTModel", "DeiTForImageClassification"), ImageNames()
-        ),
-        "DeiTForImageClassificationWithTeacher": ImageNames(),
+        "ViTModel": _VIT,
+        "ViTForImageClassification": _VIT,
+        "DeiTModel": _VIT,
+        "DeiTForImageClassification": _VIT,
+        "DeiTForImageClassificationWithTeacher": _VIT,
         "Dinov2Model": _DINOV2,
         "Dinov2ForImageClassification": _DINOV2,
         "Dinov2WithRegistersModel": _DINOV2,
         "Dinov2WithRegistersForImageClassification": _DINOV2,
-        "ViTMAEModel": ImageNames(all_patches=True),
-        "ViTMAEForPreTraining": ImageNames(all_patches=True),
+        "ViTMAEModel": _MASKED,
+        "ViTMAEForPreTraining": _MASKED,
     }
 )

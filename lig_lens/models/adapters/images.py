@@ -42,9 +42,9 @@ def image_adapter(names: ImageNames) -> type:
         """Embeddings of a masked autoencoder that keep the patches in the order in which they stand in the image."""
 
         def forward(self, pixel_values: Tensor, noise: Tensor | None = None, **options: Any) -> Any:
-            return super().forward(
-                pixel_values, noise=in_order(self, pixel_values) if noise is None else noise, **options
-            )
+            # Other families cast by themselves.
+            pixels = pixel_values.to(self.patch_embeddings.projection.weight.dtype)
+            return super().forward(pixels, noise=in_order(self, pixels) if noise is None else noise, **options)
 
     class ImageAdapter(ViTArchitectureAdapter):  # type: ignore[misc]
         def prepare_loading(self, model_name: str, model_kwargs: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ def in_order(embeddings: Any, pixel_values: Tensor) -> Tensor:
 
 def image_arguments(hf_model: Any) -> dict[str, Tensor]:
     """Arguments of a plain model for an arbitrary image, all of whose patches are seen in order."""
-    pixels = ImageKind.of(hf_model.config).arbitrary()
+    pixels = ImageKind.of(hf_model.config).arbitrary().to(hf_model.dtype)
     embeddings = hf_model.base_model.embeddings
     ordered = {"noise": in_order(embeddings, pixels)} if hasattr(embeddings, "random_masking") else {}
     return {"pixel_values": pixels, **ordered}
