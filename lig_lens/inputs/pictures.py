@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+_HEAD, _SIGNATURE = "data:image/png;base64,", b"\x89PNG\r\n\x1a\n"
 LONGEST = 224  # pixels that a kept picture has along its longer side, at most
 
 
@@ -38,8 +39,12 @@ def picture_of(
     factor = -(-max(values.shape[1:]) // LONGEST)
     if factor > 1:
         shown = torch.nn.functional.avg_pool2d(shown[None], factor, ceil_mode=True)[0]
-    png = png_of((shown.clamp(0, 1) * 255).round().to(torch.uint8))
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return picture_uri((shown.clamp(0, 1) * 255).round().to(torch.uint8))
+
+
+def picture_uri(image: UInt8[Tensor, "channel height width"]) -> str:
+    """An image, grey or coloured, as a PNG in a data URI."""
+    return _HEAD + base64.b64encode(png_of(image)).decode()
 
 
 def png_of(image: UInt8[Tensor, "channel height width"]) -> bytes:
@@ -53,4 +58,30 @@ def png_of(image: UInt8[Tensor, "channel height width"]) -> bytes:
     unfiltered = torch.cat([torch.zeros(height, 1, dtype=torch.uint8), rows], 1)  # a byte before each row says so
     head = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
     data = zlib.compress(unfiltered.numpy().tobytes(), 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return _SIGNATURE + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def pixels_of(picture: str) -> UInt8[Tensor, "channel height width"]:
+    """The image in a data URI that `picture_of` made.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if not picture.startswith(_HEAD):
+        raise ValueError("it is no PNG in a data URI")
+    data, chunks = base64.b64decode(picture.removeprefix(_HEAD), validate=True), dict[bytes, bytes]()
+    at = len(_SIGNATURE)
+    while at + 8 <= len(data):
+        (length,), kind = struct.unpack_from(">I", data, at), data[at + 4 : at + 8]
+        chunks[kind], at = data[at + 8 : at + 8 + length], at + 12 + length
+    if not {b"IHDR", b"IDAT"} <= set(chunks):
+        raise ValueError("its PNG is cut short")
+    try:
+        width, height, depth, colours, *_ = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+        rows = torch.frombuffer(bytearray(zlib.decompress(chunks[b"IDAT"])), dtype=torch.uint8).reshape(height, -1)
+        channels = {0: 1, 2: 3}[colours]
+        if depth != 8 or bool(rows[:, 0].any()):
+            raise ValueError("its PNG is of another kind")
+        return rows[:, 1:].reshape(height, width, channels).permute(2, 0, 1)
+    except (struct.error, zlib.error, KeyError, RuntimeError) as error:
+        raise ValueError(f"its PNG cannot be read ({error})") from error
