@@ -168,6 +168,39 @@ def test_classes_are_explained(kind: str, tmp_path: Path) -> None:
     assert flow.settings["corrupted_pixels"]["sha256"] != flow.settings["pixels"]["sha256"]
 
 
+@pytest.mark.parametrize("kind, layers", [("ViTForImageClassification", "vit"), ("ViTMAEForPreTraining", "vit")])
+def test_patches_contribute_what_the_plain_model_says(kind: str, layers: str, tmp_path: Path) -> None:
+    """Over heads and what bypasses them: Integrated Gradients of the output by what enters a layer, patch by patch."""
+    plain = saved(kind, tmp_path).double()
+    model, options = load(tmp_path, dtype="float64"), _in_order(plain)
+    layer = plain.get_submodule(layers).layers[0]
+
+    def logits(resid: torch.Tensor | None, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        entered = []
+
+        def enter(_module: Any, args: tuple[Any, ...]) -> Any:
+            entered.append(args[0] if resid is None else resid)
+            return (entered[-1], *args[1:])
+
+        handle = layer.register_forward_pre_hook(enter)
+        try:
+            batch = pixels.expand(1 if resid is None else len(resid), -1, -1, -1)
+            noise = {name: value.expand(len(batch), -1) for name, value in options.items()}
+            return plain(batch, **noise).logits.flatten(1), entered[0]
+        finally:
+            handle.remove()
+
+    clean, start = (logits(None, image(seed).double()[None])[1].detach()[0] for seed in (0, 1))
+    a, weights = (torch.tensor(array) for array in np.polynomial.legendre.leggauss(200))
+    path = (start + (a[:, None, None] + 1) / 2 * (clean - start)).requires_grad_()
+    (gradients,) = torch.autograd.grad(logits(path, image().double()[None])[0][:, 3].sum(), path)
+    expected = ((clean - start) * torch.einsum("n,npm->pm", weights / 2, gradients)).sum(-1)
+    target = ll.metric(lambda output: output.flatten(1)[0, 3], "the fourth logit")
+    flow = ll.attribute(model, image(0), corrupted=image(1), target=target, layers=[0], tol=1e-6, progress=False)
+    found = flow.attn[0].sum((0, 2)).double() + flow.skip[0].double()
+    assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+
 def test_a_reconstruction_is_a_metric(tmp_path: Path) -> None:
     plain = saved("ViTMAEForPreTraining", tmp_path)
     model = load(tmp_path)
@@ -319,6 +352,34 @@ def test_images_are_refused_by_a_model_of_text(prompt: Any) -> None:
     induction = ll.load_model("induction", device="cpu")
     with pytest.raises(InputError, match="is an image, and this model takes text"):
         ll.attribute(induction, prompt, progress=False)
+
+
+def test_the_command_line_names_what_it_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved("ViTForImageClassification", tmp_path)
+    assert run(["explain", "a cat", "--model", str(tmp_path), "--no-progress"]) == 2
+    assert "this model takes images" in capsys.readouterr().err
+
+
+def test_images_and_patches_that_are_not_square(tmp_path: Path) -> None:
+    saved("ViTForImageClassification", tmp_path, image_size=[8, 18], patch_size=[4, 6])
+    model = load(tmp_path)
+    flow = ll.attribute(model, image(0, 8, 18), progress=False)
+    assert flow.tokens[1:] == tuple(f"r{row}c{column}" for row in range(2) for column in range(3))
+    assert len(ll.plots.image_map(flow).layout.images) == 3
+    with pytest.raises(InputError, match=r"\[3, 18, 8\], and the model takes \[3, 8, 18\]: resize"):
+        ll.attribute(model, image(0, 18, 8), progress=False)
+
+
+def test_a_bridge_as_transformer_lens_makes_it(tmp_path: Path) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    saved("ViTForImageClassification", tmp_path)
+    flows = [
+        ll.attribute(model, image(), progress=False)
+        for model in (TransformerBridge.boot_transformers(str(tmp_path), device="cpu"), load(tmp_path))
+    ]
+    for name in flows[0].maps:
+        torch.testing.assert_close(getattr(flows[0], name), getattr(flows[1], name), rtol=1e-4, atol=1e-6)
 
 
 def test_equal_images_are_refused(classifier: Any) -> None:
