@@ -196,8 +196,9 @@ def image_kind(model: HookedModel) -> ImageKind:
 
 
 def is_image(prompt: Any) -> bool:
-    """Whether a prompt can only be meant as an image: one of Pillow's, or numbers with three axes or four."""
-    return _is_pil(prompt) or getattr(prompt, "ndim", 0) in (3, 4)
+    """Whether a prompt can only be meant as an image: one of Pillow's, or floats or bytes with three axes or four."""
+    pixels = str(getattr(prompt, "dtype", "")).removeprefix("torch.").startswith(("float", "bfloat", "uint8"))
+    return _is_pil(prompt) or (pixels and getattr(prompt, "ndim", 0) in (3, 4))
 
 
 def read_image(
