@@ -85,7 +85,10 @@ def test_the_image_is_drawn_and_fades_below_contributions() -> None:
     kept = image_flow(picture_uri(bytes_))
     for given in (bytes_, Image.fromarray(bytes_.permute(1, 2, 0).numpy()), bytes_[None].numpy(), None):
         first, *others = image_map(image_flow() if given is not None else kept, image=given).layout.images
-        np.testing.assert_array_equal(decoded(first.source), bytes_.permute(1, 2, 0).numpy())
+        large = decoded(first.source)  # each pixel is repeated, so that a browser does not blur it
+        assert large.shape == (8 * 33, 12 * 33, 3)
+        for corner in (0, 32):
+            np.testing.assert_array_equal(large[corner::33, corner::33], bytes_.permute(1, 2, 0).numpy())
         # It covers all patches: half a cell around the centres of the outermost ones.
         assert (first.x, first.y, first.sizex, first.sizey, first.sizing) == (-0.5, -0.5, 3, 2, "stretch")
         assert [one.xref for one in (first, *others)] == ["x", "x2", "x3"]

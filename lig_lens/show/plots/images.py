@@ -24,6 +24,7 @@ from lig_lens.show.plots.style import DIVERGING, token_label
 from lig_lens.show.text import signed_number, signed_percent
 
 _WIDE, _LARGE = 980, 420  # pixels: of a row of panels at most, and of one panel
+_SHARP = 400  # pixels up to which an image's own are repeated: browsers blur what they enlarge
 _KEPT = 0.5  # of an image's contrast below contributions, which have the colours
 _SOLID = 0.9  # opacity of the strongest contribution
 _OUTPUTS = {"attn": "heads' outputs", "block": "block's output"}
@@ -250,7 +251,9 @@ def _over_image(
     if background is None:
         return figure
     figure.for_each_coloraxis(lambda axis: axis.update(colorscale=_see_through()))
-    picture, faded = picture_uri(background), picture_uri(_faded(background))
+    times = max(1, _SHARP // max(background.shape[1:]))
+    large = background.repeat_interleave(times, 1).repeat_interleave(times, 2)
+    picture, faded = picture_uri(large), picture_uri(_faded(large))
     for number, trace in enumerate(figure.data):
         figure.add_layout_image(
             source=faded if number else picture,
