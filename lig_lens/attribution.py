@@ -72,7 +72,8 @@ def attribute(
 
     Args:
         model: a `TransformerBridge`, `HookedTransformer` or `HookedEncoder`; see `load_model`.
-        prompt: a text, or token ids [pos] or [1, pos]; a list of such prompts gives a list of Flows, each equal
+        prompt: a text, or token ids [pos] or [1, pos]; for a model of images an image of Pillow, or pixel values
+            [channel, height, width] as the model takes them. A list of such prompts gives a list of Flows, each equal
             to that of its own single run.
         maps: any of `attn` (resid_pre -> hook_z, `[layer, head, src, dst]`), `mlp` (hook_z, skip -> resid_post,
             `[layer, head, dst]`) and `block` (resid_pre -> resid_post, `[layer, src, dst]`). Mind the order:
@@ -88,7 +89,7 @@ def attribute(
             (`metric(f)`, `logit_difference(...)`, ...), with the rest of the model in the path: then contributions
             are in the metric's units and at every layer add up, with `skip`, to f(prompt) - f(corrupted). Positive
             is what raises the metric on the way from corrupted to clean, as in TransformerLens' denoising.
-        corrupted: second prompt of the same length, for the `corrupted` baseline.
+        corrupted: second prompt of the same length, or image of the same shape, for the `corrupted` baseline.
         tol: largest completeness gap of a cell, relative to the change of the target that it explains.
         max_nodes: nodes that may be spent on one cell; what still misses `tol` is marked and warned of.
         max_batch_tokens: about how many tokens are run through a block at once; bounds memory, changes nothing else.
@@ -319,8 +320,8 @@ class _Run:
             "tol": settings.tol,
             "max_nodes": settings.max_nodes,
             "engine": settings.engine,
-            "token_ids": job.inputs.record(),
-            "corrupted_token_ids": None if job.second is None else job.second.record(),
+            job.inputs.kept_as: job.inputs.record(),
+            f"corrupted_{job.inputs.kept_as}": None if job.second is None else job.second.record(),
             "model": describe_processing(self.model),
             "versions": {
                 "lig_lens": __version__,

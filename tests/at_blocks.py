@@ -9,7 +9,8 @@ from lig_lens.blocks.call import BlockCall
 from lig_lens.blocks.known import Blocks, Needs
 from lig_lens.blocks.recording import record_calls
 from lig_lens.blocks.values import Values
-from lig_lens.inputs.token_ids import TokenIds, read_prompt
+from lig_lens.inputs.kinds import read_prompt
+from lig_lens.inputs.token_ids import TokenIds
 from lig_lens.models.stack import stack_of
 
 

@@ -24,7 +24,7 @@ class Maps:
     block: Tensor
 
 
-def maps_from_zero(model: nn.Module, layer: nn.Module, out: nn.Linear, n_heads: int, ids: list[int]) -> Maps:
+def maps_from_zero(model: nn.Module, layer: nn.Module, out: nn.Linear, n_heads: int, **prompt: Tensor) -> Maps:
     """All maps of one layer.
 
     Args:
@@ -32,11 +32,11 @@ def maps_from_zero(model: nn.Module, layer: nn.Module, out: nn.Linear, n_heads: 
         layer: one of its layers.
         out: the linear map in it that takes head outputs to the attention output.
         n_heads: of the layer.
-        ids: the prompt.
+        prompt: what the model takes, by name, as a batch of one: `input_ids`, say, or `pixel_values`.
     """
-    run = _Run(model, layer, out, n_heads, torch.tensor([ids]))
+    run = _Run(model, layer, out, n_heads, prompt)
     resid, z = run.seen()
-    attn_out, n_pos = run.attn_out, len(ids)
+    attn_out, n_pos = run.attn_out, len(resid)
     a, weights = _nodes()
     weight = out.weight if isinstance(out, nn.Linear) else out.weight.T
     W_O = weight.detach().T.reshape(n_heads, -1, resid.shape[-1])
@@ -68,8 +68,8 @@ def maps_from_zero(model: nn.Module, layer: nn.Module, out: nn.Linear, n_heads: 
 
 
 def _nodes() -> tuple[Tensor, Tensor]:
-    """Gauss nodes on panels that get about five times smaller towards the start, where norms turn on."""
-    edges = np.concatenate([[0.0], np.logspace(-8, 0, 13)])
+    """Gauss nodes on panels that get about three times smaller towards the start, where norms turn on."""
+    edges = np.concatenate([[0.0], np.logspace(-8, 0, 19)])
     x, w = np.polynomial.legendre.leggauss(8)
     nodes = np.concatenate([(b - a) / 2 * x + (a + b) / 2 for a, b in itertools.pairwise(edges)])
     weights = np.concatenate([(b - a) / 2 * w for a, b in itertools.pairwise(edges)])
@@ -77,33 +77,38 @@ def _nodes() -> tuple[Tensor, Tensor]:
 
 
 class _Run:
-    def __init__(self, model: nn.Module, layer: nn.Module, out: nn.Module, n_heads: int, ids: Tensor) -> None:
-        self.model, self.layer, self.out, self.n_heads, self.ids = model, layer, out, n_heads, ids
+    def __init__(
+        self, model: nn.Module, layer: nn.Module, out: nn.Module, n_heads: int, prompt: dict[str, Tensor]
+    ) -> None:
+        self.model, self.layer, self.out, self.n_heads, self.prompt = model, layer, out, n_heads, prompt
 
     def seen(self) -> tuple[Tensor, Tensor]:
         """What enters the layer, and its head outputs."""
         kept: dict[str, Tensor] = {}
         with torch.no_grad(), _hooked(self.layer, self.out, kept):
-            self.model(self.ids)
-        self.attn_out = kept["attn_out"][0].detach()
+            self._model(1)
+        self.attn_out, self.n_pos = kept["attn_out"][0].detach(), kept["resid"].shape[1]
         return kept["resid"][0].detach(), self._heads(kept["z"])[0]
 
     def at(self, resid: Tensor) -> tuple[Tensor, Tensor]:
         """Head outputs and the layer's output, when these vectors [point, pos, d_model] enter it."""
         kept: dict[str, Tensor] = {}
         with _hooked(self.layer, self.out, kept, resid=resid):
-            self.model(self.ids.expand(len(resid), -1))
+            self._model(len(resid))
         return self._heads(kept["z"]), kept["output"]
 
     def tail(self, skip: Tensor, attn_out: Tensor) -> Tensor:
         """The layer's output, when `skip` enters it and its heads' map puts this out."""
         kept: dict[str, Tensor] = {}
         with _hooked(self.layer, self.out, kept, resid=skip, attn_out=attn_out):
-            self.model(self.ids.expand(len(skip), -1))
+            self._model(len(skip))
         return kept["output"]
 
+    def _model(self, batch: int) -> None:
+        self.model(**{name: value.expand(batch, *value.shape[1:]) for name, value in self.prompt.items()})
+
     def _heads(self, z: Tensor) -> Tensor:
-        return z.reshape(-1, self.ids.shape[1], self.n_heads, z.shape[-1] // self.n_heads)
+        return z.reshape(-1, self.n_pos, self.n_heads, z.shape[-1] // self.n_heads)
 
 
 @contextmanager

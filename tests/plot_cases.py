@@ -1,5 +1,6 @@
 """Every figure once, for the tests that hold for all of them."""
 
+import dataclasses
 import functools
 
 import torch
@@ -7,6 +8,7 @@ from flows import make_flow
 
 import lig_lens
 from lig_lens import plots
+from lig_lens.inputs.pictures import picture_of
 
 RULES = ("product", "conserving")
 HOSTILE = ("</script><script>alert(1)</script>", "\"quoted\" & 'more'", "<b>x</b>", "%{z}", "&lt;", "", "\n")
@@ -35,6 +37,14 @@ def metric_flow(tokens=HOSTILE, layers=(0, 1), n_heads=3, metric="<script>alert(
     )
 
 
+def image_flow(picture=None, layers=(0, 1)):
+    """A Flow of an image of two by three patches, after one special position."""
+    patches = [f"r{row}c{column}" for row in range(2) for column in range(3)]
+    flow = make_flow(tokens=("[CLS]", *patches), layers=layers)
+    image = picture_of(torch.rand(3, 8, 12)) if picture is None else picture
+    return dataclasses.replace(flow, settings={**flow.settings, "pixels": {"grid": [2, 3], "image": image}})
+
+
 def make_effects(on, tokens=HOSTILE, layers=(0, 1), n_heads=3, seed=0):
     sizes = {"layer": len(layers), "head": n_heads} | dict.fromkeys(("pos", "src", "dst"), len(tokens))
     shape = [sizes[axis] for axis in lig_lens.flow.effects.AXES[on]]
@@ -59,6 +69,7 @@ def every_figure(tokens=HOSTILE):
         "importance attn": lambda: plots.importance(flow),
         "rollout_map": lambda: plots.rollout_map(flow),
         "consistency_plot": lambda: plots.consistency_plot([flow.consistency(rule=rule) for rule in RULES]),
+        "image_map": lambda: plots.image_map(image_flow()),
         "gap_map": lambda: plots.gap_map(flow),
         "gap_map of a metric": lambda: plots.gap_map(metric),
         "paths_graph": lambda: plots.paths_graph(flow, dst=0),

@@ -112,7 +112,7 @@ def test_maps_are_those_of_the_plain_model(kind: str, tmp_path: Path) -> None:
         assert (kind, version("transformer_lens")[:2]) in BRIDGES_THAT_DIFFER
         pytest.skip("this bridge computes something else, which is said on loading")
     layer = plain.get_submodule(layers.format(body=plain.base_model_prefix))[1]
-    expected = maps_from_zero(plain, layer, layer.get_submodule(out), 4, IDS[:4])
+    expected = maps_from_zero(plain, layer, layer.get_submodule(out), 4, input_ids=torch.tensor([IDS[:4]]))
     asked = {"attn_baseline": "zero", "mlp_baseline": "zero", "block_baseline": "zero"}
     flow = ll.attribute(model, IDS[:4], layers=[1], tol=1e-5, max_nodes=8192, progress=False, **asked)
     assert flow.layouts == (layout,)

@@ -5,8 +5,8 @@ import torch
 from tiny_models import tiny_bridge
 
 import lig_lens
+from lig_lens.inputs.kinds import read_prompt
 from lig_lens.inputs.pairs import read_pairs
-from lig_lens.inputs.token_ids import read_prompt
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lig_lens.arguments import checked
 from lig_lens.blocks.block import BlockBoundaries
 from lig_lens.blocks.known import Blocks, Needs
 from lig_lens.hooked import HookedModel, check_hooked
-from lig_lens.inputs.token_ids import read_prompt
+from lig_lens.inputs.kinds import arbitrary_prompt, read_prompt
 from lig_lens.models.loading import check_evaluating, load_model
 from lig_lens.models.running import one_at_a_time
 from lig_lens.models.stack import stack_of
@@ -23,7 +21,7 @@ def describe_boundaries(
 
     Args:
         model: a hooked model, or a name for `load_model`.
-        tokens: a text or token ids to check on; a few arbitrary ids by default.
+        tokens: a prompt to check on (a text, token ids, an image); an arbitrary one by default.
         config_only: with a name, build the model with random weights instead of loading them.
 
     Raises:
@@ -35,8 +33,7 @@ def describe_boundaries(
     hooked = check_hooked(model)
     check_evaluating(hooked)
     if tokens is None:
-        length = min(6, hooked.cfg.n_ctx)
-        tokens = torch.arange(1, length + 1, device=hooked.cfg.device)[None] * 7 % hooked.cfg.d_vocab
+        tokens = arbitrary_prompt(hooked)
     stack = stack_of(hooked)
     with one_at_a_time(hooked):
         inputs = read_prompt(hooked, tokens, what="tokens")

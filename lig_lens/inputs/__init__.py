@@ -1,1 +1,1 @@
-"""What a forward pass takes: text or token ids, with labels of its positions; prompts of known tasks."""
+"""What a forward pass takes: text or token ids, or pixels, with labels of its positions; prompts of known tasks."""

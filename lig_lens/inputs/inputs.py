@@ -1,8 +1,11 @@
 """What a forward pass takes."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor
+
+from lig_lens.errors import InputError
 
 
 class Inputs(ABC):
@@ -11,10 +14,12 @@ class Inputs(ABC):
     Attributes:
         tokens: a label for each position.
         special: whether a position holds something that is not the user's, such as [CLS].
+        kept_as: key of a Flow's settings under which `record` is kept.
     """
 
     tokens: tuple[str, ...]
     special: tuple[bool, ...]
+    kept_as: str
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -28,5 +33,22 @@ class Inputs(ABC):
         """A prompt of the same kind with as few positions as a model takes, to see how it treats a batch."""
 
     @abstractmethod
-    def record(self) -> list[int]:
-        """How a Flow keeps the prompt; JSON-able."""
+    def record(self) -> Any:
+        """How a Flow keeps the prompt; JSON-able, and equal for equal prompts alone."""
+
+    @property
+    def shown(self) -> str:
+        """The prompt in a few words, for messages."""
+        return str(list(self.tokens[:8]) + ["…"] * (len(self) > 8))
+
+    def check_joins(self, corrupted: "Inputs") -> None:
+        """Raise InputError unless a path can join this prompt and a corrupted one position by position."""
+        if len(self) == len(corrupted):
+            return
+        pairs = zip(self.tokens, corrupted.tokens, strict=False)
+        part = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self), len(corrupted)))
+        raise InputError(
+            f"corrupted has {len(corrupted)} tokens, the prompt {len(self)}: a path joins them position by position, "
+            f"so make them equally long. They part at position {part}: prompt {list(self.tokens[part : part + 3])}, "
+            f"corrupted {list(corrupted.tokens[part : part + 3])}."
+        )

@@ -10,14 +10,14 @@ from torch import Tensor
 from lig_lens.errors import InputError
 from lig_lens.hooked import HookedModel
 from lig_lens.inputs.inputs import Inputs
-from lig_lens.inputs.token_ids import read_prompt
+from lig_lens.inputs.kinds import read_prompt
 
 Pair = tuple[Inputs, Inputs | None]
 """A prompt, and its corrupted counterpart."""
 
 
 def is_batch(prompt: Any) -> bool:
-    """Whether `prompt` is several prompts: a sequence of texts or of id sequences (not one of ids)."""
+    """Whether `prompt` is several prompts: a sequence of texts, of images or of id sequences (not one of ids)."""
     if isinstance(prompt, (str, Tensor)) or not isinstance(prompt, Sequence) or not prompt:
         return False
     return not isinstance(prompt[0], numbers.Integral)
@@ -55,7 +55,7 @@ def read_pairs(
                 second = read_prompt(
                     model, other, prepend_bos=prepend_bos, attention_mask=padded, what="corrupted prompt"
                 )
-                _check_same_length(clean, second)
+                clean.check_joins(second)
                 if not may_equal:
                     check_different(clean, second)
         except InputError as error:
@@ -88,26 +88,12 @@ def read_pair(model: HookedModel, clean: Any, other: Any, prepend_bos: Any) -> P
     return read_pairs(model, clean, other, None, prepend_bos, may_equal=True)[0]
 
 
-def _check_same_length(clean: Inputs, corrupted: Inputs) -> None:
-    """Raise InputError unless both prompts have the same number of tokens."""
-    if len(clean) == len(corrupted):
-        return
-    pairs = zip(clean.tokens, corrupted.tokens, strict=False)
-    part = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(clean), len(corrupted)))
-    raise InputError(
-        f"corrupted has {len(corrupted)} tokens, the prompt {len(clean)}: a path joins them position by position, "
-        f"so make them equally long. They part at position {part}: prompt {list(clean.tokens[part : part + 3])}, "
-        f"corrupted {list(corrupted.tokens[part : part + 3])}."
-    )
-
-
 def check_different(clean: Inputs, *others: Inputs) -> None:
     """Raise InputError if nothing would move between a prompt and others, because all of them equal it."""
     if others and all(other.record() == clean.record() for other in others):
-        shown = list(clean.tokens[:8]) + ["…"] * (len(clean) > 8)
         raise InputError(
-            f"corrupted equals the prompt, {shown}: nothing moves between them, so all that is measured against it "
-            "would be 0. Change a token of one of them."
+            f"corrupted equals the prompt, {clean.shown}: nothing moves between them, so all that is measured against "
+            "it would be 0. Change one of them."
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from lig_lens.errors import InputError
 from lig_lens.hooked import HookedModel
 from lig_lens.inputs.inputs import Inputs
+from lig_lens.inputs.pixels import is_image
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class TokenIds(Inputs):
     ids: Int[Tensor, "1 pos"]
     tokens: tuple[str, ...]
     special: tuple[bool, ...]
+    kept_as = "token_ids"
 
     def arguments(self, batch: int = 1) -> tuple[Tensor, ...]:
         """See the base class."""
@@ -34,7 +36,7 @@ class TokenIds(Inputs):
         return ids
 
 
-def read_prompt(
+def read_ids(
     model: HookedModel,
     prompt: Any,
     *,
@@ -81,6 +83,12 @@ def read_prompt(
             "shorten it (nothing is cut silently)."
         )
     return TokenIds(ids, *_labels(getattr(model, "tokenizer", None), ids[0].tolist()))
+
+
+def arbitrary_ids(model: HookedModel) -> Int[Tensor, "1 pos"]:
+    """A few ids that a model takes."""
+    length = min(6, int(model.cfg.n_ctx))
+    return torch.arange(1, length + 1, device=model.cfg.device)[None] * 7 % int(model.cfg.d_vocab)
 
 
 def _from_text(model: HookedModel, text: str, prepend_bos: Any, what: str) -> Tensor:
@@ -137,6 +145,8 @@ def _check_known(tokenizer: Any, text: str, what: str) -> None:
 
 
 def _from_ids(model: HookedModel, prompt: Any, attention_mask: Any, what: str) -> Tensor:
+    if is_image(prompt):
+        raise InputError(f"The {what} is an image, and this model takes text: give a text or token ids [pos].")
     try:
         ids = torch.as_tensor(prompt)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import torch
 from torch import Tensor
 
 from lig_lens.errors import BridgeWarning, InputError
-from lig_lens.models.adapters import ENCODERS, KIN
+from lig_lens.models.adapters import ENCODERS, IMAGES, KIN
 from lig_lens.models.adapters.classifiers import classifier_adapter
 from lig_lens.models.adapters.encoders import encoder_adapter
+from lig_lens.models.adapters.images import image_adapter, image_arguments
 from lig_lens.models.heads import listed, note_head
 from lig_lens.models.own_tokenizer import keep_own_tokenizer
 from lig_lens.models.packaged import quiet_transformers
 from lig_lens.models.running import HALF, first_tensor
 
 _CLASSIFIER = "ForSequenceClassification"
+_POOLER = "pooler."  # of a model without a head: what it gives beside its vectors
 # A prompt that every vocabulary has, and how far logits on it may be apart, relative to their spread: rounding in
 # single and in half precision.
 _PROBE = (5, 9, 7, 11)
@@ -33,7 +36,7 @@ class _Loading:
         self.kind, self.__name__ = kind, kind.__name__
         self.of_head: list[tuple[str, Tensor]] = []
         self.of_body: list[str] = []
-        self.logits: Tensor | None = None
+        self.plain: _Plain | None = None
 
     def from_pretrained(self, source: str, **options: Any) -> Any:
         """Load the model, and note weights that are in no file: those of its body, and those of its head."""
@@ -44,11 +47,12 @@ class _Loading:
         unembed = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         of_unembed = {id(weight) for weight in unembed.parameters()} if isinstance(unembed, torch.nn.Module) else set()
         for name in sorted(info["missing_keys"] & weights.keys()):
-            if id(weights[name]) in of_unembed or (has_body and not name.startswith(prefix)):
+            past_body = name.startswith(_POOLER) or (has_body and not name.startswith(prefix))
+            if id(weights[name]) in of_unembed or past_body:
                 self.of_head.append((name, weights[name]))
             else:
                 self.of_body.append(name)
-        self.logits = _plain_logits(model, lambda: self._again(source, **options))
+        self.plain = _run_plain(model, lambda: self._again(source, **options))
         return model
 
     def _again(self, source: str, **options: Any) -> Any:
@@ -100,8 +104,9 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
             "that was saved whole."
         )
     if load_weights:
-        note_head(bridge, saved, loaded, loading.of_head)
-        _compare(bridge, loading.logits, name)
+        bare = loading.plain is not None and not loading.plain.has_head
+        note_head(bridge, saved, loaded, loading.of_head, bare)
+        _compare(bridge, loading.plain, name)
     else:
         with contextlib.redirect_stdout(None):  # TransformerLens prints the dtype
             bridge.to(dtype)
@@ -110,11 +115,33 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
     return bridge
 
 
-@torch.no_grad()
-def _plain_logits(model: Any, load_again: Callable[[], Any]) -> Tensor | None:
-    """Logits of a plain model as its user runs it, with the attention that transformers takes by default.
+@dataclass(frozen=True)
+class _Plain:
+    """A plain model's run on an arbitrary prompt.
 
-    None where it takes no token ids alone.
+    Attributes:
+        prompt: what it was given.
+        output: its logits, or the last vectors of a model without a head.
+        has_head: which of both.
+    """
+
+    prompt: Tensor
+    output: Tensor
+    has_head: bool
+
+
+def _arguments(model: Any) -> dict[str, Tensor]:
+    """An arbitrary prompt for a plain model."""
+    if model.main_input_name == "pixel_values":
+        return image_arguments(model)
+    return {"input_ids": torch.tensor([_PROBE])}
+
+
+@torch.no_grad()
+def _run_plain(model: Any, load_again: Callable[[], Any]) -> _Plain | None:
+    """Run a plain model as its user does, with the attention that transformers takes by default.
+
+    None where it takes no prompt alone.
     """
     taken = getattr(model.config, "_attn_implementation", None)
     model.eval()
@@ -123,8 +150,12 @@ def _plain_logits(model: Any, load_again: Callable[[], Any]) -> Tensor | None:
             model.set_attn_implementation("sdpa")
         switched = getattr(model.config, "_attn_implementation", None) == "sdpa"
         plain = model if switched or not getattr(model, "_supports_sdpa", False) else load_again()
-        logits = plain(input_ids=torch.tensor([_PROBE])).logits
-        return logits.float() if isinstance(logits, Tensor) else None
+        arguments = _arguments(model)
+        output = plain(**arguments)
+        logits = getattr(output, "logits", None)
+        found = output.last_hidden_state if logits is None else logits
+        prompt = next(iter(arguments.values()))
+        return _Plain(prompt, found.float(), logits is not None) if isinstance(found, Tensor) else None
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError):
         return None
     finally:
@@ -133,16 +164,17 @@ def _plain_logits(model: Any, load_again: Callable[[], Any]) -> Tensor | None:
 
 
 @torch.no_grad()
-def _compare(bridge: Any, plain: Tensor | None, name: str) -> None:
+def _compare(bridge: Any, run: _Plain | None, name: str) -> None:
     """Warn if a bridge gives other logits than the plain model did."""
-    if plain is None:
+    if run is None:
         return
-    found = first_tensor(bridge(torch.tensor([_PROBE], device=bridge.cfg.device))).cpu().float()
+    found = first_tensor(bridge(run.prompt.to(bridge.cfg.device))).cpu().float()
+    plain = run.output
     spread = float((plain - plain.mean(-1, keepdim=True)).abs().max())
     apart = float((found - plain).abs().max()) / max(spread, 1e-30) if found.shape == plain.shape else float("inf")
     if not apart <= (_HALF_APART if bridge.cfg.dtype in HALF else _APART):
         warnings.warn(
-            f"TransformerLens' bridge of {name!r} gives other logits than the plain "
+            f"TransformerLens' bridge of {name!r} gives other {'logits' if run.has_head else 'vectors'} than the plain "
             f"{type(bridge.original_model).__name__} as transformers runs it (apart by {apart:.1e} of their spread): "
             "contributions are to what the bridge computes. Try another version of TransformerLens or transformers.",
             BridgeWarning,
@@ -176,6 +208,8 @@ def _served(source: str) -> tuple[str, str, _Loading]:
                 f"nor by an adapter of lig_lens ({len(SUPPORTED_ARCHITECTURES)} architectures are): load a model of "
                 "another family."
             ) from error
+    if saved in IMAGES:
+        return saved, saved, _Loading(getattr(transformers, saved))
     if saved.endswith(_CLASSIFIER) and hasattr(transformers, saved):
         if saved not in SUPPORTED_ARCHITECTURES:
             _register(saved, classifier_adapter(SUPPORTED_ARCHITECTURES[language]))
@@ -214,6 +248,9 @@ def _register_ours() -> None:
     for name, encoder in ENCODERS.items():
         if name not in SUPPORTED_ARCHITECTURES:
             _register(name, encoder_adapter(encoder))
+    for name, image_names in IMAGES.items():
+        if name not in SUPPORTED_ARCHITECTURES:
+            _register(name, image_adapter(image_names))
     for name, other in KIN.items():
         if name not in SUPPORTED_ARCHITECTURES and other in SUPPORTED_ARCHITECTURES:
             _register(name, SUPPORTED_ARCHITECTURES[other])

@@ -24,11 +24,13 @@ class Head:
         saved: the class of transformers that the model was saved as, empty where its config does not say.
         loaded: the class that it was loaded as.
         missing: weights that were in no file, by name, with some of their numbers as they were made.
+        bare: whether there is no head at all, and the model gives vectors.
     """
 
     saved: str
     loaded: str
     missing: tuple[tuple[str, Tensor, Tensor], ...]
+    bare: bool = False
 
     @property
     def left_out(self) -> bool:
@@ -36,10 +38,10 @@ class Head:
         return bool(self.saved) and self.saved != self.loaded and not self.saved.endswith(_LANGUAGE)
 
 
-def note_head(bridge: Any, saved: str, loaded: str, missing: Sequence[tuple[str, Tensor]]) -> None:
+def note_head(bridge: Any, saved: str, loaded: str, missing: Sequence[tuple[str, Tensor]], bare: bool = False) -> None:
     """Note where the weights of a bridge's logits come from."""
     noted = tuple((name, weight, _sample(weight)) for name, weight in missing)
-    vars(bridge)[_NOTE] = Head(saved, loaded, noted)
+    vars(bridge)[_NOTE] = Head(saved, loaded, noted, bare)
 
 
 def check_head(model: object) -> None:
@@ -55,6 +57,11 @@ def check_head(model: object) -> None:
     head = vars(model).get(_NOTE)
     if not isinstance(head, Head):
         return
+    if head.bare:
+        raise InputError(
+            f"The model was saved as {head.saved or head.loaded}, which has no head: it gives vectors, and a metric "
+            "takes logits. Load a model with a head, or explain vectors (target='l2')."
+        )
     held = {id(weight) for weight in model.parameters()}
     # A bias of zeros says nothing of where it comes from.
     telling = [one for one in head.missing if bool((one[2] != one[2][0]).any())] or head.missing

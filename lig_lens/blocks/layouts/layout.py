@@ -37,7 +37,7 @@ class Trial:
         """The block's output on the prompt."""
         return self.inside.seen.output
 
-    def moved_scaled(self, scale: float) -> Float[Tensor, "pos d_model"]:
+    def moved_scaled(self, scale: Float[Tensor, "..."]) -> Float[Tensor, "pos d_model"]:
         """Output with the vector added to the skip connection, and 1 / scale of it taken from the attention output."""
         inside = self.inside
         hooks: dict[str, Hook] = {

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from lig_lens.models.adapters.deberta import prepare_deberta, prepare_deberta_v2
 from lig_lens.models.adapters.encoders import Encoder
 from lig_lens.models.adapters.fused import split_modernbert
+from lig_lens.models.adapters.images import ImageNames
 from lig_lens.models.adapters.own_modules import unroll_albert
 
 # The class of transformers that a model was saved as -> the architecture that the bridge knows, with the same modules.
@@ -176,5 +177,24 @@ ENCODERS: Mapping[str, Encoder] = MappingProxyType(
             prepare=prepare_deberta,
         ),
         "DebertaV2ForMaskedLM": Encoder("deberta", _DEBERTA_V2, prepare=prepare_deberta_v2),
+    }
+)
+
+_VIT, _MASKED = ImageNames(), ImageNames(all_patches=True)
+_DINOV2 = ImageNames("encoder.layer", ("norm1", "norm2"), ("layer_scale1", "layer_scale2"))
+# Models of images, by the class that they were saved as; those that TransformerLens has an adapter for keep it.
+IMAGES: Mapping[str, ImageNames] = MappingProxyType(
+    {
+        "ViTModel": _VIT,
+        "ViTForImageClassification": _VIT,
+        "DeiTModel": _VIT,
+        "DeiTForImageClassification": _VIT,
+        "DeiTForImageClassificationWithTeacher": _VIT,
+        "Dinov2Model": _DINOV2,
+        "Dinov2ForImageClassification": _DINOV2,
+        "Dinov2WithRegistersModel": _DINOV2,
+        "Dinov2WithRegistersForImageClassification": _DINOV2,
+        "ViTMAEModel": _MASKED,
+        "ViTMAEForPreTraining": _MASKED,
     }
 )

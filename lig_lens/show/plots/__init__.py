@@ -9,6 +9,7 @@ from lig_lens.show.plots.effects import agreement_scatter as agreement_scatter
 from lig_lens.show.plots.effects import effects_map as effects_map
 from lig_lens.show.plots.heads import head_grid as head_grid
 from lig_lens.show.plots.heads import head_map as head_map
+from lig_lens.show.plots.images import image_map as image_map
 from lig_lens.show.plots.overview import gap_map as gap_map
 from lig_lens.show.plots.overview import importance as importance
 from lig_lens.show.plots.page import write_html as write_html
