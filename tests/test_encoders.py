@@ -134,7 +134,7 @@ def test_maps_are_those_of_the_plain_model(family: Family, tmp_path: Path) -> No
     # ModernBERT's first layer has no norm before attention, and sees everything.
     for layer in (0, 1) if family is MODERNBERT else (1,):
         module = plain.get_submodule(family.layers)[layer]
-        expected = maps_from_zero(plain, module, module.get_submodule(family.out), 4, IDS[:4])
+        expected = maps_from_zero(plain, module, module.get_submodule(family.out), 4, input_ids=torch.tensor([IDS[:4]]))
         flow = ll.attribute(model, IDS[:4], layers=[layer], tol=1e-5, max_nodes=8192, progress=False, **asked)
         assert (flow.layouts, flow.engines["attn"]) == ((family.layout,), (family.engine,))
         for name in ("attn", "mlp", "skip", "block"):

@@ -130,10 +130,10 @@ def test_heads_that_change_places_are_seen() -> None:
 
 
 def test_what_one_prompt_could_not_tell_the_next_one_may(monkeypatch: pytest.MonkeyPatch, found: list[int]) -> None:
-    model, fit = fresh("llama"), formula_fit._fit_scores
-    monkeypatch.setattr(formula_fit, "_fit_scores", lambda *_: None)
+    model, fit = fresh("llama"), formula_fit.fit_scores
+    monkeypatch.setattr(formula_fit, "fit_scores", lambda *_: None)
     first = lig_lens.attribute(model, FIRST, maps="attn", progress=False)
-    monkeypatch.setattr(formula_fit, "_fit_scores", fit)
+    monkeypatch.setattr(formula_fit, "fit_scores", fit)
     second = lig_lens.attribute(model, SECOND, maps="attn", progress=False)
     assert (set(first.engines["attn"]), set(second.engines["attn"])) == ({"hooks"}, {"closed_form"})
     assert found == [0, 1, 0, 1]
