@@ -16,8 +16,8 @@ from lig_lens.blocks.rotary import Rotary
 _PATHS = ("attn.q_norm", "attn.k_norm")
 # Root mean square of queries and keys that shows what a norm adds to the mean square.
 _SMALL = 1e-4
-# Of tokens at opposite places of the prompt.
-_MIXTURES = ((0.7, -0.4), (-0.5, 0.9), (0.2, 0.6))
+# How many vectors are normed to see a norm's weights.
+_VECTORS = 64
 _BIASED = "queries or keys are biased before they are normed"
 _OTHER = "norms of queries and keys are neither LayerNorm nor RMSNorm"
 
@@ -61,7 +61,7 @@ class HeadNorms:
 def read_head_norms(
     call: BlockCall, paths: tuple[str, str, str], norm: str, eps: float, own: SeenAttention
 ) -> ShownNorms | None:
-    """Run attention on mixtures of the prompt's tokens and read its norms of queries and keys; None if it has none.
+    """Run attention on vectors at random and read its norms of queries and keys; None if it has none.
 
     Args:
         call: the block on a prompt.
@@ -73,7 +73,10 @@ def read_head_norms(
     if not any(path in call.modules for path in _PATHS):
         return None
     x = call.resid_pre
-    resid = torch.stack([x, *(a * x + b * x.flip(0) for a, b in _MIXTURES), near_zero(x, norm, eps, own)])
+    # Any vectors of the prompt's size will do; a prompt of one token would show no more than one of each weight.
+    runs = -(-_VECTORS // len(x))
+    noise = torch.randn(runs, *x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    resid = torch.cat([noise * x.square().mean().sqrt(), near_zero(x, norm, eps, own)[None]])
     read: dict[str, Tensor] = {}
 
     def note(path: str, value: Tensor) -> None:
