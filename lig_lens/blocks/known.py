@@ -27,7 +27,8 @@ from lig_lens.blocks.recording import Recording, record_calls
 from lig_lens.blocks.values import HeadValues, Values
 from lig_lens.errors import BoundaryError, NonFiniteError
 from lig_lens.inputs.inputs import Inputs
-from lig_lens.models.running import HALF, prepared
+from lig_lens.models.precision import HALF
+from lig_lens.models.running import prepared
 from lig_lens.models.stack import Stack
 
 # Different positions that a prompt needs for what is found on it to stand for longer ones.

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lig_lens.blocks.call import BlockCall, Seen
 from lig_lens.errors import BoundaryError, InputError
 from lig_lens.inputs.inputs import Inputs
+from lig_lens.models.precision import HALF
 from lig_lens.models.randomness import no_random_numbers
-from lig_lens.models.running import HALF, Stop, first_tensor, module_hooks, submodules, torch_hooks
+from lig_lens.models.running import Stop, first_tensor, module_hooks, submodules, torch_hooks
 from lig_lens.models.stack import Forward, Stack
 
 T = TypeVar("T")

@@ -19,7 +19,8 @@ from lig_lens.models.adapters.images import image_adapter, image_arguments
 from lig_lens.models.heads import listed, note_head
 from lig_lens.models.own_tokenizer import keep_own_tokenizer
 from lig_lens.models.packaged import quiet_transformers
-from lig_lens.models.running import HALF, first_tensor
+from lig_lens.models.precision import HALF
+from lig_lens.models.running import first_tensor
 
 _CLASSIFIER = "ForSequenceClassification"
 _POOLER = "pooler."  # of a model without a head: what it gives beside its vectors

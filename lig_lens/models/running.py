@@ -5,19 +5,17 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lig_lens.errors import BoundaryError
 from lig_lens.hooked import HookedModel
+from lig_lens.models.precision import HALF, raised
 
 Hook = Callable[[Tensor], Tensor | None]
 """Receives the activation at a node; returns a replacement, or None to leave it."""
-
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 class Stop(Exception):  # noqa: N818  (control flow, not an error)
@@ -132,20 +130,24 @@ def prepared(model: HookedModel, module: nn.Module | HookedModel) -> Iterator[No
     """Hold a block, or all of the model, ready for integration: weights frozen, half precision raised to float32.
 
     The integrand is evaluated in float32 at least, because differences of half-precision outputs are mostly
-    rounding. The original parameters are put back untouched on the way out.
+    rounding. Of a whole model only what runs is raised, so that its weights are not held twice. The original
+    parameters are put back untouched on the way out.
     """
     parameters = list(module.parameters()) + list(module.buffers())
     saved = [(p, p.data, p.requires_grad) for p in parameters]
     cfg, dtype = model.cfg, model.cfg.dtype
+    whole = id(module) == id(model)
     try:
         for p in parameters:
-            if p.dtype in HALF:
+            if p.dtype in HALF and not whole:
                 p.data = p.data.float()
             if p.is_floating_point():
                 p.requires_grad_(False)
         if dtype in HALF:
             cfg.dtype = torch.float32
-        yield
+        raising = whole and any(p.dtype in HALF for p in parameters)
+        with raised(cast(nn.Module, model)) if raising else contextlib.nullcontext():
+            yield
     finally:
         for p, data, requires_grad in saved:
             p.data = data
