@@ -109,7 +109,7 @@ def _whole_block(call: BlockCall, seen: Seen) -> Block:
 def inside_of(call: BlockCall, seen: Seen) -> Inside | None:
     """Attention's nodes, where a block shows them and the W_O between them."""
     paths = next((p for p in _Z_PATHS if p[0] in seen.values and p[1] in seen.values), None)
-    W_O = getattr(getattr(call.block, "attn", None), "W_O", None)
+    W_O = getattr(call.modules.get("attn"), "W_O", None)
     if paths is None or not isinstance(W_O, Tensor) or W_O.ndim != 3:
         return None
     W_O = W_O.detach().to(seen.output.dtype)
@@ -212,11 +212,10 @@ def _hook_with_value(values: Mapping[str, Tensor], wanted: Tensor, first: bool) 
 
 def _hook_name(call: BlockCall, path: str | None, familiar: str) -> str:
     """Full hook name, in TransformerLens' familiar spelling where that is the same hook on this model."""
-    prefix = f"{call.stack.name(call.layer)}."
     if path is None:
         return f"{call.stack.name(call.layer)} (no hook)"
-    name = prefix + familiar
-    return name if call.stack.hook_dict.get(name) is call.modules[path] else prefix + path
+    name = call.stack.hook_name(call.layer, familiar)
+    return name if call.stack.hook_dict.get(name) is call.modules[path] else call.stack.hook_name(call.layer, path)
 
 
 def check_finite(call: BlockCall, node: str, value: Tensor) -> None:

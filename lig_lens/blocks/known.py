@@ -68,8 +68,10 @@ class _Stamp:
 
 
 _Hooks = tuple[tuple[int, ...], ...]
-# By the dtype of the first weight: a half-precision model also runs in float32.
-_KEPT: "weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype | None, tuple[_Stamp, _Hooks, Block]]]"
+_Which = tuple[torch.dtype | None, str]
+# By the dtype of the first weight, since a half-precision model also runs in float32, and by the attention that is
+# asked about, of which a block may have two.
+_KEPT: "weakref.WeakKeyDictionary[nn.Module, dict[_Which, tuple[_Stamp, _Hooks, Block]]]"
 _KEPT = weakref.WeakKeyDictionary()
 
 
@@ -88,7 +90,7 @@ class Blocks:
         self._known: dict[int, Block] = {}
         for layer in self.layers:
             module, stamp = stack.blocks[layer], self._stamps[layer]
-            kept = _KEPT.get(module, {}).get(_dtype(stamp))
+            kept = _KEPT.get(module, {}).get((_dtype(stamp), stack.attention))
             if kept is not None and kept[0] == stamp and kept[1] == _hooks(module):
                 self._known[layer] = kept[2]
 
@@ -141,7 +143,7 @@ class Blocks:
             return
         self._known[call.layer] = block
         stamp = self._stamps[call.layer]
-        _KEPT.setdefault(call.block, {})[_dtype(stamp)] = (stamp, _hooks(call.block), block)
+        _KEPT.setdefault(call.block, {})[_dtype(stamp), self.stack.attention] = (stamp, _hooks(call.block), block)
 
 
 def _covers(block: Block, n_pos: int) -> bool:

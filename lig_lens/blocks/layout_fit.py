@@ -35,7 +35,7 @@ def find_common_layout(inside: Inside, probe: Probe) -> tuple[Layout, Float[Tens
 
 def _known_bias(inside: Inside) -> Tensor | None:
     """b_O as the block names it, if that gives the attention output to within rounding."""
-    b_O = getattr(inside.call.block.attn, "b_O", None)
+    b_O = getattr(inside.call.modules["attn"], "b_O", None)
     b_O = torch.zeros_like(inside.attn_out[0]) if b_O is None else b_O.detach().to(inside.attn_out)
     if b_O.shape != inside.attn_out.shape[1:]:
         return None

@@ -13,7 +13,7 @@ from lig_lens.blocks.call import BlockCall, Seen
 from lig_lens.errors import BoundaryError, InputError
 from lig_lens.inputs.inputs import Inputs
 from lig_lens.models.randomness import no_random_numbers
-from lig_lens.models.running import HALF, Stop, first_tensor, module_hooks, submodules, torch_hooks
+from lig_lens.models.running import HALF, Stop, first_tensor, module_hooks, torch_hooks
 from lig_lens.models.stack import Forward, Stack
 
 T = TypeVar("T")
@@ -148,7 +148,7 @@ class _Watcher:
     ) -> None:
         self._stack, self._layer, self._folded, self._reads, self._ran = stack, layer, folded, reads, ran
         self._block = block = stack.blocks[layer]
-        self._modules = dict(submodules(block))
+        self._modules = stack.parts(layer)
         self._hooks = contextlib.ExitStack()
         self._hooks.enter_context(module_hooks([(block, self._before, True), (block, self._after, False)]))
 
@@ -185,6 +185,9 @@ class _Watcher:
                 f"Block {self._layer} maps shape {tuple(resid.shape)} to {tuple(output.shape)}; "
                 "a block must keep [batch, pos, d_model]."
             )
+        if self._stack.crosses:
+            resid_key = self._from_other_stack(resid_key)
+            resid = args[resid_key] if isinstance(resid_key, int) else kwargs[resid_key]
         # What runs decides: a config's dtype stays as it was loaded when the model is cast.
         half = output.dtype in HALF
         dtype = torch.float32 if half else output.dtype
@@ -203,6 +206,25 @@ class _Watcher:
             folded=self._folded or Folded(),
             seen=None if half else self._seen,
         )
+
+
+    def _from_other_stack(self, resid_key: _Key) -> _Key:
+        """Where the call has the vectors that the other stack put out.
+
+        Raises:
+            BoundaryError: it has none, or more than one such tensor.
+        """
+        found = [
+            key
+            for key, value in _tensors(self._args, self._kwargs)
+            if key != resid_key and value.ndim == 3 and value.is_floating_point()
+        ]
+        if len(found) != 1:
+            raise BoundaryError(
+                f"Block {self._layer} was called with {len(found)} tensors [batch, pos, d_model] beside its residual "
+                "vectors, where the encoder's output was expected: this architecture is not supported."
+            )
+        return found[0]
 
 
 def _without_cache(value: Any) -> Any:

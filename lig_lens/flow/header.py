@@ -31,6 +31,9 @@ class FlowHeader(BaseModel):
     layouts: tuple[str, ...]
     engines: dict[str, tuple[str, ...]]
     metric: str | None = None
+    stream: str | None = None
+    dst_tokens: tuple[str, ...] = ()
+    dst_special: tuple[bool, ...] = ()
     checksummed: bool = False
 
 

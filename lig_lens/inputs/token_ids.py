@@ -67,7 +67,16 @@ def read_prompt(
         ids = _from_ids(model, prompt, attention_mask, what)
     if ids.shape[1] == 0:
         raise InputError(f"The {what} is empty: give at least one token.")
-    if isinstance(prompt, str) and int(ids.max()) >= int(model.cfg.d_vocab):
+    return labelled(model, ids, what)
+
+
+def labelled(model: HookedModel, ids: Int[Tensor, "1 pos"], what: str) -> TokenIds:
+    """Ids with what they are called.
+
+    Raises:
+        InputError: more than the model's context, or a token of the tokenizer that the model does not have.
+    """
+    if int(ids.max()) >= int(model.cfg.d_vocab):
         added = int(ids.max())
         raise InputError(
             f"The {what} has {model.tokenizer.decode([added])!r}, which the tokenizer reads as token {added} and the "

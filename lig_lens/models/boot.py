@@ -4,6 +4,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def _plain_logits(model: Any, load_again: Callable[[], Any]) -> Tensor | None:
             model.set_attn_implementation("sdpa")
         switched = getattr(model.config, "_attn_implementation", None) == "sdpa"
         plain = model if switched or not getattr(model, "_supports_sdpa", False) else load_again()
-        logits = plain(input_ids=torch.tensor([_PROBE])).logits
+        logits = plain(input_ids=torch.tensor([_PROBE]), **_decoder_probe(plain)).logits
         return logits.float() if isinstance(logits, Tensor) else None
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError):
         return None
@@ -130,12 +131,26 @@ def _plain_logits(model: Any, load_again: Callable[[], Any]) -> Tensor | None:
             model.set_attn_implementation(taken)
 
 
+def _decoder_probe(model: Any) -> dict[str, Tensor]:
+    """What a plain model takes beside the probe: models with a decoder of their own make what that gets differently."""
+    two_sided = bool(getattr(model.config, "is_encoder_decoder", False))
+    return {"decoder_input_ids": torch.tensor([_PROBE[::-1]])} if two_sided else {}
+
+
 @torch.no_grad()
 def _compare(bridge: Any, plain: Tensor | None, name: str) -> None:
     """Warn if a bridge gives other logits than the plain model did."""
     if plain is None:
         return
-    found = first_tensor(bridge(torch.tensor([_PROBE], device=bridge.cfg.device))).cpu().float()
+    given = {name: ids.to(bridge.cfg.device) for name, ids in _decoder_probe(bridge.original_model).items()}
+    try:
+        found = first_tensor(bridge(torch.tensor([_PROBE], device=bridge.cfg.device), **given)).cpu().float()
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        versions = ", ".join(f"{package} {version(package)}" for package in ("transformer_lens", "transformers"))
+        raise InputError(
+            f"TransformerLens' bridge of {name!r} does not run ({str(error).splitlines()[0][:120]}), although the plain "
+            f"{type(bridge.original_model).__name__} does ({versions}): take another version of TransformerLens."
+        ) from error
     spread = float((plain - plain.mean(-1, keepdim=True)).abs().max())
     apart = float((found - plain).abs().max()) / max(spread, 1e-30) if found.shape == plain.shape else float("inf")
     if not apart <= (_HALF_APART if bridge.cfg.dtype in HALF else _APART):

@@ -8,19 +8,36 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lig_lens.errors import BoundaryError
-from lig_lens.hooked import HookedModel
+from lig_lens.errors import BoundaryError, InputError, check_choice
+from lig_lens.hooked import ONE_STACK, TWO_STACKS, HookedModel, has_two_stacks, lists_of_blocks
 from lig_lens.inputs.inputs import Inputs
-from lig_lens.models.running import answering, first_tensor, module_hooks, with_first_tensor
+from lig_lens.models.running import answering, first_tensor, module_hooks, submodules, with_first_tensor
+from lig_lens.names import STREAMS
+
+# What the attention that is asked about is called among the parts of a block, whatever its model calls it.
+ATTENTION = "attn"
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A model's blocks in the order in which they run, and the name that each goes by among the model's hooks."""
+    """A model's blocks in the order in which they run, and the attention in them that is asked about.
+
+    Attributes:
+        model: whose they are.
+        blocks: the blocks.
+        prefix: name that they go by among the model's hooks.
+        attention: submodule of each block that is the attention asked about.
+        stream: which of the model's streams this is, None where it has one.
+        crosses: whether attention's sources are those of another stack: what moves is the encoder's output, which
+            every block gets beside its residual vectors.
+    """
 
     model: HookedModel
     blocks: Sequence[nn.Module] = field(repr=False)
     prefix: str
+    attention: str = ATTENTION
+    stream: str | None = None
+    crosses: bool = False
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -34,25 +51,73 @@ class Stack:
         """What a block is called."""
         return f"{self.prefix}.{layer}"
 
+    def parts(self, layer: int) -> dict[str, nn.Module]:
+        """Submodules of a block by path; those of the attention that is asked about begin with `attn`."""
+        found = submodules(self.blocks[layer])
+        return {_renamed(path, self.attention, ATTENTION): module for path, module in found}
+
+    def hook_name(self, layer: int, part: str) -> str:
+        """Full name of a block's part."""
+        return f"{self.name(layer)}.{_renamed(part, ATTENTION, self.attention)}"
+
     def run(self, inputs: Inputs, batch: int = 1) -> Float[Tensor, "batch *rest"]:
         """The model's output (logits) for `batch` copies of a prompt, under whatever hooks are on it."""
-        output: Tensor = first_tensor(self.model(*inputs.arguments(batch)))
+        output: Tensor = first_tensor(self.model(*inputs.arguments(batch), **inputs.keywords(batch)))
         return output
 
 
-def stack_of(model: HookedModel) -> Stack:
-    """The blocks of a hooked model; of today's models all are in one stack.
+def _renamed(path: str, old: str, new: str) -> str:
+    """A path with another name for its first module, where that is `old`."""
+    first, dot, rest = path.partition(".")
+    return f"{new}{dot}{rest}" if first == old else path
+
+
+# Stream -> its blocks, the attention in them, and whether that looks into the other stack.
+_STREAMS = {
+    "encoder": (TWO_STACKS[0], "attn", False),
+    "decoder": (TWO_STACKS[1], "self_attn", False),
+    "cross": (TWO_STACKS[1], "cross_attn", True),
+}
+
+
+def check_stream(model: HookedModel, stream: str | None) -> str | None:
+    """The stream that is meant: of models with an encoder and a decoder `decoder` by default, else None.
+
+    Raises:
+        InputError: a stream of a model that has one, or an unknown one.
+    """
+    if has_two_stacks(model):
+        return STREAMS[0] if stream is None else check_choice("stream", stream, STREAMS)
+    if stream is not None:
+        raise InputError(
+            f"stream={stream!r}: {type(model).__name__} has one stack of blocks, not an encoder and a decoder: leave "
+            "stream out."
+        )
+    return None
+
+
+def stack_of(model: HookedModel, stream: str | None = None) -> Stack:
+    """The blocks of a hooked model.
+
+    Args:
+        model: the model.
+        stream: of a model with an encoder and a decoder, whose attention is asked about (see `check_stream`).
 
     Raises:
         BoundaryError: one module serves several layers, as in ALBERT: layers are told apart by their modules.
+        InputError: no such stream.
     """
-    blocks = list(model.blocks)[: int(model.cfg.n_layers)]
+    stream, lists = check_stream(model, stream), lists_of_blocks(model)
+    prefix, attention, crosses = (ONE_STACK[0], ATTENTION, False) if stream is None else _STREAMS[stream]
+    blocks = list(lists[prefix])
+    if stream is None:
+        blocks = blocks[: int(model.cfg.n_layers)]
     if len({id(block) for block in blocks}) < len(blocks):
         raise BoundaryError(
             f"{type(model).__name__} uses one block for several of its {len(blocks)} layers, which is not supported: "
             "give each layer a copy of it (copy.deepcopy)."
         )
-    return Stack(model, blocks, "blocks")
+    return Stack(model, blocks, prefix, attention, stream, crosses)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,98 @@
+"""Models with an encoder and a decoder, held against the plain transformers model."""
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from encoder_decoder_oracle import Plain
+from tiny_models import VOCAB, tiny_tokenizer
+
+import lig_lens as ll
+from lig_lens.errors import InputError
+
+SOURCE, TARGET = [5, 12, 30, 7, 22], [0, 9, 17, 11]
+OTHER_SOURCE, OTHER_TARGET = [5, 12, 11, 7, 22], [0, 9, 8, 11]
+T5: dict[str, Any] = {
+    "vocab_size": VOCAB, "d_model": 32, "d_kv": 6, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+    "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16,
+    "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 3,
+}  # fmt: skip
+BART: dict[str, Any] = {
+    "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+    "activation_function": "gelu", "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3,
+    "decoder_start_token_id": 3, "forced_eos_token_id": 3,
+}  # fmt: skip
+FAMILIES = {
+    "T5ForConditionalGeneration": (T5, "pre_ln"),
+    "MT5ForConditionalGeneration": (T5, "pre_ln"),
+    "BartForConditionalGeneration": (BART, "post_ln"),
+    "MBartForConditionalGeneration": (BART, "pre_ln"),
+    "MarianMTModel": (BART, "post_ln"),
+    "PegasusForConditionalGeneration": (BART, "pre_ln"),
+}
+# Where the plain models have their layers, and the linear maps after heads.
+T5_AT = {
+    "encoder": ("encoder.block", "layer.0.SelfAttention.o"),
+    "decoder": ("decoder.block", "layer.0.SelfAttention.o"),
+    "cross": ("decoder.block", "layer.1.EncDecAttention.o"),
+}
+BART_AT = {
+    "encoder": ("model.encoder.layers", "self_attn.out_proj"),
+    "decoder": ("model.decoder.layers", "self_attn.out_proj"),
+    "cross": ("model.decoder.layers", "encoder_attn.out_proj"),
+}
+ZERO = {"attn_baseline": "zero", "mlp_baseline": "zero", "block_baseline": "zero"}
+
+
+@functools.cache
+def _folder() -> Any:
+    return tempfile.TemporaryDirectory(prefix="encoder_decoder_")
+
+
+@functools.cache
+def saved(kind: str) -> str:
+    """A checkpoint with random weights that are large enough to matter."""
+    folder = Path(_folder().name) / kind
+    model_class = getattr(transformers, kind)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**FAMILIES[kind][0])).eval()
+    for weight in model.parameters():
+        weight.data += 0.2 * torch.randn_like(weight)
+    model.save_pretrained(folder)
+    tiny_tokenizer("gpt2").save_pretrained(folder)
+    return str(folder)
+
+
+@functools.cache
+def loaded(kind: str) -> tuple[Any, Any]:
+    """The plain model and the bridge, in float64."""
+    plain = getattr(transformers, kind).from_pretrained(saved(kind), dtype=torch.float64).eval()
+    return plain, ll.load_model(saved(kind), device="cpu", dtype="float64")
+
+
+def oracle(kind: str, layer: int, stream: str, source: list[int] = SOURCE, target: list[int] = TARGET) -> Plain:
+    plain = loaded(kind)[0]
+    layers, out = (T5_AT if FAMILIES[kind][0] is T5 else BART_AT)[stream]
+    block = plain.get_submodule(layers)[layer]
+    return Plain(plain, block, block.get_submodule(out), 4, source, target)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, of_largest: float = 1e-4) -> None:
+    assert found.shape == wanted.shape
+    assert float((found.double() - wanted).abs().max()) <= of_largest * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("stream", ["decoder", "encoder"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_maps_of_self_attention(kind: str, stream: str) -> None:
+    flow = ll.attribute(loaded(kind)[1], (SOURCE, TARGET), stream=stream, tol=1e-5, progress=False, **ZERO)
+    assert set(flow.layouts) == {FAMILIES[kind][1]}
+    for layer in (0, 1):
+        expected = oracle(kind, layer, stream).maps_from_zero()
+        for name in ("attn", "mlp", "skip", "block"):
+            close(getattr(flow, name)[layer], getattr(expected, name))
