@@ -18,8 +18,9 @@ from lig_lens.blocks.call import BlockCall, Seen
 from lig_lens.blocks.formula import AttentionFormula
 from lig_lens.blocks.formula_fit import UNTOLD, Probe, find_formula
 from lig_lens.blocks.inside import Inside, norm_before, norm_paths, qk_normed, relative, tail_scales
-from lig_lens.blocks.layout_fit import diagnose, find_common_layout
-from lig_lens.blocks.layouts import BLOCK_ONLY
+from lig_lens.blocks.layout_fit import diagnose, find_bias, find_common_layout
+from lig_lens.blocks.layouts import ACROSS, BLOCK_ONLY
+from lig_lens.blocks.layouts.layout import Layout
 from lig_lens.errors import BoundaryError, NonFiniteError
 
 # Where the two generations keep the head outputs before W_O, and the output of W_O with its bias; a bridge that shows
@@ -43,7 +44,7 @@ def find_block(call: BlockCall, seen: Seen, replayed: bool) -> Block:
     inside = inside_of(call, seen)
     if inside is not None:
         try:
-            return _with_heads(block, inside, replayed)
+            return (_with_heads_across if call.stack.crosses else _with_heads)(block, inside, replayed)
         except BoundaryError as error:
             # Another prompt may fit, if this one missed by little.
             boundaries = replace(block.boundaries, why_hooks=str(error))
@@ -124,18 +125,46 @@ def _with_heads(block: Block, inside: Inside, replayed: bool) -> Block:
     Raises:
         BoundaryError: the block fits no layout.
     """
-    call, z, values = inside.call, inside.z, inside.seen.values
+    call, z = inside.call, inside.z
     probe = Probe(call, block.eps)
     common = find_common_layout(inside, probe)
-    found = find_formula(call, values, z, probe)
+    found = find_formula(call, inside.seen.values, z, probe)
     # That layout and formula hold on other residual vectors, with what the model's run showed, says it too.
     if not replayed and (common is None or isinstance(found, str)):
         replay(call)
     layout, b_O = common or diagnose(inside)
+    formula: AttentionFormula | None = None if isinstance(found, str) else found.formula
+    block = _joined(block, inside, layout, b_O, formula, found if isinstance(found, str) else "")
+    order = inside.seen.order
+    return replace(
+        block,
+        norms_to_z=int(norm_before(order, inside.z_path)) + int(qk_normed(order, inside.z_path)),
+        tail_norms=tuple(tail_scales(call, inside.seen, inside.attn_out_path if layout.norms_in_series else None)),
+        settled=found != UNTOLD,
+    )
+
+
+def _with_heads_across(block: Block, inside: Inside, replayed: bool) -> Block:
+    """A block with the nodes of cross-attention, of which nothing behind the heads is asked.
+
+    Raises:
+        BoundaryError: head outputs do not give the attention output, or the block does something else alone.
+    """
+    b_O = find_bias(inside)
+    if not replayed:
+        replay(inside.call)
+    block = _joined(block, inside, ACROSS, b_O, None, "its sources are positions of another stack")
+    return replace(block, norms_to_z=int(qk_normed(inside.seen.order, inside.z_path)), tail_norms=())
+
+
+def _joined(
+    block: Block, inside: Inside, layout: Layout, b_O: Tensor, formula: AttentionFormula | None, why_hooks: str
+) -> Block:
+    """A block with what was found of its attention."""
+    call, z, values = inside.call, inside.z, inside.seen.values
     resid_mid = layout.middle(inside)
     mid_path = None if resid_mid is None else _hook_with_value(values, resid_mid, first=True)
     n_heads, d_head = z.shape[1:]
-    formula: AttentionFormula | None = None if isinstance(found, str) else found.formula
     boundaries = replace(
         block.boundaries,
         layout=layout.name,
@@ -145,7 +174,7 @@ def _with_heads(block: Block, inside: Inside, replayed: bool) -> Block:
         n_key_value_heads=getattr(call.stack.model.cfg, "n_key_value_heads", None) or n_heads,
         d_head=d_head,
         engine="hooks" if formula is None else "closed_form",
-        why_hooks=found if isinstance(found, str) else "",
+        why_hooks=why_hooks,
     )
     nodes = AttentionNodes(
         layout,
@@ -157,15 +186,7 @@ def _with_heads(block: Block, inside: Inside, replayed: bool) -> Block:
         formula,
         layout.reads(inside),
     )
-    order = inside.seen.order
-    return replace(
-        block,
-        boundaries=boundaries,
-        norms_to_z=int(norm_before(order, inside.z_path)) + int(qk_normed(order, inside.z_path)),
-        tail_norms=tuple(tail_scales(call, inside.seen, inside.attn_out_path if layout.norms_in_series else None)),
-        attention=nodes,
-        settled=found != UNTOLD,
-    )
+    return replace(block, boundaries=boundaries, attention=nodes)
 
 
 def _ends_with(attn_out_path: str, values: Mapping[str, Tensor]) -> bool:

@@ -97,7 +97,7 @@ class Values:
 
     @property
     def resid_pre(self) -> Float[Tensor, "pos d_model"]:
-        """Residual vectors that entered the block."""
+        """Residual vectors that entered the block, or what entered it from another stack (see `BlockCall`)."""
         return self.call.resid_pre
 
     @property
@@ -111,7 +111,7 @@ class Values:
             raise BoundaryError(f"Block {self.layer} has no attention with separable heads: leave the layer out.")
         return self.attention
 
-    def read_z(self, resid_pre: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos head d_head"]:
+    def read_z(self, resid_pre: Float[Tensor, "batch src d_model"]) -> Float[Tensor, "batch pos head d_head"]:
         """Head outputs (before W_O) for given residual vectors; the rest of the block does not run."""
         path, read = self.heads.nodes.z_path, list[Tensor]()
         self.call.read(resid_pre, {path: read.append}, stop_at=path)
