@@ -133,7 +133,7 @@ class Plain:
         """
         resid = self.run(grad=False).resid[0]
         step, n_pos = resid - start, len(resid)
-        x = (start + NODES[:, None, None] * step).requires_grad_()
+        x = (start + EVEN_NODES[:, None, None] * step).requires_grad_()
         seen = self.run(Held(x, cut=True))
         values = torch.stack([metric(one[None]) for one in seen.logits])
         by_z, by_x = torch.autograd.grad(values.sum(), (seen.z_after, x), materialize_grads=True, retain_graph=True)
@@ -141,8 +141,8 @@ class Plain:
         heads = torch.zeros(self.n_heads, n_pos, n_pos, dtype=torch.float64)
         for j, h in itertools.product(range(n_pos), range(self.n_heads)):
             (found,) = torch.autograd.grad(seen.z[:, j, h], x, by_z[:, j, h], retain_graph=True)
-            heads[h, :, j] = torch.einsum("n,npm,pm->p", WEIGHTS, found, step)
-        return heads, torch.einsum("n,npm,pm->p", WEIGHTS, by_x, step)
+            heads[h, :, j] = torch.einsum("n,npm,pm->p", EVEN_WEIGHTS, found, step)
+        return heads, torch.einsum("n,npm,pm->p", EVEN_WEIGHTS, by_x, step)
 
 
 def integrated(scalars: Tensor, *ends: Tensor) -> list[Tensor]:
@@ -151,16 +151,17 @@ def integrated(scalars: Tensor, *ends: Tensor) -> list[Tensor]:
     return [torch.einsum("n,npm->pm", WEIGHTS, one) for one in found]
 
 
-def _nodes() -> tuple[Tensor, Tensor]:
-    """Gauss nodes on panels that get smaller towards the start, where one norm after the other turns on."""
-    edges = np.concatenate([[0.0], np.logspace(-8, 0, 33)])
+def _nodes(edges: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Gauss nodes on panels between these edges."""
     x, w = np.polynomial.legendre.leggauss(8)
     nodes = np.concatenate([(b - a) / 2 * x + (a + b) / 2 for a, b in itertools.pairwise(edges)])
     weights = np.concatenate([(b - a) / 2 * w for a, b in itertools.pairwise(edges)])
     return torch.tensor(nodes), torch.tensor(weights)
 
 
-NODES, WEIGHTS = _nodes()
+# Panels that get smaller towards the start, where one norm after the other turns on; and such as are all alike.
+NODES, WEIGHTS = _nodes(np.concatenate([[0.0], np.logspace(-8, 0, 33)]))
+EVEN_NODES, EVEN_WEIGHTS = _nodes(np.linspace(0.0, 1.0, 65))
 
 
 @contextmanager

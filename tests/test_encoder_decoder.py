@@ -112,3 +112,35 @@ def test_cross_attention(kind: str) -> None:
         close(flow.attn[layer], plain.across())
         close(other.attn[layer], plain.across(start))
     torch.testing.assert_close(flow.attn.sum(2), flow.total["attn"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stream", ["decoder", "encoder"])
+@pytest.mark.parametrize(
+    "kind, engine",
+    [("T5ForConditionalGeneration", "auto"), ("BartForConditionalGeneration", "hooks"), ("MarianMTModel", "auto")],
+)
+def test_metric_of_the_logits(kind: str, stream: str, engine: str) -> None:
+    """Of both streams at every layer, all that lies behind running along: the encoder's through cross-attention."""
+    plain, model = loaded(kind)
+    second = (SOURCE, OTHER_TARGET) if stream == "decoder" else (OTHER_SOURCE, TARGET)
+    target = ll.logit_difference(9, 17)
+    # T5 rounds to float32 inside, whatever its dtype.
+    tol = 1e-4 if kind.startswith("T5") else 1e-5
+    asked = {"stream": stream, "target": target, "tol": tol, "engine": engine, "progress": False}
+    flow = ll.attribute(model, (SOURCE, TARGET), corrupted=second, **asked)
+
+    def difference(logits: torch.Tensor) -> torch.Tensor:
+        return logits[0, -1, 9] - logits[0, -1, 17]
+
+    with torch.no_grad():
+        clean, corrupted = (
+            difference(plain(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([prefix])).logits)
+            for source, prefix in ((SOURCE, TARGET), second)
+        )
+    for layer in (0, 1):
+        total = flow.attn[layer].sum() + flow.skip[layer].sum()
+        torch.testing.assert_close(total.double(), clean - corrupted, rtol=2e-5, atol=1e-6)
+        start = oracle(kind, layer, stream, *second).run(grad=False).resid[0]
+        heads, skip = oracle(kind, layer, stream).to_metric(start, difference)
+        close(flow.attn[layer], heads)
+        close(flow.skip[layer], skip)

@@ -93,6 +93,7 @@ def _watch(
 ) -> Recording[T]:
     results: dict[int, T] = {}
     usual: dict[int, Any] = {}
+    before: list[Any] = []
 
     def ran(layer: int, output: Any, call: BlockCall | None = None) -> None:
         if whole:
@@ -114,10 +115,11 @@ def _watch(
         if whole:
             others = [layer for layer in range(len(stack)) if layer not in layers]
             pairs = [(stack.blocks[n], lambda _m, _a, output, n=n: ran(n, output), False) for n in others]
+            pairs += [(block, lambda _m, _a, output: before.append(output), False) for block in stack.before]
             on.enter_context(module_hooks(pairs))
         with torch.no_grad(), contextlib.suppress(Stop):
             output = stack.run(inputs, batch)
-            forward = Forward(stack, inputs, output, [usual[n] for n in sorted(usual)])
+            forward = Forward(stack, inputs, output, [usual[n] for n in sorted(usual)], before)
     return Recording(results, forward)
 
 
@@ -206,7 +208,6 @@ class _Watcher:
             folded=self._folded or Folded(),
             seen=None if half else self._seen,
         )
-
 
     def _from_other_stack(self, resid_key: _Key) -> _Key:
         """Where the call has the vectors that the other stack put out.

@@ -30,6 +30,8 @@ class Stack:
         stream: which of the model's streams this is, None where it has one.
         crosses: whether attention's sources are those of another stack: what moves is the encoder's output, which
             every block gets beside its residual vectors.
+        before: blocks of another stack that run before these, whatever happens here.
+        behind: blocks of another stack that run after these, on what they put out.
     """
 
     model: HookedModel
@@ -38,9 +40,15 @@ class Stack:
     attention: str = ATTENTION
     stream: str | None = None
     crosses: bool = False
+    before: Sequence[nn.Module] = field(default=(), repr=False)
+    behind: Sequence[nn.Module] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    def count_from(self, layer: int) -> int:
+        """How many blocks a run passes from one of these on."""
+        return len(self.blocks) - layer + len(self.behind)
 
     @property
     def hook_dict(self) -> Mapping[str, nn.Module]:
@@ -117,7 +125,11 @@ def stack_of(model: HookedModel, stream: str | None = None) -> Stack:
             f"{type(model).__name__} uses one block for several of its {len(blocks)} layers, which is not supported: "
             "give each layer a copy of it (copy.deepcopy)."
         )
-    return Stack(model, blocks, prefix, attention, stream, crosses)
+    if stream is None:
+        return Stack(model, blocks, prefix)
+    other = list(lists[next(name for name in TWO_STACKS if name != prefix)])
+    before, behind = ([], other) if stream == "encoder" else (other, [])
+    return Stack(model, blocks, prefix, attention, stream, crosses, before, behind)
 
 
 @dataclass(frozen=True)
@@ -129,19 +141,21 @@ class Forward:
         inputs: the prompt.
         output: what the model gave, [1, ...].
         usual: what each block handed over.
+        before: what each block that runs before the stack's own handed over.
     """
 
     stack: Stack
     inputs: Inputs
     output: Float[Tensor, "1 *rest"]
     usual: Sequence[Any] = field(repr=False)
+    before: Sequence[Any] = field(default=(), repr=False)
 
     def onward(
         self, layer: int, resid_pre: Float[Tensor, "batch pos d_model"], pairs: Sequence[tuple[nn.Module, Any, bool]]
     ) -> Float[Tensor, "batch *rest"]:
         """Outputs of runs in which block `layer` gets `resid_pre`.
 
-        The blocks before do not run: they hand over something of the right kind. Whatever the model does around its
+        The blocks before do not run: they hand over something of the right kind, those of another stack what they did. Whatever the model does around its
         blocks (masks, position embeddings, final norm, unembedding) it does itself. Call it in the state of the model
         (`prepared`) in which this run was made.
 
@@ -153,5 +167,8 @@ class Forward:
         with contextlib.ExitStack() as stack:
             for block, usual in zip(self.stack.blocks[:layer], self.usual, strict=False):
                 stack.enter_context(answering(block, with_first_tensor(usual, resid_pre)))
+            for block, usual in zip(self.stack.before, self.before, strict=True):
+                held = first_tensor(usual).expand(len(resid_pre), -1, -1)
+                stack.enter_context(answering(block, with_first_tensor(usual, held)))
             stack.enter_context(module_hooks(pairs))
             return self.stack.run(self.inputs, len(resid_pre))
