@@ -322,7 +322,7 @@ class _Run:
 
     def _record(self, job: Job) -> dict[str, Any]:
         """Settings as a Flow keeps them."""
-        settings, down, metric = self.settings, job.downstream, {}
+        settings, down, stream, metric = self.settings, job.downstream, self.blocks.stack.stream, {}
         if down is not None:
             metric = {"metric": {"clean": down.clean, "corrupted": down.corrupted}, "split": settings.split}
         return {
@@ -330,6 +330,7 @@ class _Run:
             "maps": list(settings.maps),
             **{f"{name}_baseline": describe_baseline(settings.baseline_of(name)) for name in settings.maps},
             "target": settings.target.name,
+            **({} if stream is None else {"stream": stream}),
             "tol": settings.tol,
             "max_nodes": settings.max_nodes,
             "engine": settings.engine,

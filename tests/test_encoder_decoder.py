@@ -1,6 +1,7 @@
 """Models with an encoder and a decoder, held against the plain transformers model."""
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,55 @@ def test_metric_of_the_logits(kind: str, stream: str, engine: str) -> None:
         heads, skip = oracle(kind, layer, stream).to_metric(start, difference)
         close(flow.attn[layer], heads)
         close(flow.skip[layer], skip)
+
+
+@pytest.fixture(scope="module")
+def across() -> ll.Flow:
+    flow = ll.attribute(
+        loaded("BartForConditionalGeneration")[1], ("w1 w2 w3 w4", "w5 w6"), stream="cross", progress=False
+    )
+    assert isinstance(flow, ll.Flow)
+    return flow
+
+
+def test_two_texts_are_labelled(across: ll.Flow, tmp_path: Path) -> None:
+    """Sources are the source's tokens, destinations the target's, in every form that a Flow has."""
+    assert across.tokens == ("[CLS]", "w1", "w2", "w3", "w4") and across.dst_tokens == ("[SEP]", "[CLS]", "w5", "w6")
+    assert across.dst_special == (True, True, False, False) and across.destinations == (0, 1, 2, 3)
+    assert across.settings["stream"] == "cross" and set(across.settings["token_ids"]) == {"source", "target"}
+    again = ll.Flow.load(across.save(tmp_path / "across.safetensors"))
+    assert (again.tokens, again.dst_tokens, again.dst_special) == (across.tokens, across.dst_tokens, across.dst_special)
+    assert torch.equal(again.attn, across.attn) and "5 to 4 tokens" in repr(again)
+    frame = across.to_dataframe()
+    row = frame[(frame["src"] == 3) & (frame["dst"] == 2)].iloc[0]
+    assert (row["src_token"], row["dst_token"]) == ("w3", "w5")
+    edge = across.top(1)[0]
+    assert edge.src_token == across.tokens[edge.src] and edge.dst_token == across.dst_tokens[edge.dst]
+    data = across.to_xarray()
+    assert list(data["dst_token"].values) == list(across.dst_tokens)
+    assert json.loads(across.to_json())["dst_tokens"] == list(across.dst_tokens)
+    some = across.select(destinations=(2,))
+    assert some.attn.shape == (2, 4, 5, 1) and some.to_tl().shape == (2, 4, 1, 5)
+    mean = ll.average([across, across]).mean
+    assert mean.dst_tokens == across.dst_tokens and torch.equal(mean.attn, across.attn)
+    figure = ll.plots.head_map(across, 0, 0)
+    assert any("w5" in text for text in figure.layout.yaxis.ticktext) and len(figure.layout.yaxis.ticktext) == 4
+    ll.plots.head_grid(across)
+    ll.plots.gap_map(across)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda flow: flow.compose(),
+        lambda flow: flow.rollout(),
+        lambda flow: flow.paths(0),
+        lambda flow: flow.graph(),
+        lambda flow: flow.consistency(),
+        lambda flow: flow.explore(),
+        lambda flow: ll.plots.head_map(flow, 0, 0, tokens=[0]),
+    ],
+)
+def test_what_needs_one_text_is_refused(across: ll.Flow, call: Any) -> None:
+    with pytest.raises(InputError, match="from one"):
+        call(across)

@@ -290,7 +290,8 @@ class FlowData:
             f"{name} {list(getattr(self, name).shape)} gap ≤ {self.worst_gap(name):.1e}" for name in self.maps
         )
         return (
-            f"{type(self).__name__}({self.model_name!r}, {len(self.tokens)} tokens, "
+            f"{type(self).__name__}({self.model_name!r}, "
+            f"{len(self.tokens)} {'' if self.is_square else f'to {len(self.dst_tokens)} '}tokens, "
             f"layers {_ranges(self.layers)}: {maps}; "
             f"{f'metric {self.metric}, ' if self.metric is not None else ''}"
             f"{self.converged_share():.1%} converged)"

@@ -51,12 +51,13 @@ def summarize(flow: Flow, width: int | None = None) -> str:
 
 def _header(flow: Flow, facts: Facts, width: int | None) -> list[str]:
     counts = f"{_count(facts.n_tokens, 'token')}, {_count(facts.n_layers, 'layer')} of {facts.model}"
-    if facts.n_destinations < facts.n_tokens:
+    if facts.n_destinations < facts.n_tokens or not flow.is_square:
         counts += f", {_count(facts.n_destinations, 'destination')}"
     baselines = ", ".join(f"{name} from {baseline}" for name, baseline in facts.baselines.items())
     named = (("target", facts.target), ("tol", facts.tol))
     asked = ", ".join(f"{name} {value}" for name, value in named if value is not None)
-    tokens = " ".join(show_token(token) for token in flow.tokens)
+    texts = (flow.tokens,) if flow.is_square else (flow.tokens, flow.dst_tokens)
+    tokens = " → ".join(" ".join(show_token(token) for token in text) for text in texts)
     return [
         line
         for line in (counts, _cut(tokens, width or _PLAIN_WIDTH), "; ".join(filter(None, (baselines, asked))))
