@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lig_lens.errors import BridgeWarning, InputError
-from lig_lens.models.adapters import ENCODERS, KIN, MODEL_TYPES
+from lig_lens.models.adapters import ENCODERS, KIN, MODEL_TYPES, T5_ENCODERS
 from lig_lens.models.adapters.classifiers import classifier_adapter
 from lig_lens.models.adapters.encoders import encoder_adapter
+from lig_lens.models.adapters.t5_encoder import t5_encoder_adapter
 from lig_lens.models.heads import listed, note_head
 from lig_lens.models.packaged import quiet_transformers
 from lig_lens.models.running import HALF, first_tensor
@@ -37,6 +38,8 @@ class _Loading:
 
     def from_pretrained(self, source: str, **options: Any) -> Any:
         """Load the model, and note weights that are in no file: those of its body, and those of its head."""
+        if Path(source).is_dir():
+            options.pop("use_safetensors", None)  # some adapters know in which format a hub has their models
         model, info = self.kind.from_pretrained(source, output_loading_info=True, **options)
         weights = dict(model.named_parameters())
         prefix = f"{model.base_model_prefix}."
@@ -193,6 +196,8 @@ def _served(source: str) -> tuple[str, str, _Loading]:
         if saved not in SUPPORTED_ARCHITECTURES:
             _register(saved, classifier_adapter(SUPPORTED_ARCHITECTURES[language]))
         return saved, saved, _Loading(getattr(transformers, saved))
+    if language in T5_ENCODERS:
+        return language, saved, _Loading(getattr(transformers, language))
     if language in ENCODERS:
         return language, saved, _Loading(transformers.AutoModelForMaskedLM)
     return language, saved, _Loading(get_hf_model_class_for_architecture(language))
@@ -216,6 +221,9 @@ def _register_ours() -> None:
     for name, names in ENCODERS.items():
         if name not in SUPPORTED_ARCHITECTURES:
             _register(name, encoder_adapter(names))
+    for name in T5_ENCODERS:
+        if name not in SUPPORTED_ARCHITECTURES:
+            _register(name, t5_encoder_adapter())
     for name, other in KIN.items():
         if name not in SUPPORTED_ARCHITECTURES and other in SUPPORTED_ARCHITECTURES:
             _register(name, SUPPORTED_ARCHITECTURES[other])

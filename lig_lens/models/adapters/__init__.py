@@ -22,6 +22,8 @@ ENCODERS: Mapping[str, EncoderNames] = MappingProxyType(
         ),
     }
 )
+# Encoders alone, of models that have a decoder too, and without a head.
+T5_ENCODERS = ("T5EncoderModel", "MT5EncoderModel")
 # What a model says of its type, where the class that it was saved as is not among those above.
 MODEL_TYPES: Mapping[str, str] = MappingProxyType(
     {
