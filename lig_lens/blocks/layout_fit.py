@@ -104,7 +104,7 @@ def diagnose(inside: Inside) -> tuple[Layout, Float[Tensor, "d_model"]]:
     Raises:
         BoundaryError: the block fits no layout.
     """
-    call, z, output, attn_out = inside.call, inside.z, inside.seen.output, inside.attn_out
+    call, z, output = inside.call, inside.z, inside.seen.output
     scale = call.resid_pre.std().clamp(min=1e-6)
     generator = torch.Generator().manual_seed(0)
     moved = torch.randn(call.resid_pre.shape, generator=generator).to(call.resid_pre) * scale

@@ -115,8 +115,9 @@ def _watch(
         if whole:
             others = [layer for layer in range(len(stack)) if layer not in layers]
             pairs = [(stack.blocks[n], lambda _m, _a, output, n=n: ran(n, output), False) for n in others]
-            pairs += [(block, lambda _m, _a, output: before.append(output), False) for block in stack.before]
             on.enter_context(module_hooks(pairs))
+            earlier = [(block, lambda *seen: before.append(seen[-1]), False) for block in stack.before]
+            on.enter_context(module_hooks(earlier))
         with torch.no_grad(), contextlib.suppress(Stop):
             output = stack.run(inputs, batch)
             forward = Forward(stack, inputs, output, [usual[n] for n in sorted(usual)], before)

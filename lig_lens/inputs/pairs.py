@@ -1,7 +1,7 @@
 """Prompts as users give them: one or several, each with a second one where there is one."""
 
-import numbers
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 

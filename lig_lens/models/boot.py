@@ -135,7 +135,7 @@ def _plain_logits(model: Any, load_again: Callable[[], Any]) -> Tensor | None:
 
 
 def _decoder_probe(model: Any) -> dict[str, Tensor]:
-    """What a plain model takes beside the probe: models with a decoder of their own make what that gets differently."""
+    """What a plain model takes beside the probe; left out, a decoder gets one thing here and another in a bridge."""
     two_sided = bool(getattr(model.config, "is_encoder_decoder", False))
     return {"decoder_input_ids": torch.tensor([_PROBE[::-1]])} if two_sided else {}
 
@@ -149,9 +149,10 @@ def _compare(bridge: Any, plain: Tensor | None, name: str) -> None:
     try:
         found = first_tensor(bridge(torch.tensor([_PROBE], device=bridge.cfg.device), **given)).cpu().float()
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         versions = ", ".join(f"{package} {version(package)}" for package in ("transformer_lens", "transformers"))
         raise InputError(
-            f"TransformerLens' bridge of {name!r} does not run ({str(error).splitlines()[0][:120]}), although the plain "
+            f"TransformerLens' bridge of {name!r} does not run ({reason}), although the plain "
             f"{type(bridge.original_model).__name__} does ({versions}): take another version of TransformerLens."
         ) from error
     spread = float((plain - plain.mean(-1, keepdim=True)).abs().max())

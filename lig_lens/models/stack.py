@@ -155,9 +155,9 @@ class Forward:
     ) -> Float[Tensor, "batch *rest"]:
         """Outputs of runs in which block `layer` gets `resid_pre`.
 
-        The blocks before do not run: they hand over something of the right kind, those of another stack what they did. Whatever the model does around its
-        blocks (masks, position embeddings, final norm, unembedding) it does itself. Call it in the state of the model
-        (`prepared`) in which this run was made.
+        The blocks before do not run: they hand over something of the right kind, and those of another stack what they
+        did. Whatever the model does around its blocks (masks, position embeddings, final norm, unembedding) it does
+        itself. Call it in the state of the model (`prepared`) in which this run was made.
 
         Args:
             layer: number of the block.

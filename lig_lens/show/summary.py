@@ -123,7 +123,7 @@ def boundaries_table(model_name: str, blocks: Sequence[BlockBoundaries], width: 
         heads = str(block.n_heads)
         if block.n_key_value_heads != block.n_heads:
             heads += f" ({block.n_key_value_heads} kv)"
-        names = [(getattr(block, node) or "-").removeprefix(f"blocks.{block.layer}.") for node in nodes]
+        names = [(getattr(block, node) or "-").split(f"blocks.{block.layer}.")[-1] for node in nodes]
         cells = [
             block.layer,
             block.layout,

@@ -10,7 +10,7 @@ def t5_encoder_adapter() -> type:
     class T5EncoderAdapter(T5ArchitectureAdapter):  # type: ignore[misc]
         def __init__(self, cfg: Any) -> None:
             super().__init__(cfg)
-            parts = self.component_mapping
+            parts: dict[str, Any] = self.components
             self.component_mapping = {
                 "embed": parts["embed"],
                 "pos_embed": parts["pos_embed"],
