@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from encoder_decoder_oracle import Plain
+from encoder_decoder_oracle import Held, Plain
 from tiny_models import VOCAB, tiny_tokenizer
 
 import lig_lens as ll
@@ -197,3 +197,123 @@ def test_two_texts_are_labelled(across: ll.Flow, tmp_path: Path) -> None:
 def test_what_needs_one_text_is_refused(across: ll.Flow, call: Any) -> None:
     with pytest.raises(InputError, match="from one"):
         call(across)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_logits_are_those_of_the_plain_model(kind: str) -> None:
+    plain, model = loaded(kind)
+    source, target = torch.tensor([SOURCE]), torch.tensor([TARGET])
+    with torch.no_grad():
+        expected = plain(input_ids=source, decoder_input_ids=target).logits
+        torch.testing.assert_close(model(source, decoder_input_ids=target), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_target_text_goes_on_from_its_start() -> None:
+    """The decoder gets its start token and the text, without what would end it; padding of the source is dropped."""
+    model = loaded("BartForConditionalGeneration")[1]
+    asked: dict[str, Any] = {"maps": "attn", "layers": [0], "progress": False}
+    texts = ll.attribute(model, ("w1 w2", "w3"), **asked)
+    assert texts.settings["token_ids"] == {"source": [2, 6, 7], "target": [3, 2, 8]}
+    assert (texts.tokens, texts.stream) == (("[SEP]", "[CLS]", "w3"), "decoder")
+    same = ll.attribute(model, (torch.tensor([2, 6, 7, 0, 0]), [[3, 2, 8]]), **asked)
+    assert torch.equal(same.attn, texts.attn)
+    masked = ll.attribute(model, ([2, 6, 7, 9], [3, 2, 8]), attention_mask=[1, 1, 1, 0], **asked)
+    assert torch.equal(masked.attn, texts.attn)
+    # The start token may be the one that pads.
+    padded = ll.attribute(loaded("T5ForConditionalGeneration")[1], ([6, 7, 0], [0, 8]), **asked)
+    assert padded.settings["token_ids"] == {"source": [6, 7], "target": [0, 8]}
+    alone = ll.attribute(model, "w1 w2", stream="encoder", **asked)
+    assert alone.settings["token_ids"] == {"source": [2, 6, 7], "target": [3]} and len(alone.tokens) == 3
+    several = ll.attribute(model, [("w1 w2", "w3"), ("w4", "")], **asked)
+    assert [len(flow.tokens) for flow in several] == [3, 1] and torch.equal(several[0].attn, texts.attn)
+
+
+def test_directions_across() -> None:
+    """Contributions to a direction add up to how far heads move along it, through W_O."""
+    kind, w = "T5ForConditionalGeneration", torch.randn(32, generator=torch.Generator().manual_seed(1)).double()
+    asked: dict[str, Any] = {"stream": "cross", "target": ll.direction(w), "tol": 1e-6, "progress": False}
+    flow = ll.attribute(loaded(kind)[1], (SOURCE, TARGET), layers=[1], destinations=[1, -1], **asked)
+    plain = oracle(kind, 1, "cross")
+    clean = plain.run(grad=False)
+    start = plain.run(Held(clean.resid), torch.zeros_like(plain.encoded())[None], grad=False)
+    moved = torch.einsum("phe,mhe,m->hp", (clean.z - start.z)[0], plain.out.weight.reshape(32, 4, 6), w)
+    close(flow.attn[0].sum(1), moved[:, [1, 3]].detach(), 1e-5)
+
+
+def test_a_tensor_across() -> None:
+    """One that every source starts from, and one for each layer."""
+    kind = "BartForConditionalGeneration"
+    start = torch.randn(len(SOURCE), 32, generator=torch.Generator().manual_seed(2)).double()
+    asked: dict[str, Any] = {"stream": "cross", "tol": 1e-6, "progress": False}
+    model = loaded(kind)[1]
+    flow = ll.attribute(model, (SOURCE, TARGET), attn_baseline=start, **asked)
+    close(flow.attn[1], oracle(kind, 1, "cross").across(start))
+    layers = ll.attribute(model, (SOURCE, TARGET), attn_baseline=torch.stack([start, start]), **asked)
+    assert torch.equal(layers.attn, flow.attn)
+
+
+PAIR = (SOURCE, TARGET)
+REFUSED = {
+    "no pair": ((SOURCE,), {}, r"is a pair, \(source, target\)"),
+    "one text of a batch": ((["w1", "w2"],), {}, r"Prompt 0 of 2: .* is a pair"),
+    "unknown stream": ((PAIR,), {"stream": "both"}, "Unknown stream 'both': use one of 'decoder', 'encoder', 'cross'"),
+    "itb across": ((PAIR,), {"stream": "cross", "attn_baseline": "itb"}, "attn_baseline='itb' starts where .*'zero'"),
+    "block across": ((PAIR,), {"stream": "cross", "maps": "block"}, "attn map alone"),
+    "metric across": ((PAIR,), {"stream": "cross", "target": ll.logit_difference(9, 17)}, "not with a metric"),
+    "shorter source": (
+        (PAIR,),
+        {"stream": "cross", "attn_baseline": "corrupted", "corrupted": SOURCE[:-1]},
+        "corrupted has 4 tokens, the prompt 5",
+    ),
+    "other source, decoder's metric": (
+        (PAIR,),
+        {"target": ll.logit_difference(9, 17), "corrupted": (OTHER_SOURCE, OTHER_TARGET)},
+        "corrupted has another source .*stream='encoder'",
+    ),
+    "other target, encoder's metric": (
+        (PAIR,),
+        {"stream": "encoder", "target": ll.logit_difference(9, 17), "corrupted": (OTHER_SOURCE, OTHER_TARGET)},
+        "corrupted has another target .*stream='decoder'",
+    ),
+    "no tokens": (((SOURCE, []),), {}, "prompt's target is empty"),
+    "destination": ((PAIR,), {"stream": "cross", "destinations": [4]}, "4"),
+    "nothing moves": (
+        (PAIR,),
+        {"stream": "cross", "attn_baseline": "corrupted", "corrupted": SOURCE},
+        "corrupted equals the prompt",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_explained_is_named(case: str) -> None:
+    prompt, asked, match = REFUSED[case]
+    with pytest.raises(InputError, match=match):
+        ll.attribute(loaded("BartForConditionalGeneration")[1], *prompt, progress=False, **asked)
+
+
+def test_interventions_name_what_they_cannot_work_on() -> None:
+    model = loaded("BartForConditionalGeneration")[1]
+    with pytest.raises(InputError, match="one stack of blocks"):
+        ll.patching.patch(model, PAIR, PAIR, ll.logit_difference(9, 17), progress=False)
+
+
+def test_one_stack_has_no_streams() -> None:
+    with pytest.raises(InputError, match=r"has one stack of blocks.* leave stream out"):
+        ll.attribute(ll.load_model("induction"), "lamp lake", stream="encoder", progress=False)
+
+
+@pytest.mark.parametrize("kind", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])
+def test_boundaries_of_each_stream(kind: str) -> None:
+    model, layout = loaded(kind)[1], FAMILIES[kind][1]
+    for stream, prefix, attention in (
+        ("encoder", "encoder_blocks.0", "attn"),
+        ("decoder", "decoder_blocks.0", "self_attn"),
+        ("cross", "decoder_blocks.0", "cross_attn"),
+    ):
+        first = ll.describe_boundaries(model, stream=stream)[0]
+        assert first.hook_z == f"{prefix}.{attention}.hook_z" and first.hook_z in model.hook_dict
+        assert first.layout == ("cross" if stream == "cross" else layout)
+        assert first.resid_post == f"{prefix}.hook_resid_post"
+    # Both attentions of one block are known side by side.
+    assert [ll.describe_boundaries(model, PAIR, stream=s)[0].layout for s in ("decoder", "cross")] == [layout, "cross"]

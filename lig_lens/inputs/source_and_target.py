@@ -141,9 +141,8 @@ def _target(model: HookedModel, target: Any, what: str) -> TokenIds:
     if isinstance(target, TokenIds):
         return target
     if not isinstance(target, str):
-        # A target may start with the token that pads: nothing is taken for padding here.
-        size = getattr(target, "shape", None) or (len(target) if hasattr(target, "__len__") else 0,)
-        return read_prompt(model, target, attention_mask=torch.ones(tuple(size)) if all(size) else None, what=what)
+        # A target may start with the token that pads.
+        return read_prompt(model, target, what=what, may_pad=False)
     start, ids = _start(model, what), list[int]()
     tokenizer = getattr(model, "tokenizer", None)
     if target.strip():

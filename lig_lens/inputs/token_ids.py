@@ -41,6 +41,7 @@ def read_prompt(
     prepend_bos: Any = None,
     attention_mask: Any = None,
     what: str = "prompt",
+    may_pad: bool = True,
 ) -> TokenIds:
     """Tokenize a text, or check token ids, and drop padding.
 
@@ -51,6 +52,7 @@ def read_prompt(
         attention_mask: for ids, 1 for tokens and 0 for padding, which is at the ends, in the shape of the ids. Without
             it, a leading or trailing run of the tokenizer's pad token is padding, if that token has no other meaning.
         what: name of the argument in messages.
+        may_pad: False says that pad tokens at the ends of ids are none, where there is no mask.
 
     Padding is removed before the model runs, so it neither gives nor receives contributions. Nothing else is
     cut: special tokens stay, marked in `TokenIds.special`.
@@ -64,7 +66,7 @@ def read_prompt(
             raise InputError("attention_mask goes with token ids: a text has no padding, leave the mask out.")
         ids = _from_text(model, prompt, prepend_bos, what)
     else:
-        ids = _from_ids(model, prompt, attention_mask, what)
+        ids = _from_ids(model, prompt, attention_mask, what, may_pad)
     if ids.shape[1] == 0:
         raise InputError(f"The {what} is empty: give at least one token.")
     return labelled(model, ids, what)
@@ -145,7 +147,7 @@ def _check_known(tokenizer: Any, text: str, what: str) -> None:
         )
 
 
-def _from_ids(model: HookedModel, prompt: Any, attention_mask: Any, what: str) -> Tensor:
+def _from_ids(model: HookedModel, prompt: Any, attention_mask: Any, what: str, may_pad: bool) -> Tensor:
     try:
         ids = torch.as_tensor(prompt)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -168,7 +170,9 @@ def _from_ids(model: HookedModel, prompt: Any, attention_mask: Any, what: str) -
         raise InputError(
             f"The {what} holds token id {bad}, outside the vocabulary 0 … {d_vocab - 1}: use the model's tokenizer."
         )
-    return ids[_kept(model, ids, attention_mask, what)][None].to(model.cfg.device)
+    if attention_mask is not None or may_pad:
+        ids = ids[_kept(model, ids, attention_mask, what)]
+    return ids[None].to(model.cfg.device)
 
 
 def _kept(model: HookedModel, ids: Tensor, attention_mask: Any, what: str) -> Tensor:
