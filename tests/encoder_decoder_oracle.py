@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import MoEModelOutput
 
 
 @dataclass
@@ -65,11 +65,16 @@ class Plain:
         if encoded is None:
             inputs["input_ids"] = self.source.expand(count, -1)
         else:
-            inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
+            inputs["encoder_outputs"] = MoEModelOutput(last_hidden_state=encoded)
         with _hooked(self.layer, self.out, held, seen), torch.set_grad_enabled(grad):
-            seen.logits = self.model(**inputs).logits
+            seen.logits = self.output_of(inputs)
         seen.z = self.heads(seen.z)
         return seen
+
+    def output_of(self, inputs: dict[str, Any]) -> Tensor:
+        """What the model puts out."""
+        logits: Tensor = self.model(**inputs).logits
+        return logits
 
     def heads(self, z: Tensor) -> Tensor:
         """Head outputs one by one: [item, pos, head, d_head]."""
@@ -143,6 +148,15 @@ class Plain:
             (found,) = torch.autograd.grad(seen.z[:, j, h], x, by_z[:, j, h], retain_graph=True)
             heads[h, :, j] = torch.einsum("n,npm,pm->p", EVEN_WEIGHTS, found, step)
         return heads, torch.einsum("n,npm,pm->p", EVEN_WEIGHTS, by_x, step)
+
+
+class EncoderAlone(Plain):
+    """A model without a decoder."""
+
+    def output_of(self, inputs: dict[str, Any]) -> Tensor:
+        """What the model puts out."""
+        vectors: Tensor = self.model(input_ids=inputs["input_ids"]).last_hidden_state
+        return vectors
 
 
 def integrated(scalars: Tensor, *ends: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ All hooks of a block are read in the model's own run, then it is run with its no
 layout follows from what the block's output did.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -110,7 +111,9 @@ def _whole_block(call: BlockCall, seen: Seen) -> Block:
 def inside_of(call: BlockCall, seen: Seen) -> Inside | None:
     """Attention's nodes, where a block shows them and the W_O between them."""
     paths = next((p for p in _Z_PATHS if p[0] in seen.values and p[1] in seen.values), None)
-    W_O = getattr(call.modules.get("attn"), "W_O", None)
+    W_O = None
+    with contextlib.suppress(ValueError):  # of a bridge that takes heads to have another size than they have
+        W_O = getattr(call.modules.get("attn"), "W_O", None)
     if paths is None or not isinstance(W_O, Tensor) or W_O.ndim != 3:
         return None
     W_O = W_O.detach().to(seen.output.dtype)
