@@ -116,7 +116,7 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
 def _plain_logits(model: Any, load_again: Callable[[], Any]) -> Tensor | None:
     """Logits of a plain model as its user runs it, with the attention that transformers takes by default.
 
-    None where it takes no token ids alone.
+    Of a model without a head its vectors; None where it takes no token ids alone.
     """
     taken = getattr(model.config, "_attn_implementation", None)
     model.eval()
@@ -125,7 +125,8 @@ def _plain_logits(model: Any, load_again: Callable[[], Any]) -> Tensor | None:
             model.set_attn_implementation("sdpa")
         switched = getattr(model.config, "_attn_implementation", None) == "sdpa"
         plain = model if switched or not getattr(model, "_supports_sdpa", False) else load_again()
-        logits = plain(input_ids=torch.tensor([_PROBE]), **_decoder_probe(plain)).logits
+        output = plain(input_ids=torch.tensor([_PROBE]), **_decoder_probe(plain))
+        logits = output.logits if hasattr(output, "logits") else output.last_hidden_state
         return logits.float() if isinstance(logits, Tensor) else None
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError):
         return None
