@@ -122,12 +122,15 @@ def test_cross_attention(kind: str) -> None:
     model = loaded(kind)[1]
     asked = {"stream": "cross", "tol": 1e-6, "progress": False}
     flow = ll.attribute(model, (SOURCE, TARGET), **asked)
+    assert flow.engines == {"attn": ("closed_form", "closed_form")}
+    by_autograd = ll.attribute(model, (SOURCE, TARGET), engine="hooks", **asked)
     assert flow.maps == ("attn",) and flow.attn.shape == (2, 4, len(SOURCE), len(TARGET)) and not flow.is_square
     other = ll.attribute(model, (SOURCE, TARGET), corrupted=OTHER_SOURCE, attn_baseline="corrupted", **asked)
     start = oracle(kind, 0, "cross", OTHER_SOURCE).encoded()
     for layer in (0, 1):
         plain = oracle(kind, layer, "cross")
         close(flow.attn[layer], plain.across())
+        close(by_autograd.attn[layer], plain.across())
         close(other.attn[layer], plain.across(start))
     torch.testing.assert_close(flow.attn.sum(2), flow.total["attn"], rtol=1e-5, atol=1e-6)
 

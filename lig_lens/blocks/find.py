@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lig_lens.blocks.across import AcrossFormula, find_across
 from lig_lens.blocks.block import AttentionNodes, Block, BlockBoundaries
 from lig_lens.blocks.call import BlockCall, Seen
 from lig_lens.blocks.formula import AttentionFormula
@@ -156,12 +157,22 @@ def _with_heads_across(block: Block, inside: Inside, replayed: bool) -> Block:
     b_O = find_bias(inside)
     if not replayed:
         replay(inside.call)
-    block = _joined(block, inside, ACROSS, b_O, None, "its sources are positions of another stack")
+    found = find_across(inside)
+    if isinstance(found, str):
+        block = _joined(block, inside, ACROSS, b_O, None, found)
+    else:
+        block = _joined(block, inside, ACROSS, b_O, None, "", found)
     return replace(block, norms_to_z=int(qk_normed(inside.seen.order, inside.z_path)), tail_norms=())
 
 
 def _joined(
-    block: Block, inside: Inside, layout: Layout, b_O: Tensor, formula: AttentionFormula | None, why_hooks: str
+    block: Block,
+    inside: Inside,
+    layout: Layout,
+    b_O: Tensor,
+    formula: AttentionFormula | None,
+    why_hooks: str,
+    across: AcrossFormula | None = None,
 ) -> Block:
     """A block with what was found of its attention."""
     call, z, values = inside.call, inside.z, inside.seen.values
@@ -176,7 +187,7 @@ def _joined(
         n_heads=n_heads,
         n_key_value_heads=getattr(call.stack.model.cfg, "n_key_value_heads", None) or n_heads,
         d_head=d_head,
-        engine="hooks" if formula is None else "closed_form",
+        engine="hooks" if formula is None and across is None else "closed_form",
         why_hooks=why_hooks,
     )
     nodes = AttentionNodes(
@@ -188,6 +199,7 @@ def _joined(
         relative(z.flatten(1) @ inside.W_O.flatten(0, 1) + b_O - inside.attn_out, inside.attn_out),
         formula,
         layout.reads(inside),
+        across,
     )
     return replace(block, boundaries=boundaries, attention=nodes)
 
