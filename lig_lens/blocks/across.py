@@ -30,20 +30,20 @@ class AcrossFormula:
 
     def on(self, values: Mapping[str, Tensor], z: Float[Tensor, "dst head d_head"]) -> "AcrossValues | None":
         """The formula with a prompt's values, or None where it does not give its head outputs."""
-        q, k, v, pattern = (values.get(path) for path in (*self.paths, PATTERN_PATH))
-        if q is None or k is None or v is None or pattern is None or pattern.ndim != 3:
+        heads, pattern = _heads(self.paths, values, z), values.get(PATTERN_PATH)
+        if heads is None or pattern is None:
             return None
-        d_head = z.shape[-1]
-        if any(value.numel() % (len(value) * d_head) for value in (q, k, v)):
+        q, k, v = heads
+        if pattern.shape != (*q.shape[:2], k.shape[1]):
             return None
-        q, k, v = (_by_head(value, d_head) for value in (q, k, v))
-        if len(q) != z.shape[1] or len(q) % len(k) or k.shape != v.shape:
-            return None
-        if pattern.shape != (*q.shape[:2], k.shape[1]) or not bool((pattern > 0).all()):
-            return None  # what a pattern hides cannot be told from what is too small for its dtype
-        bias = pattern.to(z).log() - _products(self.scale, q, k)
+        pattern, dots = pattern.to(z), _products(self.scale, q, k)
+        bias = torch.zeros_like(dots)
+        if bool((pattern > 0).all()):
+            bias = pattern.log() - dots
+        elif not float((dots.softmax(-1) - pattern).abs().max()) <= ALLOWED:
+            return None  # what a mask hides cannot be told from what is too small for its dtype
         found = AcrossValues(self, q, k, v, bias)
-        made = found.pattern(found.k) @ per_query_head(found.v, len(found.q))
+        made = found.pattern(k) @ per_query_head(v, len(q))
         missed = by_position(made.transpose(0, 1).flatten(1) - z.flatten(1), z.flatten(1))
         return found if missed <= ALLOWED else None
 
@@ -84,43 +84,47 @@ def find_across(inside: Inside) -> AcrossFormula | str:
     paths = next((paths for paths in QKV_PATHS if set(paths) <= set(inside.seen.values)), None)
     if paths is None:
         return _NOT_READABLE
-    call, d_head, at_end = inside.call, inside.z.shape[-1], inside.seen.values
-    x = call.resid_pre
+    call, at_end = inside.call, inside.seen.values
+    heads, x = _heads(paths, at_end, inside.z), call.resid_pre
     other = 0.5 * x.flip(0) - 0.7 * x.roll(1, 0)
     with torch.no_grad():
         read = _read(call, torch.stack([other, (x + other) / 2]), (*paths[1:], PATTERN_PATH))
-        trial = AcrossFormula(paths, 1.0).on(at_end, inside.z)
-        if trial is None or PATTERN_PATH not in read:
-            return _NOT_READABLE + ", or head outputs are not their product"
-        k, v = ([_by_head(read[path][run], d_head) for run in (0, 1)] for path in paths[1:])
-        for end, (start, half) in ((trial.k, k), (trial.v, v)):
-            if not relative(half - (start + end) / 2, end) <= ALLOWED:
-                return "keys or values are not affine in the encoder's output"
-        first, between = (read[PATTERN_PATH][run].to(x) for run in (0, 1))
-        scale = _fit_scale(trial, k[0], first, at_end[PATTERN_PATH].to(x))
-        found = AcrossFormula(paths, scale).on(at_end, inside.z)
-        if found is None:
+        if heads is None or PATTERN_PATH not in read or PATTERN_PATH not in at_end:
             return _NOT_READABLE
-        for keys, shown in ((k[0], first), (k[1], between)):
-            if not float((found.pattern(keys) - shown).abs().max()) <= ALLOWED:
-                return "the pattern is not a softmax of scaled q.k plus a fixed bias"
-    return found.formula
+        q, k, v = heads
+        first, half = ([_by_head(read[path][run], q.shape[-1]) for path in paths[1:]] for run in (0, 1))
+        for start, between, end in zip(first, half, (k, v), strict=True):
+            if not relative(between - (start + end) / 2, end) <= ALLOWED:
+                return "keys or values of cross-attention are not affine in the encoder's output"
+        shown = [pattern.to(x) for pattern in (*read[PATTERN_PATH], at_end[PATTERN_PATH])]
+        if any(pattern.shape != (*q.shape[:2], k.shape[1]) for pattern in shown):
+            return _NOT_READABLE
+        formula = AcrossFormula(paths, _fit_scale(q, (first[0], k), (shown[0], shown[2])))
+        found = formula.on(at_end, inside.z)
+        if found is None:
+            return "head outputs of cross-attention are not pattern times values"
+        for keys, pattern in ((first[0], shown[0]), (half[0], shown[1])):
+            if not float((found.pattern(keys) - pattern).abs().max()) <= ALLOWED:
+                return "the pattern of cross-attention is not a softmax of scaled q.k plus a fixed bias"
+    return formula
 
 
 def _fit_scale(
-    trial: AcrossValues, k: Tensor, first: Float[Tensor, "head dst src"], end: Float[Tensor, "head dst src"]
+    q: Float[Tensor, "head dst d_head"],
+    keys: tuple[Float[Tensor, "kv_head src d_head"], Float[Tensor, "kv_head src d_head"]],
+    patterns: tuple[Float[Tensor, "head dst src"], Float[Tensor, "head dst src"]],
 ) -> float:
-    """What scores are scaled by, from how patterns and products change between two runs; rows may shift."""
-    clear = (first > 1e-20) & (end > 1e-20)  # logarithms of what is about to underflow have few digits
+    """What scores are scaled by, from how products and patterns change between two runs; rows may shift."""
+    clear = (patterns[0] > 1e-20) & (patterns[1] > 1e-20)  # logarithms of what is about to underflow have few digits
 
     def by_row(change: Tensor) -> Tensor:
         kept = torch.where(clear, change, 0.0)
         return torch.where(clear, kept - kept.sum(-1, keepdim=True) / clear.sum(-1, keepdim=True).clamp(min=1), 0.0)
 
-    rise = by_row(torch.where(clear, end.log() - first.log(), 0.0)).double()
-    run = by_row(trial.dots(trial.k) - trial.dots(k)).double()
+    rise = by_row(patterns[1].log() - patterns[0].log()).double()
+    run = by_row(_products(1.0, q, keys[1]) - _products(1.0, q, keys[0])).double()
     size = float(run.square().sum())
-    scale = float((rise * run).sum()) / size if size > 1e-8 else trial.q.shape[-1] ** -0.5
+    scale = float((rise * run).sum()) / size if size > 1e-8 else q.shape[-1] ** -0.5
     # Scales are 1 / sqrt(n) in practice, and then exactly so.
     n = round(scale**-2) if 1 / 32 < scale <= 1.01 else 0
     return n**-0.5 if n and abs(scale * n**0.5 - 1) < 1e-4 else scale
@@ -142,6 +146,18 @@ def _read(call: BlockCall, encoded: Float[Tensor, "run src d_model"], paths: tup
     hooks: dict[str, Hook] = {path: functools.partial(keep, path) for path in paths if path in call.modules}
     call.read(encoded, hooks, stop_at="attn")
     return found
+
+
+def _heads(
+    paths: tuple[str, str, str], values: Mapping[str, Tensor], z: Float[Tensor, "dst head d_head"]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Queries, keys and values of one run head by head, or None where hooks do not show them."""
+    shown, d_head = [values[path] for path in paths if path in values], z.shape[-1]
+    if len(shown) < len(paths) or any(value.numel() % (len(value) * d_head) for value in shown):
+        return None
+    q, k, v = (_by_head(value, d_head) for value in shown)
+    fitting = q.shape[:2] == z.shape[1::-1] and k.shape == v.shape and len(q) % len(k) == 0
+    return (q, k, v) if fitting else None
 
 
 def _by_head(value: Tensor, d_head: int) -> Float[Tensor, "head pos d_head"]:
