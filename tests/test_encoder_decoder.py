@@ -272,6 +272,26 @@ def test_a_tensor_across() -> None:
     assert torch.equal(layers.attn, flow.attn)
 
 
+def test_sources_end_as_the_model_was_trained(tmp_path: Path) -> None:
+    """T5's tokenizer ends a text with </s>, which TransformerLens would put in front of it."""
+    words = ["<pad>", "</s>", "<unk>", *(f"▁w{number}" for number in range(8))]
+    vocab = [(word, 0.0 if number < 3 else -1.0) for number, word in enumerate(words)]
+    for kind in ("T5EncoderModel", "T5ForConditionalGeneration"):
+        plain = getattr(transformers, kind).from_pretrained(saved(kind))
+        plain.save_pretrained(tmp_path / kind)
+        transformers.T5Tokenizer(vocab=vocab, extra_ids=0).save_pretrained(tmp_path / kind)
+        if version("transformer_lens")[:2] in RUN_NOT_IN.get(kind, ()):
+            continue
+        model = ll.load_model(str(tmp_path / kind), device="cpu")
+        stream = None if kind == "T5EncoderModel" else "cross"
+        prompt = "w1 w2" if stream is None else ("w1 w2", "w3")
+        flow = ll.attribute(model, prompt, stream=stream, maps="attn", layers=[0], progress=False)
+        assert flow.tokens[-1] == "</s>" and len(flow.tokens) == 3
+        assert flow.special == (False, False, True)
+        if stream is not None:
+            assert flow.settings["token_ids"] == {"source": [4, 5, 1], "target": [0, 6]}
+
+
 PAIR = (SOURCE, TARGET)
 REFUSED = {
     "no pair": ((SOURCE,), {}, r"is a pair, \(source, target\)"),
@@ -294,6 +314,11 @@ REFUSED = {
         (PAIR,),
         {"stream": "encoder", "target": ll.logit_difference(9, 17), "corrupted": (OTHER_SOURCE, OTHER_TARGET)},
         "corrupted has another target .*stream='decoder'",
+    ),
+    "marks of its own": (
+        (("w1", "w2"),),
+        {"prepend_bos": True},
+        "prepend_bos=True: the prompt's source is read as its tokenizer marks it",
     ),
     "no tokens": (((SOURCE, []),), {}, "prompt's target is empty"),
     "destination": ((PAIR,), {"stream": "cross", "destinations": [4]}, "4"),

@@ -112,7 +112,7 @@ def read_source_and_target(
         prompt: `(source, target)`, each a text or token ids [pos] or [1, pos]; for `stream="encoder"` a source alone
             will do, whose target is the token that targets start with.
         stream: see `SourceAndTarget`.
-        prepend_bos: see `read_prompt`; of the source.
+        prepend_bos: is refused: sources are read as the tokenizer marks them.
         attention_mask: see `read_prompt`; of the source.
         what: name of the argument in messages.
 
@@ -133,7 +133,9 @@ def read_source_and_target(
             f"for stream={stream!r}: got {type(prompt).__name__}. The target may be '', or what the decoder has "
             "written so far."
         )
-    read = read_prompt(model, source, prepend_bos=prepend_bos, attention_mask=attention_mask, what=f"{what}'s source")
+    # TransformerLens takes off what ends a text, and T5's it puts in front: models are trained with it at the end.
+    asked = {"prepend_bos": prepend_bos, "attention_mask": attention_mask, "as_tokenized": True}
+    read = read_prompt(model, source, what=f"{what}'s source", **asked)
     return SourceAndTarget(read, _target(model, target, f"{what}'s target"), stream)
 
 

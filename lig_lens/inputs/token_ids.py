@@ -42,6 +42,7 @@ def read_prompt(
     attention_mask: Any = None,
     what: str = "prompt",
     may_pad: bool = True,
+    as_tokenized: bool = False,
 ) -> TokenIds:
     """Tokenize a text, or check token ids, and drop padding.
 
@@ -53,6 +54,7 @@ def read_prompt(
             it, a leading or trailing run of the tokenizer's pad token is padding, if that token has no other meaning.
         what: name of the argument in messages.
         may_pad: False says that pad tokens at the ends of ids are none, where there is no mask.
+        as_tokenized: texts are read by the tokenizer alone, as it marks their beginning and end.
 
     Padding is removed before the model runs, so it neither gives nor receives contributions. Nothing else is
     cut: special tokens stay, marked in `TokenIds.special`.
@@ -64,7 +66,7 @@ def read_prompt(
     if isinstance(prompt, str):
         if attention_mask is not None:
             raise InputError("attention_mask goes with token ids: a text has no padding, leave the mask out.")
-        ids = _from_text(model, prompt, prepend_bos, what)
+        ids = _from_text(model, prompt, prepend_bos, what, as_tokenized)
     else:
         ids = _from_ids(model, prompt, attention_mask, what, may_pad)
     if ids.shape[1] == 0:
@@ -94,7 +96,7 @@ def labelled(model: HookedModel, ids: Int[Tensor, "1 pos"], what: str) -> TokenI
     return TokenIds(ids, *_labels(getattr(model, "tokenizer", None), ids[0].tolist()))
 
 
-def _from_text(model: HookedModel, text: str, prepend_bos: Any, what: str) -> Tensor:
+def _from_text(model: HookedModel, text: str, prepend_bos: Any, what: str, as_tokenized: bool) -> Tensor:
     if not text.strip():
         raise InputError(f"The {what} is empty: {text!r}. Give a text with at least one word.")
     tokenizer = getattr(model, "tokenizer", None)
@@ -103,6 +105,10 @@ def _from_text(model: HookedModel, text: str, prepend_bos: Any, what: str) -> Te
     if prepend_bos is not None and not isinstance(prepend_bos, bool):
         raise InputError(f"prepend_bos={prepend_bos!r} is neither True nor False: give one, or leave it out.")
     _check_known(tokenizer, text, what)
+    if as_tokenized:
+        if prepend_bos is not None:
+            raise InputError(f"prepend_bos={prepend_bos}: the {what} is read as its tokenizer marks it: leave it out.")
+        return torch.tensor([tokenizer(text)["input_ids"]], dtype=torch.long, device=model.cfg.device)
     ids = _tokenized(model, text, prepend_bos)
     bos = getattr(tokenizer, "bos_token", None)
     if prepend_bos is None and bos and text.startswith(bos) and ids[0, :2].tolist() == [tokenizer.bos_token_id] * 2:

@@ -101,6 +101,8 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
             f"would be explained. It was saved as {saved or 'an unknown class'} and loaded as {loaded}: take a model "
             "that was saved whole."
         )
+    if architecture in T5_ENCODERS:  # else what ends a text would be put in front of it
+        bridge.cfg.default_prepend_bos, bridge.cfg.tokenizer_appends_eos = bridge.cfg.tokenizer_prepends_bos, False
     if load_weights:
         note_head(bridge, saved, loaded, loading.of_head)
         _compare(bridge, loading.logits, name)
