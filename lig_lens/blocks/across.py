@@ -121,8 +121,8 @@ def _fit_scale(
         kept = torch.where(clear, change, 0.0)
         return torch.where(clear, kept - kept.sum(-1, keepdim=True) / clear.sum(-1, keepdim=True).clamp(min=1), 0.0)
 
-    rise = by_row(patterns[1].log() - patterns[0].log()).double()
-    run = by_row(_products(1.0, q, keys[1]) - _products(1.0, q, keys[0])).double()
+    rise = by_row(patterns[1].log() - patterns[0].log()).cpu().double()
+    run = by_row(_products(1.0, q, keys[1]) - _products(1.0, q, keys[0])).cpu().double()
     size = float(run.square().sum())
     scale = float((rise * run).sum()) / size if size > 1e-8 else q.shape[-1] ** -0.5
     # Scales are 1 / sqrt(n) in practice, and then exactly so.

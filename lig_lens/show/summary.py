@@ -114,7 +114,7 @@ def _convergence(facts: Facts) -> str:
 
 
 def boundaries_table(model_name: str, blocks: Sequence[BlockBoundaries], width: int | None = None) -> str:
-    """Lay out `describe_boundaries`: one row per block, hook names without their `blocks.N.`."""
+    """Lay out `describe_boundaries`: one row per block, hook names without the block's own."""
     table = _table("block", "layout", "heads", "d_head", "norms", "engine")
     nodes = ("resid_pre", "hook_z", "resid_mid", "resid_post")
     for node in nodes:
@@ -134,7 +134,8 @@ def boundaries_table(model_name: str, blocks: Sequence[BlockBoundaries], width: 
             *names,
         ]
         table.add_row(*[Text(str(cell)) for cell in cells])
-    title = f"{model_name}: {_count(len(blocks), 'block')}; hooks are named blocks.N.…"
+    prefix = blocks[0].resid_post.partition(".")[0] if blocks else "blocks"
+    title = f"{model_name}: {_count(len(blocks), 'block')}; hooks are named {prefix}.N.…"
     return f"{title}\n\n{_render(table, width)}"
 
 
