@@ -1,5 +1,6 @@
 """Models with an encoder and a decoder, held against the plain transformers model."""
 
+import copy
 import functools
 import json
 import tempfile
@@ -290,6 +291,55 @@ def test_sources_end_as_the_model_was_trained(tmp_path: Path) -> None:
         assert flow.special == (False, False, True)
         if stream is not None:
             assert flow.settings["token_ids"] == {"source": [4, 5, 1], "target": [0, 6]}
+
+
+@pytest.mark.parametrize("stream", ["decoder", "encoder", "cross"])
+def test_several_prompts_are_each_their_own(stream: str) -> None:
+    """What is known of a block from one prompt holds for others, of other lengths on either side."""
+    model = loaded("BartForConditionalGeneration")[1]
+    asked: dict[str, Any] = {"stream": stream, "maps": "attn", "progress": False}
+    prompts = [(SOURCE, TARGET), ([4, *SOURCE, 8], TARGET[:3]), (OTHER_SOURCE[:3], [3])]
+    for prompt, flow in zip(prompts, ll.attribute(model, prompts, **asked), strict=True):
+        alone = ll.attribute(copy.deepcopy(model), prompt, **asked)
+        torch.testing.assert_close(flow.attn, alone.attn, rtol=1e-5, atol=1e-6)
+
+
+def test_messages_add_up_to_what_sources_do() -> None:
+    """With a metric, heads' outputs split by message have the same sums, by either engine."""
+    asked: dict[str, Any] = {"target": ll.logit_difference(9, 17), "corrupted": (OTHER_SOURCE, TARGET), "tol": 1e-5}
+    flows = [
+        ll.attribute(
+            loaded("BartForConditionalGeneration")[1],
+            (SOURCE, TARGET),
+            **asked,
+            stream="encoder",
+            split=split,
+            engine=engine,
+            progress=False,
+        )
+        for split, engine in (("source", "auto"), ("message", "auto"), ("message", "hooks"))
+    ]
+    for flow in flows[1:]:
+        torch.testing.assert_close(flow.attn.sum(2), flows[0].attn.sum(2), rtol=1e-4, atol=1e-6)
+
+
+def test_stacks_of_different_depths(tmp_path: Path) -> None:
+    config = transformers.BlenderbotConfig(**{**BART, "encoder_layers": 1, "decoder_layers": 3})
+    transformers.BlenderbotForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny_tokenizer("gpt2").save_pretrained(tmp_path)
+    model = ll.load_model(str(tmp_path), device="cpu")
+    layers = {s: ll.attribute(model, PAIR, stream=s, maps="attn", progress=False).layers for s in ("encoder", "cross")}
+    assert layers == {"encoder": (0,), "cross": (0, 1, 2)}
+    with pytest.raises(InputError, match="1"):
+        ll.attribute(model, PAIR, stream="encoder", layers=[1], progress=False)
+
+
+def test_targets_without_a_known_start_are_named() -> None:
+    model = copy.deepcopy(loaded("BartForConditionalGeneration")[1])
+    for config in (model.original_model.config, model.original_model.generation_config):
+        config.decoder_start_token_id = None
+    with pytest.raises(InputError, match=r"decoder_start_token_id\): pass the prompt's target as token ids"):
+        ll.attribute(model, ("w1 w2", "w3"), progress=False)
 
 
 PAIR = (SOURCE, TARGET)
