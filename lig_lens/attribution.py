@@ -32,7 +32,7 @@ from lig_lens.maps.job import Job
 from lig_lens.maps.map import Map
 from lig_lens.models.loading import check_evaluating, describe_processing, model_name
 from lig_lens.models.running import one_at_a_time, prepared
-from lig_lens.models.stack import Forward, stack_of
+from lig_lens.models.stack import Forward, Stack, check_stream, stack_of
 from lig_lens.paths.baseline import Baseline, chosen_baseline, describe_baseline
 from lig_lens.paths.columns import Columns
 from lig_lens.progress import progress
@@ -63,6 +63,7 @@ def attribute(
     max_batch_tokens: int = DEFAULTS.max_batch_tokens,
     engine: str = DEFAULTS.engine,
     split: str = DEFAULTS.split,
+    stream: str | None = DEFAULTS.stream,
     prepend_bos: bool | None = DEFAULTS.prepend_bos,
     attention_mask: Any = DEFAULTS.attention_mask,
     out: "str | os.PathLike[str] | None" = DEFAULTS.out,
@@ -74,7 +75,9 @@ def attribute(
         model: a `TransformerBridge`, `HookedTransformer` or `HookedEncoder`; see `load_model`.
         prompt: a text, or token ids [pos] or [1, pos]; for a model of images an image of Pillow, or pixel values
             [channel, height, width] as the model takes them. A list of such prompts gives a list of Flows, each equal
-            to that of its own single run.
+            to that of its own single run. Of a model with an encoder and a decoder a pair `(source, target)`, the
+            target being what the decoder has written so far: ids as they stand, or a text, which gets the token that
+            targets start with; for `stream="encoder"` a source alone will do.
         maps: any of `attn` (resid_pre -> hook_z, `[layer, head, src, dst]`), `mlp` (hook_z, skip -> resid_post,
             `[layer, head, dst]`) and `block` (resid_pre -> resid_post, `[layer, src, dst]`). Mind the order:
             TransformerLens patterns are `[head, dst(query), src(key)]`. All of them by default, with a metric `attn`.
@@ -100,6 +103,11 @@ def attribute(
             and for i = j the query, with everything else at its place on the path. `message`: how far the message
             p_ji v_i moves, whatever moves it, which is what interventions on edges replace. Both have the same sums
             over sources, so heads and totals are the same.
+        stream: of a model with an encoder and a decoder, whose attention is explained. `decoder`, the default: its
+            self-attention, with the encoder's output held. `encoder`: its self-attention. `cross`: what each vector
+            of the encoder's output contributes to the heads of each block's cross-attention, `[layer, head, src,
+            dst]` with sources in the source and destinations in the target, along a path of that output (`zero` by
+            default; `corrupted` is another source), the decoder's residual stream held.
         prepend_bos: for texts, handed to the model's tokenizer; its own default with None.
         attention_mask: for token ids, 0 marks padding, which is dropped before the model runs.
         out: file to which each layer is written as soon as it is computed, for a Flow that need not fit into memory;
@@ -127,36 +135,37 @@ def attribute(
     if out is not None:
         if not isinstance(out, (str, os.PathLike)):
             raise InputError(f"out={out!r} is no path: give the name of a file.")
-        if is_batch(prompt):
+        if is_batch(prompt, check_stream(hooked, stream)):
             raise InputError("out is one file, for one prompt: call attribute() for each prompt, or save the Flows.")
         check_writable(out, "out")
     with one_at_a_time(hooked):
         check_evaluating(hooked)
-        pairs = read_pairs(hooked, prompt, corrupted, attention_mask, prepend_bos)
-        chosen = chosen_numbers("layer", layers, int(hooked.cfg.n_layers))
-        wanted = [chosen_numbers("destination", destinations, len(clean)) for clean, _ in pairs]
-        run = _Run(hooked, settings, chosen)
+        stack = stack_of(hooked, settings.stream)
+        pairs = read_pairs(hooked, prompt, corrupted, attention_mask, prepend_bos, stream=stack.stream)
+        chosen = chosen_numbers("layer", layers, len(stack))
+        wanted = [chosen_numbers("destination", destinations, len(clean.dst_tokens)) for clean, _ in pairs]
+        run = _Run(stack, settings, chosen)
         first = run.prepare(*pairs[0], wanted[0])
         for clean, second in pairs[1:]:
-            run.check_prompt(first.values[chosen[0]], len(clean), second is not None)
+            run.check_prompt(first.values[chosen[0]], clean, second)
         rest = (run.prepare(*pair, dst) for pair, dst in zip(pairs[1:], wanted[1:], strict=True))
         flows = []
         for number, job in enumerate(itertools.chain([first], rest), 1):
             doing = "lig_lens" if len(pairs) == 1 else f"lig_lens, prompt {number} of {len(pairs)}"
             flows.append(run.flow(job, out, doing))
-        return flows if is_batch(prompt) else flows[0]
+        return flows if is_batch(prompt, stack.stream) else flows[0]
 
 
 class _Run:
     """One call of `attribute`: a model, what is asked of it, and its blocks."""
 
-    def __init__(self, model: HookedModel, settings: Settings, layers: tuple[int, ...]) -> None:
-        self.model, self.settings, self.layers = model, settings, layers
+    def __init__(self, stack: Stack, settings: Settings, layers: tuple[int, ...]) -> None:
+        self.model, self.settings, self.layers = stack.model, settings, layers
         registry = METRIC_MAPS if settings.target.per_metric else MAPS
         self.maps: list[Map] = [registry[name] for name in settings.maps]
         self.budget = Budget(settings.tol, settings.max_nodes, settings.max_batch_tokens)
         with self._float32():
-            self.blocks = Blocks(stack_of(model), layers)
+            self.blocks = Blocks(stack, layers)
 
     def prepare(self, clean: Inputs, second: Inputs | None, destinations: tuple[int, ...]) -> Job:
         """Record the prompt's blocks, and check that they have what the maps need."""
@@ -179,7 +188,7 @@ class _Run:
         for at in values.values():
             for one in self.maps:
                 one.check_block(at, settings.engine, by_message)
-        chosen = self.check_prompt(values[self.layers[0]], len(clean), second is not None)
+        chosen = self.check_prompt(values[self.layers[0]], clean, second)
         for at in values.values():
             for baseline in chosen.values():
                 baseline.check_block(at)
@@ -199,18 +208,20 @@ class _Run:
             by_message=by_message,
         )
 
-    def check_prompt(self, values: Values, n_pos: int, has_corrupted: bool) -> dict[str, Baseline]:
-        """Check target and baselines against a prompt of `n_pos` positions, and give the baselines."""
+    def check_prompt(self, values: Values, clean: Inputs, second: Inputs | None) -> dict[str, Baseline]:
+        """Check target and baselines against a prompt, and give the baselines."""
         target = self.settings.target
         if isinstance(target, DestinationTarget):
-            target.check(n_pos, values.resid_pre.shape[-1])
+            target.check(len(clean.dst_tokens), values.resid_pre.shape[-1])
+        elif second is not None:
+            clean.check_held(second)
         return {
             one.name: chosen_baseline(
                 one.name,
                 self.settings.baseline_of(one.name),
                 len(self.layers),
-                one.node_shape(values, n_pos),
-                has_corrupted,
+                one.node_shape(values, len(clean)),
+                second is not None,
             )
             for one in self.maps
         }
@@ -298,6 +309,9 @@ class _Run:
         return {
             "tokens": job.inputs.tokens,
             "special": job.inputs.special,
+            "stream": self.blocks.stack.stream,
+            "dst_tokens": job.inputs.dst_tokens,
+            "dst_special": job.inputs.dst_special,
             "layers": job.layers,
             "destinations": job.destinations,
             "model_name": model_name(self.model),
@@ -309,7 +323,7 @@ class _Run:
 
     def _record(self, job: Job) -> dict[str, Any]:
         """Settings as a Flow keeps them."""
-        settings, down, metric = self.settings, job.downstream, {}
+        settings, down, stream, metric = self.settings, job.downstream, self.blocks.stack.stream, {}
         if down is not None:
             metric = {"metric": {"clean": down.clean, "corrupted": down.corrupted}, "split": settings.split}
         return {
@@ -317,6 +331,7 @@ class _Run:
             "maps": list(settings.maps),
             **{f"{name}_baseline": describe_baseline(settings.baseline_of(name)) for name in settings.maps},
             "target": settings.target.name,
+            **({} if stream is None else {"stream": stream}),
             "tol": settings.tol,
             "max_nodes": settings.max_nodes,
             "engine": settings.engine,

@@ -52,9 +52,34 @@ class HookedModel(Protocol, metaclass=_ByAttributes):
         """Token ids of a text."""
 
 
+# Names of the lists of blocks, of models with one and of those with an encoder and a decoder.
+ONE_STACK = ("blocks",)
+TWO_STACKS = ("encoder_blocks", "decoder_blocks")
+
+
 def missing_parts(model: object) -> list[str]:
     """Parts of a hooked model that `model` lacks."""
-    return [name for name in ("blocks", "cfg", "hook_dict") if not hasattr(model, name)]
+    parts = (*(() if has_two_stacks(model) else ONE_STACK), "cfg", "hook_dict")
+    return [name for name in parts if not hasattr(model, name)]
+
+
+def has_two_stacks(model: object) -> bool:
+    """Whether a model has an encoder and a decoder."""
+    return all(isinstance(getattr(model, name, None), nn.ModuleList) for name in TWO_STACKS)
+
+
+def lists_of_blocks(model: "HookedModel") -> dict[str, nn.ModuleList]:
+    """All blocks of a model, list by list, under the names that the lists go by among its hooks."""
+    return {name: getattr(model, name) for name in (TWO_STACKS if has_two_stacks(model) else ONE_STACK)}
+
+
+def check_one_stack(model: "HookedModel", what: str) -> None:
+    """Raise InputError if a model has an encoder and a decoder, which `what` cannot work on."""
+    if has_two_stacks(model):
+        raise InputError(
+            f"{what} works on models with one stack of blocks, and this {type(model).__name__} has an encoder and a "
+            "decoder: attribute() explains those (stream=)."
+        )
 
 
 def check_hooked(model: object) -> HookedModel:

@@ -3,6 +3,9 @@
 import re
 
 MAPS = ("attn", "mlp", "block")
+# Of models with an encoder and a decoder: whose attention is explained, the usual one first.
+ACROSS = "cross"
+STREAMS = ("decoder", "encoder", ACROSS)
 SPLITS = ("source", "message")
 ENGINES = ("auto", "closed_form", "hooks")
 DTYPES = ("float64", "float32", "float16", "bfloat16")

@@ -37,7 +37,7 @@ from lig_lens.fields import (
     flag_of,
     type_of,
 )
-from lig_lens.names import ENGINES, MAPS, SPLITS
+from lig_lens.names import ENGINES, MAPS, SPLITS, STREAMS
 from lig_lens.paths import BASELINES, baselines_of
 from lig_lens.targets import TARGETS
 
@@ -48,6 +48,7 @@ MAX_BATCH_TOKENS = 4096
 _OPEN: Any = None
 _LEFT_OPEN: dict[str, Any] = {"maps": MAPS, "attn_baseline": "itb"}
 _LEFT_OPEN_WITH_METRIC: dict[str, Any] = {"maps": ("attn",), "attn_baseline": "corrupted"}
+_LEFT_OPEN_ACROSS: dict[str, Any] = {"maps": ("attn",), "attn_baseline": "zero"}
 
 
 class Asked(BaseModel):
@@ -127,7 +128,8 @@ class Attribution(Asked):
     @model_validator(mode="after")
     def _fill_in(self) -> "Attribution":
         """Say what was left open; the model is frozen for everybody else."""
-        for name, value in (_LEFT_OPEN_WITH_METRIC if self.per_metric else _LEFT_OPEN).items():
+        left_open = _LEFT_OPEN_WITH_METRIC if self.per_metric else _LEFT_OPEN_ACROSS if self.crosses else _LEFT_OPEN
+        for name, value in left_open.items():
             if getattr(self, name) is None:
                 self.__dict__[name] = value
         return self
@@ -136,6 +138,11 @@ class Attribution(Asked):
     def per_metric(self) -> bool:
         """Whether the target is a metric of the logits."""
         return bool(getattr(getattr(self, "target", None), "per_metric", False))
+
+    @property
+    def crosses(self) -> bool:
+        """Whether contributions go from an encoder's output to a decoder."""
+        return getattr(self, "stream", None) == "cross"
 
     def baseline_of(self, map_name: str) -> Any:
         """Where a map's path starts: a name, or a tensor."""
@@ -167,6 +174,9 @@ class Settings(Attribution):
 
     target: Annotated[Any, Flag(choices=TARGETS.names)] = Field("l2", description="What contributions add up to.")
     split: Annotated[StrictStr, Flag(choices=lambda: SPLITS)] = "source"
+    stream: Annotated[StrictStr | None, Flag(choices=lambda: STREAMS)] = Field(
+        None, description="Of a model with an encoder and a decoder: whose attention is explained."
+    )
     prepend_bos: Any = Field(None, description="Handed to the model's tokenizer.")
     attention_mask: Any = Field(None, description="For token ids, 0 marks padding.")
 
@@ -225,6 +235,8 @@ class Settings(Attribution):
 
     def check_together(self) -> None:
         """See the base class; also what a metric goes with, and baselines without their second prompt."""
+        if self.crosses:
+            self._check_across()
         if self.per_metric:
             self._check_metric()
         elif self.split != "source":
@@ -247,6 +259,25 @@ class Settings(Attribution):
                 f"destinations={self.destinations}: contributions to a metric add up over all of them: leave it out."
             )
         super().check_together()
+
+    def _check_across(self) -> None:
+        if self.per_metric:
+            raise InputError(
+                f"stream='cross' goes with a target of each destination's vector, not with a metric "
+                f"({self.target.name}): the encoder's output enters every block, so no block's part of it adds up to "
+                "the change of the metric. Use stream='encoder' or 'decoder'."
+            )
+        if self.maps != ("attn",):
+            raise InputError(
+                f"maps={self.maps}: for stream='cross' there is the attn map alone, from the encoder's output to the "
+                "heads of cross-attention: use maps='attn', or leave maps out."
+            )
+        if isinstance(self.attn_baseline, str) and not self.baseline_fact("attn", "shared"):
+            raise InputError(
+                f"attn_baseline={self.attn_baseline!r} starts where sources are like the destination, and for "
+                "stream='cross' they are tokens of another text: use 'zero', 'corrupted' with another source, or a "
+                "tensor."
+            )
 
     def _check_metric(self) -> None:
         name, baseline = self.target.name, self.attn_baseline

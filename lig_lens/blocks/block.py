@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
+from lig_lens.blocks.across import AcrossFormula
 from lig_lens.blocks.formula import MESSAGE_PATHS, AttentionFormula
 from lig_lens.blocks.layouts.layout import Layout
 
@@ -45,6 +46,7 @@ class AttentionNodes:
         missed: how far head outputs times W_O, with b_O, were from the attention output, relative.
         formula: of attention, if there is one; `BlockBoundaries.why_hooks` says why not.
         reads: hooks that `layout` needs for resid_mid.
+        across: formula of cross-attention, if there is one.
     """
 
     layout: Layout
@@ -55,6 +57,7 @@ class AttentionNodes:
     missed: float
     formula: AttentionFormula | None
     reads: tuple[str, ...]
+    across: AcrossFormula | None = None
 
 
 @dataclass(frozen=True)
@@ -96,4 +99,5 @@ class Block:
             nodes = self.attention
             paths += [nodes.z_path, nodes.attn_out_path, *nodes.reads]
             paths += nodes.formula.reads if nodes.formula is not None else MESSAGE_PATHS
+            paths += () if nodes.across is None else nodes.across.paths
         return tuple(dict.fromkeys(paths))

@@ -53,17 +53,18 @@ class BlockCall:
     """How the model called one block on one prompt, ready to be replayed.
 
     `resid_pre` and `resid_post` are the vectors that entered and left it, shape [pos, d_model], in the dtype
-    that integration uses.
+    that integration uses. Where attention looks at another stack (`Stack.crosses`), `resid_pre` is what enters from
+    there, of as many positions as that has.
     """
 
     layer: int
     block: nn.Module
-    resid_pre: Float[Tensor, "pos d_model"]
+    resid_pre: Float[Tensor, "src d_model"]
     resid_post: Float[Tensor, "pos d_model"]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     resid_key: int | str
-    """Where the residual stands in the call: position in `args`, or name in `kwargs`."""
+    """Where `resid_pre` stands in the call: position in `args`, or name in `kwargs`."""
     modules: dict[str, nn.Module] = field(repr=False)
     stack: Stack = field(repr=False)
     """The blocks that it is one of."""
@@ -74,7 +75,7 @@ class BlockCall:
     """What the block's hooks showed in that call; None after a call in half precision."""
 
     def run(
-        self, resid_pre: Float[Tensor, "batch pos d_model"], hooks: Mapping[str, Hook] | None = None
+        self, resid_pre: Float[Tensor, "batch src d_model"], hooks: Mapping[str, Hook] | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
         """Run the block on `resid_pre`, one batch item per interpolation point; gives resid_post.
 

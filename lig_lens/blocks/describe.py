@@ -7,7 +7,7 @@ from lig_lens.arguments import checked
 from lig_lens.blocks.block import BlockBoundaries
 from lig_lens.blocks.known import Blocks, Needs
 from lig_lens.hooked import HookedModel, check_hooked
-from lig_lens.inputs.kinds import arbitrary_prompt, read_prompt
+from lig_lens.inputs.kinds import kind_of
 from lig_lens.models.loading import check_evaluating, load_model
 from lig_lens.models.running import one_at_a_time
 from lig_lens.models.stack import stack_of
@@ -15,14 +15,20 @@ from lig_lens.models.stack import stack_of
 
 @checked
 def describe_boundaries(
-    model: HookedModel | str | Path | object, tokens: Any = None, *, config_only: bool = False
+    model: HookedModel | str | Path | object,
+    tokens: Any = None,
+    *,
+    config_only: bool = False,
+    stream: str | None = None,
 ) -> list[BlockBoundaries]:
     """Hooks, layout, norms, heads and engine of every block, checked numerically on `model`.
 
     Args:
         model: a hooked model, or a name for `load_model`.
-        tokens: a prompt to check on (a text, token ids, an image); an arbitrary one by default.
+        tokens: a prompt to check on (a text, token ids, an image, or a pair `(source, target)`, see `attribute`); an
+            arbitrary one by default.
         config_only: with a name, build the model with random weights instead of loading them.
+        stream: of a model with an encoder and a decoder, whose blocks and which attention (see `attribute`).
 
     Raises:
         BoundaryError: a block's nodes do not reproduce it.
@@ -32,10 +38,11 @@ def describe_boundaries(
         model = load_model(model, load_weights=not config_only)
     hooked = check_hooked(model)
     check_evaluating(hooked)
+    stack = stack_of(hooked, stream)
+    kind = kind_of(hooked, stack.stream)
     if tokens is None:
-        tokens = arbitrary_prompt(hooked)
-    stack = stack_of(hooked)
+        tokens = kind.arbitrary(hooked)
     with one_at_a_time(hooked):
-        inputs = read_prompt(hooked, tokens, what="tokens")
+        inputs = kind.read(hooked, tokens, what="tokens")
         found = Blocks(stack, range(len(stack))).record(inputs, Needs(formula=False)).visited
     return [found[layer].block.boundaries for layer in range(len(stack))]

@@ -6,6 +6,7 @@ All hooks of a block are read in the model's own run, then it is run with its no
 layout follows from what the block's output did.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lig_lens.blocks.across import AcrossFormula, find_across
 from lig_lens.blocks.block import AttentionNodes, Block, BlockBoundaries
 from lig_lens.blocks.call import BlockCall, Seen
 from lig_lens.blocks.formula import AttentionFormula
 from lig_lens.blocks.formula_fit import UNTOLD, Probe, find_formula
 from lig_lens.blocks.inside import Inside, norm_before, norm_paths, qk_normed, relative, tail_scales
-from lig_lens.blocks.layout_fit import diagnose, find_common_layout
-from lig_lens.blocks.layouts import BLOCK_ONLY
+from lig_lens.blocks.layout_fit import diagnose, find_bias, find_common_layout
+from lig_lens.blocks.layouts import ACROSS, BLOCK_ONLY
+from lig_lens.blocks.layouts.layout import Layout
 from lig_lens.errors import BoundaryError, NonFiniteError
 
 # Where the two generations keep the head outputs before W_O, and the output of W_O with its bias; a bridge that shows
@@ -43,7 +46,7 @@ def find_block(call: BlockCall, seen: Seen, replayed: bool) -> Block:
     inside = inside_of(call, seen)
     if inside is not None:
         try:
-            return _with_heads(block, inside, replayed)
+            return (_with_heads_across if call.stack.crosses else _with_heads)(block, inside, replayed)
         except BoundaryError as error:
             # Another prompt may fit, if this one missed by little.
             boundaries = replace(block.boundaries, why_hooks=str(error))
@@ -109,7 +112,9 @@ def _whole_block(call: BlockCall, seen: Seen) -> Block:
 def inside_of(call: BlockCall, seen: Seen) -> Inside | None:
     """Attention's nodes, where a block shows them and the W_O between them."""
     paths = next((p for p in _Z_PATHS if p[0] in seen.values and p[1] in seen.values), None)
-    W_O = getattr(getattr(call.block, "attn", None), "W_O", None)
+    W_O = None
+    with contextlib.suppress(ValueError):  # of a bridge that takes heads to have another size than they have
+        W_O = getattr(call.modules.get("attn"), "W_O", None)
     if paths is None or not isinstance(W_O, Tensor) or W_O.ndim != 3:
         return None
     W_O = W_O.detach().to(seen.output.dtype)
@@ -124,18 +129,56 @@ def _with_heads(block: Block, inside: Inside, replayed: bool) -> Block:
     Raises:
         BoundaryError: the block fits no layout.
     """
-    call, z, values = inside.call, inside.z, inside.seen.values
+    call, z = inside.call, inside.z
     probe = Probe(call, block.eps)
     common = find_common_layout(inside, probe)
-    found = find_formula(call, values, z, probe)
+    found = find_formula(call, inside.seen.values, z, probe)
     # That layout and formula hold on other residual vectors, with what the model's run showed, says it too.
     if not replayed and (common is None or isinstance(found, str)):
         replay(call)
     layout, b_O = common or diagnose(inside)
+    formula: AttentionFormula | None = None if isinstance(found, str) else found.formula
+    block = _joined(block, inside, layout, b_O, formula, found if isinstance(found, str) else "")
+    order = inside.seen.order
+    return replace(
+        block,
+        norms_to_z=int(norm_before(order, inside.z_path)) + int(qk_normed(order, inside.z_path)),
+        tail_norms=tuple(tail_scales(call, inside.seen, inside.attn_out_path if layout.norms_in_series else None)),
+        settled=found != UNTOLD,
+    )
+
+
+def _with_heads_across(block: Block, inside: Inside, replayed: bool) -> Block:
+    """A block with the nodes of cross-attention, of which nothing behind the heads is asked.
+
+    Raises:
+        BoundaryError: head outputs do not give the attention output, or the block does something else alone.
+    """
+    b_O = find_bias(inside)
+    if not replayed:
+        replay(inside.call)
+    found = find_across(inside)
+    if isinstance(found, str):
+        block = _joined(block, inside, ACROSS, b_O, None, found)
+    else:
+        block = _joined(block, inside, ACROSS, b_O, None, "", found)
+    return replace(block, norms_to_z=int(qk_normed(inside.seen.order, inside.z_path)), tail_norms=())
+
+
+def _joined(
+    block: Block,
+    inside: Inside,
+    layout: Layout,
+    b_O: Tensor,
+    formula: AttentionFormula | None,
+    why_hooks: str,
+    across: AcrossFormula | None = None,
+) -> Block:
+    """A block with what was found of its attention."""
+    call, z, values = inside.call, inside.z, inside.seen.values
     resid_mid = layout.middle(inside)
     mid_path = None if resid_mid is None else _hook_with_value(values, resid_mid, first=True)
     n_heads, d_head = z.shape[1:]
-    formula: AttentionFormula | None = None if isinstance(found, str) else found.formula
     boundaries = replace(
         block.boundaries,
         layout=layout.name,
@@ -144,8 +187,8 @@ def _with_heads(block: Block, inside: Inside, replayed: bool) -> Block:
         n_heads=n_heads,
         n_key_value_heads=getattr(call.stack.model.cfg, "n_key_value_heads", None) or n_heads,
         d_head=d_head,
-        engine="hooks" if formula is None else "closed_form",
-        why_hooks=found if isinstance(found, str) else "",
+        engine="hooks" if formula is None and across is None else "closed_form",
+        why_hooks=why_hooks,
     )
     nodes = AttentionNodes(
         layout,
@@ -156,16 +199,9 @@ def _with_heads(block: Block, inside: Inside, replayed: bool) -> Block:
         relative(z.flatten(1) @ inside.W_O.flatten(0, 1) + b_O - inside.attn_out, inside.attn_out),
         formula,
         layout.reads(inside),
+        across,
     )
-    order = inside.seen.order
-    return replace(
-        block,
-        boundaries=boundaries,
-        norms_to_z=int(norm_before(order, inside.z_path)) + int(qk_normed(order, inside.z_path)),
-        tail_norms=tuple(tail_scales(call, inside.seen, inside.attn_out_path if layout.norms_in_series else None)),
-        attention=nodes,
-        settled=found != UNTOLD,
-    )
+    return replace(block, boundaries=boundaries, attention=nodes)
 
 
 def _ends_with(attn_out_path: str, values: Mapping[str, Tensor]) -> bool:
@@ -214,11 +250,10 @@ def _hook_with_value(values: Mapping[str, Tensor], wanted: Tensor, first: bool) 
 
 def _hook_name(call: BlockCall, path: str | None, familiar: str) -> str:
     """Full hook name, in TransformerLens' familiar spelling where that is the same hook on this model."""
-    prefix = f"{call.stack.name(call.layer)}."
     if path is None:
         return f"{call.stack.name(call.layer)} (no hook)"
-    name = prefix + familiar
-    return name if call.stack.hook_dict.get(name) is call.modules[path] else prefix + path
+    name = call.stack.hook_name(call.layer, familiar)
+    return name if call.stack.hook_dict.get(name) is call.modules[path] else call.stack.hook_name(call.layer, path)
 
 
 def check_finite(call: BlockCall, node: str, value: Tensor) -> None:

@@ -69,8 +69,10 @@ class _Stamp:
 
 
 _Hooks = tuple[tuple[int, ...], ...]
-# By the dtype of the first weight: a half-precision model also runs in float32.
-_KEPT: "weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype | None, tuple[_Stamp, _Hooks, Block]]]"
+_Which = tuple[torch.dtype | None, str]
+# By the dtype of the first weight, since a half-precision model also runs in float32, and by the attention that is
+# asked about, of which a block may have two.
+_KEPT: "weakref.WeakKeyDictionary[nn.Module, dict[_Which, tuple[_Stamp, _Hooks, Block]]]"
 _KEPT = weakref.WeakKeyDictionary()
 
 
@@ -89,7 +91,7 @@ class Blocks:
         self._known: dict[int, Block] = {}
         for layer in self.layers:
             module, stamp = stack.blocks[layer], self._stamps[layer]
-            kept = _KEPT.get(module, {}).get(_dtype(stamp))
+            kept = _KEPT.get(module, {}).get((_dtype(stamp), stack.attention))
             if kept is not None and kept[0] == stamp and kept[1] == _hooks(module):
                 self._known[layer] = kept[2]
 
@@ -142,7 +144,7 @@ class Blocks:
             return
         self._known[call.layer] = block
         stamp = self._stamps[call.layer]
-        _KEPT.setdefault(call.block, {})[_dtype(stamp)] = (stamp, _hooks(call.block), block)
+        _KEPT.setdefault(call.block, {})[_dtype(stamp), self.stack.attention] = (stamp, _hooks(call.block), block)
 
 
 def _covers(block: Block, n_pos: int) -> bool:
@@ -189,6 +191,11 @@ def _at_heads(nodes: AttentionNodes, inside: Inside, needs: Needs, fresh: bool) 
         formula = nodes.formula.on(call, values, z)
         if formula is None:
             return None
+    across = None
+    if nodes.across is not None and (needs.formula or not fresh):
+        across = nodes.across.on(values, z)
+        if across is None:
+            return None
     if not fresh and (formula is None or not isinstance(nodes.layout, SumLayout)):
         replay(call, ())
     pattern = messages = None
@@ -205,6 +212,7 @@ def _at_heads(nodes: AttentionNodes, inside: Inside, needs: Needs, fresh: bool) 
         formula=formula if needs.formula else None,
         v_path=None if messages is None else messages.v_path,
         messages=messages if needs.messages else None,
+        across=across if needs.formula else None,
     )
 
 

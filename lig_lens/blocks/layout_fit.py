@@ -35,7 +35,7 @@ def find_common_layout(inside: Inside, probe: Probe) -> tuple[Layout, Float[Tens
 
 def _known_bias(inside: Inside) -> Tensor | None:
     """b_O as the block names it, if that gives the attention output to within rounding."""
-    b_O = getattr(inside.call.block.attn, "b_O", None)
+    b_O = getattr(inside.call.modules["attn"], "b_O", None)
     b_O = torch.zeros_like(inside.attn_out[0]) if b_O is None else b_O.detach().to(inside.attn_out)
     if b_O.shape != inside.attn_out.shape[1:]:
         return None
@@ -66,6 +66,32 @@ def _acts_on_sum(inside: Inside, probe: Probe) -> bool:
     return all(by_position(row[:-1] - expected, expected) <= _MAY_LEAK for row in output)
 
 
+def find_bias(inside: Inside) -> Float[Tensor, "d_model"]:
+    """b_O of attention whose heads are all that is asked about.
+
+    Raises:
+        BoundaryError: head outputs times W_O with it are not the attention output.
+    """
+    b_O = _known_bias(inside)
+    if b_O is None:
+        outs: list[Tensor] = []
+        hooks: dict[str, Hook] = {inside.z_path: torch.zeros_like, inside.attn_out_path: outs.append}
+        inside.call.run(inside.call.resid_pre[None], hooks)
+        b_O = outs[0][0, 0]
+        _check_heads(inside, b_O, " Take off hooks that edit the model.")
+    return b_O
+
+
+def _check_heads(inside: Inside, b_O: Float[Tensor, "d_model"], remedy: str) -> None:
+    attn_out = inside.attn_out
+    error = relative(torch.einsum("phd,hdm->pm", inside.z, inside.W_O) + b_O - attn_out, attn_out)
+    if not error <= ALLOWED:
+        raise BoundaryError(
+            f"Block {inside.call.layer}: hook_z times W_O plus b_O misses the attention output at "
+            f"'{inside.attn_out_path}' by {error:.1e} of it. The hook is not the head output before W_O.{remedy}"
+        )
+
+
 def diagnose(inside: Inside) -> tuple[Layout, Float[Tensor, "d_model"]]:
     """Layout and b_O of a block, from four runs that differ in one node each.
 
@@ -78,7 +104,7 @@ def diagnose(inside: Inside) -> tuple[Layout, Float[Tensor, "d_model"]]:
     Raises:
         BoundaryError: the block fits no layout.
     """
-    call, z, output, attn_out = inside.call, inside.z, inside.seen.output, inside.attn_out
+    call, z, output = inside.call, inside.z, inside.seen.output
     scale = call.resid_pre.std().clamp(min=1e-6)
     generator = torch.Generator().manual_seed(0)
     moved = torch.randn(call.resid_pre.shape, generator=generator).to(call.resid_pre) * scale
@@ -98,13 +124,7 @@ def diagnose(inside: Inside) -> tuple[Layout, Float[Tensor, "d_model"]]:
     }
     outputs = call.run(skip, hooks)
     b_O = attn_outs[0][1, 0]
-    error = relative(torch.einsum("phd,hdm->pm", z, inside.W_O) + b_O - attn_out, attn_out)
-    if not error <= ALLOWED:
-        raise BoundaryError(
-            f"Block {call.layer}: hook_z times W_O plus b_O misses the attention output at "
-            f"'{inside.attn_out_path}' by {error:.1e} of it. The hook is not the head output before W_O. "
-            "Take off hooks that edit the model, or use maps=('block',)."
-        )
+    _check_heads(inside, b_O, " Take off hooks that edit the model, or use maps=('block',).")
     if z.shape[0] > 1:
         leak = max(
             by_position((outputs[2] - output)[:-1], output[:-1]), by_position(outputs[3].roll(-1, 0) - output, output)

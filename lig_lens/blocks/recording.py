@@ -14,7 +14,7 @@ from lig_lens.errors import BoundaryError, InputError
 from lig_lens.inputs.inputs import Inputs
 from lig_lens.models.precision import HALF
 from lig_lens.models.randomness import no_random_numbers
-from lig_lens.models.running import Stop, first_tensor, module_hooks, submodules, torch_hooks
+from lig_lens.models.running import Stop, first_tensor, module_hooks, torch_hooks
 from lig_lens.models.stack import Forward, Stack
 
 T = TypeVar("T")
@@ -94,6 +94,7 @@ def _watch(
 ) -> Recording[T]:
     results: dict[int, T] = {}
     usual: dict[int, Any] = {}
+    before: list[Any] = []
 
     def ran(layer: int, output: Any, call: BlockCall | None = None) -> None:
         if whole:
@@ -116,9 +117,11 @@ def _watch(
             others = [layer for layer in range(len(stack)) if layer not in layers]
             pairs = [(stack.blocks[n], lambda _m, _a, output, n=n: ran(n, output), False) for n in others]
             on.enter_context(module_hooks(pairs))
+            earlier = [(block, lambda *seen: before.append(seen[-1]), False) for block in stack.before]
+            on.enter_context(module_hooks(earlier))
         with torch.no_grad(), contextlib.suppress(Stop):
             output = stack.run(inputs, batch)
-            forward = Forward(stack, inputs, output, [usual[n] for n in sorted(usual)])
+            forward = Forward(stack, inputs, output, [usual[n] for n in sorted(usual)], before)
     return Recording(results, forward)
 
 
@@ -149,7 +152,7 @@ class _Watcher:
     ) -> None:
         self._stack, self._layer, self._folded, self._reads, self._ran = stack, layer, folded, reads, ran
         self._block = block = stack.blocks[layer]
-        self._modules = dict(submodules(block))
+        self._modules = stack.parts(layer)
         self._hooks = contextlib.ExitStack()
         self._hooks.enter_context(module_hooks([(block, self._before, True), (block, self._after, False)]))
 
@@ -186,6 +189,9 @@ class _Watcher:
                 f"Block {self._layer} maps shape {tuple(resid.shape)} to {tuple(output.shape)}; "
                 "a block must keep [batch, pos, d_model]."
             )
+        if self._stack.crosses:
+            resid_key = self._from_other_stack(resid_key)
+            resid = args[resid_key] if isinstance(resid_key, int) else kwargs[resid_key]
         # What runs decides: a config's dtype stays as it was loaded when the model is cast.
         half = output.dtype in HALF
         dtype = torch.float32 if half else output.dtype
@@ -204,6 +210,24 @@ class _Watcher:
             folded=self._folded or Folded(),
             seen=None if half else self._seen,
         )
+
+    def _from_other_stack(self, resid_key: _Key) -> _Key:
+        """Where the call has the vectors that the other stack put out.
+
+        Raises:
+            BoundaryError: it has none, or more than one such tensor.
+        """
+        found = [
+            key
+            for key, value in _tensors(self._args, self._kwargs)
+            if key != resid_key and value.ndim == 3 and value.is_floating_point()
+        ]
+        if len(found) != 1:
+            raise BoundaryError(
+                f"Block {self._layer} was called with {len(found)} tensors [batch, pos, d_model] beside its residual "
+                "vectors, where the encoder's output was expected: this architecture is not supported."
+            )
+        return found[0]
 
 
 def _without_cache(value: Any) -> Any:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lig_lens.blocks.across import AcrossValues
 from lig_lens.blocks.block import AttentionNodes, Block
 from lig_lens.blocks.call import BlockCall
 from lig_lens.blocks.formula import FormulaValues
@@ -37,6 +38,7 @@ class HeadValues:
         formula: attention's formula with the prompt's values, if there is one.
         v_path: the hook that shows values, if somebody asked for it and pattern times values gives z.
         messages: pattern and values themselves, if somebody asked for them.
+        across: cross-attention's formula with the prompt's values, if there is one.
     """
 
     nodes: AttentionNodes
@@ -47,6 +49,7 @@ class HeadValues:
     formula: FormulaValues | None = field(default=None, repr=False)
     v_path: str | None = None
     messages: Messages | None = field(default=None, repr=False)
+    across: AcrossValues | None = field(default=None, repr=False)
 
     @property
     def n_heads(self) -> int:
@@ -63,6 +66,17 @@ class HeadValues:
         if self.formula is None:
             raise BoundaryError("This block's attention has no formula: use engine='hooks'.")
         return self.formula
+
+    @property
+    def closed_across(self) -> AcrossValues:
+        """The formula of cross-attention.
+
+        Raises:
+            BoundaryError: there is none.
+        """
+        if self.across is None:
+            raise BoundaryError("This block's cross-attention has no formula: use engine='hooks'.")
+        return self.across
 
     def attn_out(self, z: Float[Tensor, "*batch head d_head"], bias: float) -> Float[Tensor, "*batch d_model"]:
         """Attention output of head outputs `z`, with `bias` times b_O."""
@@ -97,7 +111,7 @@ class Values:
 
     @property
     def resid_pre(self) -> Float[Tensor, "pos d_model"]:
-        """Residual vectors that entered the block."""
+        """Residual vectors that entered the block, or what entered it from another stack (see `BlockCall`)."""
         return self.call.resid_pre
 
     @property
@@ -111,7 +125,7 @@ class Values:
             raise BoundaryError(f"Block {self.layer} has no attention with separable heads: leave the layer out.")
         return self.attention
 
-    def read_z(self, resid_pre: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos head d_head"]:
+    def read_z(self, resid_pre: Float[Tensor, "batch src d_model"]) -> Float[Tensor, "batch pos head d_head"]:
         """Head outputs (before W_O) for given residual vectors; the rest of the block does not run."""
         path, read = self.heads.nodes.z_path, list[Tensor]()
         self.call.read(resid_pre, {path: read.append}, stop_at=path)

@@ -77,7 +77,11 @@ def _tokens(results: Sequence[Flow] | Sequence[Effects]) -> tuple[str, ...]:
     lengths = sorted({len(result.tokens) for result in results})
     if len(lengths) > 1:
         raise InputError(f"average: the prompts have {lengths} tokens: positions can only be averaged in one length.")
-    return tuple(names[0] if len(set(names)) == 1 else "*" for names in zip(*(r.tokens for r in results), strict=True))
+    return _labels([result.tokens for result in results])
+
+
+def _labels(tokens: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(names[0] if len(set(names)) == 1 else "*" for names in zip(*tokens, strict=True))
 
 
 def _settings(flows: Sequence[Flow]) -> dict[str, object]:
@@ -110,14 +114,17 @@ def _mean(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _flows(flows: Sequence[Flow]) -> AverageFlow:
-    _same(flows, ("layers", "destinations", "maps", "model_name"))
+    _same(flows, ("layers", "destinations", "maps", "model_name", "stream"))
+    targets = sorted({len(flow.dst_tokens) for flow in flows})
+    if not flows[0].is_square and len(targets) > 1:
+        raise InputError(f"average: the targets have {targets} tokens: positions can only be averaged in one length.")
     for key in ("attn_baseline", "mlp_baseline", "block_baseline", "split", "tol", "model"):
         asked = [flow.settings.get(key) for flow in flows if key in flow.settings]
         if any(value != asked[0] for value in asked):
             raise InputError(f"average: the Flows differ in their {key}: {asked}. Average like with like.")
-    targets = {str(flow.settings.get("target")) for flow in flows}
-    if flows[0].metric is None and len(targets) > 1:
-        raise InputError(f"average: the Flows have the targets {sorted(targets)}: average like with like.")
+    measured = {str(flow.settings.get("target")) for flow in flows}
+    if flows[0].metric is None and len(measured) > 1:
+        raise InputError(f"average: the Flows have the targets {sorted(measured)}: average like with like.")
     first, stderr = flows[0], dict[str, Tensor]()
 
     def part(name: str) -> Tensor | None:
@@ -135,6 +142,8 @@ def _flows(flows: Sequence[Flow]) -> AverageFlow:
         first,
         tokens=_tokens(flows),
         special=tuple(all(marks) for marks in zip(*(flow.special for flow in flows), strict=True)),
+        dst_tokens=_labels([flow.dst_tokens for flow in flows]),
+        dst_special=tuple(all(marks) for marks in zip(*(flow.dst_special for flow in flows), strict=True)),
         settings=_settings(flows),
         metric=_metric(flows),
         total=total,

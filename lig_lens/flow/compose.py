@@ -171,6 +171,7 @@ def span(flow: FlowData, start: int | None, stop: int | None) -> range:
     Raises:
         InputError: a layer that is missing, in any place, or a destination that is.
     """
+    flow.check_square("A path through layers")
     first, last = flow.layers[0], flow.layers[-1] + 1
     start = first if start is None else check_whole("start", start)
     stop = last if stop is None else check_whole("stop", stop)

@@ -47,6 +47,7 @@ class Consistency:
 
 def consistency(flow: FlowData, direct: FlowData, rule: str) -> Consistency:
     """See `Flow.consistency`."""
+    flow.check_square("consistency")
     if direct.block is None:
         raise InputError(f"consistency compares with the block map, and that Flow has {', '.join(direct.maps)}.")
     _check_same_prompt([flow, direct])

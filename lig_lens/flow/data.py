@@ -13,7 +13,7 @@ from lig_lens.arguments import checked
 from lig_lens.choose import find_places, of_flow
 from lig_lens.errors import InputError, check_choice
 from lig_lens.flow.labels import CELLS, TENSORS, Axes, axes_of
-from lig_lens.names import MAPS
+from lig_lens.names import ACROSS, MAPS
 
 F = TypeVar("F", bound="FlowData")
 
@@ -64,10 +64,16 @@ class FlowData:
     gap: dict[str, Float[Tensor, "..."]]
     converged: dict[str, Bool[Tensor, "..."]]
     metric: str | None = None
+    stream: str | None = None
+    dst_tokens: tuple[str, ...] = ()
+    dst_special: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, of_sources in (("dst_tokens", self.tokens), ("dst_special", self.special)):
+            if self.is_square or not getattr(self, name):
+                object.__setattr__(self, name, of_sources)
         if not self.destinations:
-            object.__setattr__(self, "destinations", tuple(range(len(self.tokens))))
+            object.__setattr__(self, "destinations", tuple(range(len(self.dst_tokens))))
         for name in TENSORS:
             value = getattr(self, name)
             if value is not None:
@@ -96,7 +102,20 @@ class FlowData:
     @property
     def has_all_destinations(self) -> bool:
         """Whether the dst axis stands for all positions, in order."""
-        return self.destinations == tuple(range(len(self.tokens)))
+        return self.destinations == tuple(range(len(self.dst_tokens)))
+
+    @property
+    def is_square(self) -> bool:
+        """Whether sources and destinations are positions of one text."""
+        return self.stream != ACROSS
+
+    def check_square(self, what: str) -> None:
+        """Raise InputError if sources and destinations are positions of two texts, which `what` cannot use."""
+        if not self.is_square:
+            raise InputError(
+                f"{what} joins destinations with the sources of the same text, and this Flow goes from one text to "
+                "another (stream='cross'): ask attribute() for stream='encoder' or 'decoder'."
+            )
 
     @checked
     def columns(self, map: str = "attn") -> Float[Tensor, "layer *rest dst"]:
@@ -202,7 +221,7 @@ class FlowData:
             src=src,
             src_token=self.tokens[src],
             dst=dst,
-            dst_token=self.tokens[dst],
+            dst_token=self.dst_tokens[dst],
             contribution=contribution,
             share=share,
         )
@@ -271,7 +290,8 @@ class FlowData:
             f"{name} {list(getattr(self, name).shape)} gap ≤ {self.worst_gap(name):.1e}" for name in self.maps
         )
         return (
-            f"{type(self).__name__}({self.model_name!r}, {len(self.tokens)} tokens, "
+            f"{type(self).__name__}({self.model_name!r}, "
+            f"{len(self.tokens)} {'' if self.is_square else f'to {len(self.dst_tokens)} '}tokens, "
             f"layers {_ranges(self.layers)}: {maps}; "
             f"{f'metric {self.metric}, ' if self.metric is not None else ''}"
             f"{self.converged_share():.1%} converged)"
@@ -287,14 +307,15 @@ def _check_labels(flow: FlowData) -> None:
         )
     for name, length, expected, what in (
         ("special", len(flow.special), n_pos, "tokens"),
+        ("dst_special", len(flow.dst_special), len(flow.dst_tokens), "dst_tokens"),
         ("layouts", len(flow.layouts), n_layers, "layers"),
         *((f"engines[{name!r}]", len(e), n_layers, "layers") for name, e in flow.engines.items()),
     ):
         if length != expected:
             raise InputError(f"Flow: {name} has {length} entries for {expected} {what}: give one for each.")
-    outside = [j for j in flow.destinations if not 0 <= j < n_pos]
+    outside = [j for j in flow.destinations if not 0 <= j < len(flow.dst_tokens)]
     if outside:
-        raise InputError(f"Flow: destination {outside[0]} is outside the positions 0 to {n_pos - 1}.")
+        raise InputError(f"Flow: destination {outside[0]} is outside the positions 0 to {len(flow.dst_tokens) - 1}.")
     for name, values in (("destinations", flow.destinations), ("layers", flow.layers)):
         if len(set(values)) < len(values):
             raise InputError(f"Flow: {name} {values} repeat a number: give each once.")

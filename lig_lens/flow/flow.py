@@ -57,7 +57,7 @@ class Flow(FlowData):
         model_name: as given to `load_model`.
         settings: what was asked for (maps, baselines, target, tol, engine, versions, model processing);
             JSON-able.
-        layouts: one per layer (`pre_ln`, `post_ln`, `pre_post_ln`, `parallel`, `block_only`).
+        layouts: one per layer (`pre_ln`, `post_ln`, `pre_post_ln`, `parallel`, `block_only`; `cross`).
         engines: for each map, the engine that computed each layer.
         attn: "layer head src dst", or None.
         mlp: "layer head dst", or None; comes with `skip` and `bias`, "layer dst" each.
@@ -72,6 +72,10 @@ class Flow(FlowData):
         converged: for each map, whether gap and the estimated error of the worst single contribution (relative to
             the column's largest) are both within tol.
         metric: name of the metric that is the target, or None.
+        stream: of a model with an encoder and a decoder, which was explained; None of others.
+        dst_tokens: one string per position that the dst axis may stand for: `tokens`, but for `stream="cross"`, where
+            sources are tokens of the source and destinations of the target.
+        dst_special: the same for `special`.
 
     Raises:
         InputError: labels, tensors and masks whose shapes do not belong together, or settings that JSON

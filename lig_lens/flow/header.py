@@ -31,16 +31,22 @@ class FlowHeader(BaseModel):
     layouts: tuple[str, ...]
     engines: dict[str, tuple[str, ...]]
     metric: str | None = None
+    stream: str | None = None
+    dst_tokens: tuple[str, ...] = ()
+    dst_special: tuple[bool, ...] = ()
     checksummed: bool = False
 
 
+# What Flows of models with an encoder and a decoder have beside the labels of others.
+_OF_STREAMS = ("stream", "dst_tokens", "dst_special")
 LABELS = tuple(name for name in FlowHeader.model_fields if not name.startswith(("schema", "checksum")))
 
 
 def header_of(labels: Mapping[str, object]) -> dict[str, object]:
     """Schema and labels, in the order of the file; what else is in `labels` is left out."""
+    kept = [name for name in LABELS if name not in _OF_STREAMS or labels["stream"] is not None]
     # Tuples become lists in JSON.
-    return {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **{name: labels[name] for name in LABELS}}
+    return {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **{name: labels[name] for name in kept}}
 
 
 def parse_header(text: str, shown: str) -> FlowHeader:

@@ -46,6 +46,7 @@ def head_maps(flow: FlowData) -> HeadMaps:
     Raises:
         InputError: the Flow lacks one.
     """
+    flow.check_square("compose")
     if flow.attn is None or flow.mlp is None or flow.skip is None or flow.bias is None:
         raise InputError(
             f"compose needs the attn and mlp maps of one Flow, and this one has {', '.join(flow.maps)}: ask "

@@ -34,7 +34,7 @@ def dataframe_of(flow: FlowData, map: str = "attn") -> "pandas.DataFrame":
             "src": src.numpy(),
             "src_token": [flow.tokens[i] for i in src.tolist()],
             "dst": dst.numpy(),
-            "dst_token": [flow.tokens[j] for j in dst.tolist()],
+            "dst_token": [flow.dst_tokens[j] for j in dst.tolist()],
             "contribution": terms.flatten().numpy().copy(),
             "share": shares.flatten().numpy(),
             "gap": gap,

@@ -27,8 +27,9 @@ def dataset_of(flow: FlowData) -> "xarray.Dataset":
         "src": list(range(len(flow.tokens))),
         "dst": list(flow.destinations),
         "src_token": ("src", list(flow.tokens)),
-        "dst_token": ("dst", [flow.tokens[j] for j in flow.destinations]),
+        "dst_token": ("dst", [flow.dst_tokens[j] for j in flow.destinations]),
         "src_special": ("src", list(flow.special)),
+        "dst_special": ("dst", [flow.dst_special[j] for j in flow.destinations]),
         "layout": ("layer", list(flow.layouts)),
     }
     for name in ("attn", "mlp"):

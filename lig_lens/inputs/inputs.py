@@ -12,7 +12,7 @@ class Inputs(ABC):
     """One prompt as a model takes it, and what its positions are called.
 
     Attributes:
-        tokens: a label for each position.
+        tokens: a label for each position that contributes.
         special: whether a position holds something that is not the user's, such as [CLS].
         kept_as: key of a Flow's settings under which `record` is kept.
     """
@@ -27,6 +27,28 @@ class Inputs(ABC):
     @abstractmethod
     def arguments(self, batch: int = 1) -> tuple[Tensor, ...]:
         """Positional arguments of the model for a batch of `batch` items that are all this prompt."""
+
+    def keywords(self, batch: int = 1) -> dict[str, Tensor]:
+        """Keyword arguments of the model beside `arguments`; none by default."""
+        return {}
+
+    @property
+    def dst_tokens(self) -> tuple[str, ...]:
+        """A label for each position that is contributed to: the same, unless attention looks at another text."""
+        return self.tokens
+
+    @property
+    def dst_special(self) -> tuple[bool, ...]:
+        """The same for `special`."""
+        return self.special
+
+    def beside(self, other: Any) -> Any:
+        """A second prompt as its user gave it, with what it may take over from this one."""
+        return other
+
+    def check_held(self, second: "Inputs") -> None:
+        """Raise InputError if a second prompt differs in what no path passes; by default nothing is held."""
+        return
 
     @abstractmethod
     def shortened(self) -> "Inputs":

@@ -10,21 +10,33 @@ from torch import Tensor
 from lig_lens.errors import InputError
 from lig_lens.hooked import HookedModel
 from lig_lens.inputs.inputs import Inputs
-from lig_lens.inputs.kinds import read_prompt
+from lig_lens.inputs.kinds import kind_of
+from lig_lens.inputs.source_and_target import is_source_and_target
 
 Pair = tuple[Inputs, Inputs | None]
 """A prompt, and its corrupted counterpart."""
 
 
-def is_batch(prompt: Any) -> bool:
-    """Whether `prompt` is several prompts: a sequence of texts, of images or of id sequences (not one of ids)."""
+def is_batch(prompt: Any, stream: str | None = None) -> bool:
+    """Whether `prompt` is several prompts: a sequence of texts, of images or of id sequences (not one of ids).
+
+    With a stream, a tuple of two is one prompt, a source and a target.
+    """
+    if stream is not None and is_source_and_target(prompt):
+        return False
     if isinstance(prompt, (str, Tensor)) or not isinstance(prompt, Sequence) or not prompt:
         return False
     return not isinstance(prompt[0], numbers.Integral)
 
 
 def read_pairs(
-    model: HookedModel, prompt: Any, corrupted: Any, attention_mask: Any, prepend_bos: Any, may_equal: bool = False
+    model: HookedModel,
+    prompt: Any,
+    corrupted: Any,
+    attention_mask: Any,
+    prepend_bos: Any,
+    may_equal: bool = False,
+    stream: str | None = None,
 ) -> list[Pair]:
     """Read prompts, and the corrupted prompt of each where there is one.
 
@@ -35,11 +47,13 @@ def read_pairs(
         attention_mask: one for each, or None; it holds for the corrupted prompt too, where that is padded alike.
         prepend_bos: for texts; the tokenizer's own default with None.
         may_equal: whether a corrupted prompt may equal its prompt.
+        stream: of a model with an encoder and a decoder, whose prompts are sources and targets.
 
     Raises:
         InputError: what cannot be read, or prompts of different lengths.
     """
-    several = is_batch(prompt)
+    read_one = kind_of(model, stream).read
+    several = is_batch(prompt, stream)
     prompts, others, masks = (
         _one_each(several, prompt, prompt),
         _one_each(several, prompt, corrupted, "corrupted"),
@@ -48,12 +62,16 @@ def read_pairs(
     read: list[Pair] = []
     for number, (one, other, mask) in enumerate(zip(prompts, others, masks, strict=True)):
         try:
-            clean = read_prompt(model, one, prepend_bos=prepend_bos, attention_mask=mask)
+            clean = read_one(model, one, prepend_bos=prepend_bos, attention_mask=mask)
             second = None
             if other is not None:
                 padded = mask if _padded_alike(other, one, mask) else None
-                second = read_prompt(
-                    model, other, prepend_bos=prepend_bos, attention_mask=padded, what="corrupted prompt"
+                second = read_one(
+                    model,
+                    clean.beside(other),
+                    prepend_bos=prepend_bos,
+                    attention_mask=padded,
+                    what="corrupted prompt",
                 )
                 clean.check_joins(second)
                 if not may_equal:
@@ -99,6 +117,7 @@ def check_different(clean: Inputs, *others: Inputs) -> None:
 
 def _padded_alike(other: Any, one: Any, mask: Any) -> bool:
     """Whether two prompts are token ids with the same padding where a mask says there is some."""
+    one, other = (prompt[0] if is_source_and_target(prompt) else prompt for prompt in (one, other))
     if mask is None or isinstance(one, str) or isinstance(other, str):
         return False
     try:

@@ -43,6 +43,8 @@ def read_ids(
     prepend_bos: Any = None,
     attention_mask: Any = None,
     what: str = "prompt",
+    may_pad: bool = True,
+    as_tokenized: bool = False,
 ) -> TokenIds:
     """Tokenize a text, or check token ids, and drop padding.
 
@@ -53,6 +55,8 @@ def read_ids(
         attention_mask: for ids, 1 for tokens and 0 for padding, which is at the ends, in the shape of the ids. Without
             it, a leading or trailing run of the tokenizer's pad token is padding, if that token has no other meaning.
         what: name of the argument in messages.
+        may_pad: False says that pad tokens at the ends of ids are none, where there is no mask.
+        as_tokenized: texts are read by the tokenizer alone, as it marks their beginning and end.
 
     Padding is removed before the model runs, so it neither gives nor receives contributions. Nothing else is
     cut: special tokens stay, marked in `TokenIds.special`.
@@ -64,12 +68,21 @@ def read_ids(
     if isinstance(prompt, str):
         if attention_mask is not None:
             raise InputError("attention_mask goes with token ids: a text has no padding, leave the mask out.")
-        ids = _from_text(model, prompt, prepend_bos, what)
+        ids = _from_text(model, prompt, prepend_bos, what, as_tokenized)
     else:
-        ids = _from_ids(model, prompt, attention_mask, what)
+        ids = _from_ids(model, prompt, attention_mask, what, may_pad)
     if ids.shape[1] == 0:
         raise InputError(f"The {what} is empty: give at least one token.")
-    if isinstance(prompt, str) and int(ids.max()) >= int(model.cfg.d_vocab):
+    return labelled(model, ids, what)
+
+
+def labelled(model: HookedModel, ids: Int[Tensor, "1 pos"], what: str) -> TokenIds:
+    """Ids with what they are called.
+
+    Raises:
+        InputError: more than the model's context, or a token of the tokenizer that the model does not have.
+    """
+    if int(ids.max()) >= int(model.cfg.d_vocab):
         added = int(ids.max())
         raise InputError(
             f"The {what} has {model.tokenizer.decode([added])!r}, which the tokenizer reads as token {added} and the "
@@ -91,7 +104,7 @@ def arbitrary_ids(model: HookedModel) -> Int[Tensor, "1 pos"]:
     return torch.arange(1, length + 1, device=model.cfg.device)[None] * 7 % int(model.cfg.d_vocab)
 
 
-def _from_text(model: HookedModel, text: str, prepend_bos: Any, what: str) -> Tensor:
+def _from_text(model: HookedModel, text: str, prepend_bos: Any, what: str, as_tokenized: bool) -> Tensor:
     if not text.strip():
         raise InputError(f"The {what} is empty: {text!r}. Give a text with at least one word.")
     tokenizer = getattr(model, "tokenizer", None)
@@ -100,6 +113,10 @@ def _from_text(model: HookedModel, text: str, prepend_bos: Any, what: str) -> Te
     if prepend_bos is not None and not isinstance(prepend_bos, bool):
         raise InputError(f"prepend_bos={prepend_bos!r} is neither True nor False: give one, or leave it out.")
     _check_known(tokenizer, text, what)
+    if as_tokenized:
+        if prepend_bos is not None:
+            raise InputError(f"prepend_bos={prepend_bos}: the {what} is read as its tokenizer marks it: leave it out.")
+        return torch.tensor([tokenizer(text)["input_ids"]], dtype=torch.long, device=model.cfg.device)
     ids = _tokenized(model, text, prepend_bos)
     bos = getattr(tokenizer, "bos_token", None)
     if prepend_bos is None and bos and text.startswith(bos) and ids[0, :2].tolist() == [tokenizer.bos_token_id] * 2:
@@ -144,7 +161,7 @@ def _check_known(tokenizer: Any, text: str, what: str) -> None:
         )
 
 
-def _from_ids(model: HookedModel, prompt: Any, attention_mask: Any, what: str) -> Tensor:
+def _from_ids(model: HookedModel, prompt: Any, attention_mask: Any, what: str, may_pad: bool) -> Tensor:
     if is_image(prompt):
         raise InputError(f"The {what} is an image, and this model takes text: give a text or token ids [pos].")
     try:
@@ -169,7 +186,9 @@ def _from_ids(model: HookedModel, prompt: Any, attention_mask: Any, what: str) -
         raise InputError(
             f"The {what} holds token id {bad}, outside the vocabulary 0 … {d_vocab - 1}: use the model's tokenizer."
         )
-    return ids[_kept(model, ids, attention_mask, what)][None].to(model.cfg.device)
+    if attention_mask is not None or may_pad:
+        ids = ids[_kept(model, ids, attention_mask, what)]
+    return ids[None].to(model.cfg.device)
 
 
 def _kept(model: HookedModel, ids: Tensor, attention_mask: Any, what: str) -> Tensor:

@@ -135,8 +135,9 @@ def resid_integrand(
 
     Its parts are [dst, head or 1, src].
     """
-    scalar = target.at_node(len(values), values.resid_pre, values.heads.W_O if to_heads else None)
-    return FromResid(values, path, scalar, dst, to_heads, budget.items(len(values)))
+    n_dst = len(values.resid_post)
+    scalar = target.at_node(n_dst, values.resid_pre, values.heads.W_O if to_heads else None)
+    return FromResid(values, path, scalar, dst, to_heads, budget.items(max(n_dst, len(values))))
 
 
 def tail_integral(

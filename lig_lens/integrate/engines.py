@@ -9,6 +9,7 @@ from torch import Tensor
 from lig_lens.blocks.values import Values
 from lig_lens.errors import InputError
 from lig_lens.integrate import autograd, closed_form
+from lig_lens.integrate.across import across_integrand
 from lig_lens.integrate.attention_path import SharedPath
 from lig_lens.integrate.closed_form import NUMBERS_PER_TOKEN
 from lig_lens.integrate.integrand import Budget, PathIntegrand
@@ -61,7 +62,8 @@ class ClosedForm(Engine):
 
     def serves(self, values: Values) -> bool:
         """See the base class."""
-        return values.attention is not None and values.attention.formula is not None
+        heads = values.attention
+        return heads is not None and (heads.formula is not None or heads.across is not None)
 
     def resid_integrand(
         self,
@@ -73,6 +75,9 @@ class ClosedForm(Engine):
         budget: Budget,
     ) -> PathIntegrand:
         """See the base class."""
+        if values.heads.across is not None:
+            size = NUMBERS_PER_TOKEN * budget.max_batch_tokens
+            return across_integrand(values, path, target, dst, size)
         return closed_form.resid_integrand(values, path, target, dst, to_heads, budget)
 
     def between(self, values: Values, start: Float[Tensor, "pos d_model"], budget: Budget, by_message: bool) -> Between:

@@ -195,7 +195,7 @@ class _ToMetric(ByPoints):
         self.shape = (n_heads, n_pos, n_pos)
         self.n_parts = n_heads * n_pos**2 + n_pos
         # Every block that is still to run keeps activations for the backward pass.
-        self.chunk = max(1, budget.max_batch_tokens // (n_pos * (len(down.forward.stack) - values.layer)))
+        self.chunk = max(1, budget.max_batch_tokens // (n_pos * down.forward.stack.count_from(values.layer)))
         logits = self._onward(torch.stack([start, values.resid_pre]))
         ends = down.metric(logits).to(self.dtype)
         self.start = ends[:1]

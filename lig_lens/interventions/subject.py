@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lig_lens.blocks.known import Blocks, Needs
 from lig_lens.choose import Selection, chosen_numbers
-from lig_lens.hooked import HookedModel, check_hooked
+from lig_lens.hooked import HookedModel, check_hooked, check_one_stack
 from lig_lens.inputs.inputs import Inputs
 from lig_lens.inputs.pairs import read_pair
 from lig_lens.interventions.run import Recorder
@@ -47,6 +47,7 @@ def read_subject(model: object, prompts: Sequence[object], layers: Selection, pr
             length, or layers that do not exist.
     """
     hooked = check_hooked(model)
+    check_one_stack(hooked, "An intervention")
     check_evaluating(hooked)
     clean, *others = prompts
     with one_at_a_time(hooked):  # a model's tokenizer has settings that it changes meanwhile

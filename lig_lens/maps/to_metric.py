@@ -36,7 +36,8 @@ class AttnToMetric(Map):
 
     def work(self, job: Job, index: int) -> int:
         """The blocks that every point of the path runs through."""
-        return len(job.values[job.layers[index]].call.stack) - job.layers[index]
+        layer = job.layers[index]
+        return job.values[layer].call.stack.count_from(layer)
 
     def check_block(self, values: Values, wanted: str, by_message: bool) -> None:
         """See the base class."""

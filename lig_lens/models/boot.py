@@ -1,73 +1,20 @@
 """A checkpoint in, a bridge out: as the class that it was saved as, and with what its loading found missing."""
 
 import contextlib
-import copy
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lig_lens.errors import BridgeWarning, InputError
-from lig_lens.models.adapters import ENCODERS, IMAGES, KIN
-from lig_lens.models.adapters.classifiers import classifier_adapter
-from lig_lens.models.adapters.encoders import encoder_adapter
-from lig_lens.models.adapters.images import image_adapter, image_arguments
+from lig_lens.errors import InputError, LigLensError
+from lig_lens.hooked import missing_parts
+from lig_lens.models.adapters import T5_ENCODERS
 from lig_lens.models.heads import listed, note_head
 from lig_lens.models.own_tokenizer import keep_own_tokenizer
 from lig_lens.models.packaged import quiet_transformers
-from lig_lens.models.precision import HALF
-from lig_lens.models.running import first_tensor
-
-_CLASSIFIER = "ForSequenceClassification"
-_POOLER = "pooler."  # of a model without a head: what it gives beside its vectors
-# A prompt that every vocabulary has, and how far logits on it may be apart, relative to their spread: rounding in
-# single and in half precision.
-_PROBE = (5, 9, 7, 11)
-_APART, _HALF_APART = 1e-3, 5e-2
-
-
-class _Loading:
-    """A class of transformers as the bridge asks for it, which notes what its loading did not find."""
-
-    def __init__(self, kind: Any) -> None:
-        self.kind, self.__name__ = kind, kind.__name__
-        self.of_head: list[tuple[str, Tensor]] = []
-        self.of_body: list[str] = []
-        self.plain: _Plain | None = None
-
-    def from_pretrained(self, source: str, **options: Any) -> Any:
-        """Load the model, and note weights that are in no file: those of its body, and those of its head."""
-        model, info = self.kind.from_pretrained(source, output_loading_info=True, **options)
-        weights = dict(model.named_parameters())
-        prefix = f"{model.base_model_prefix}."
-        has_body = prefix != "." and hasattr(model, model.base_model_prefix)
-        unembed = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        of_unembed = {id(weight) for weight in unembed.parameters()} if isinstance(unembed, torch.nn.Module) else set()
-        for name in sorted(info["missing_keys"] & weights.keys()):
-            past_body = name.startswith(_POOLER) or (has_body and not name.startswith(prefix))
-            if id(weights[name]) in of_unembed or past_body:
-                self.of_head.append((name, weights[name]))
-            else:
-                self.of_body.append(name)
-        self.plain = _run_plain(model, lambda: self._again(source, **options))
-        return model
-
-    def _again(self, source: str, **options: Any) -> Any:
-        """The model as its user loads it, where the class settles its attention when it is made."""
-        config = copy.deepcopy(options.pop("config"))
-        options.pop("attn_implementation", None)
-        # The bridge asks for attentions, which transformers gives with eager attention alone.
-        config._attn_implementation, config.output_attentions = None, False
-        return self.kind.from_pretrained(source, config=config, **options).eval()
-
-    def from_config(self, config: Any, **options: Any) -> Any:
-        """Make the model with random weights."""
-        make = getattr(self.kind, "from_config", None) or self.kind._from_config  # automatic classes, and others
-        return make(config, **options)
+from lig_lens.models.plain import Loading, reason, try_out
+from lig_lens.models.served import served
 
 
 def boot(source: str, name: str, device: "str | torch.device | None", dtype: torch.dtype, load_weights: bool) -> Any:
@@ -81,19 +28,21 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
         load_weights: False makes them at random.
 
     Raises:
-        InputError: no model there, one that lacks weights below its head, or an architecture that is not served.
+        InputError: no model there, one that lacks weights below its head, an architecture that is not served, or a
+            bridge that cannot run.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
     with _named(source, name), quiet_transformers():
-        architecture, saved, loading = _served(source)
+        how = served(source)
+        loading = Loading(how.kind, dtype)
         bridge = TransformerBridge.boot_transformers(
             source,
             device=device,
             dtype=dtype,
             load_weights=load_weights,
             model_class=loading,
-            hf_config_overrides={"original_architecture": architecture},
+            hf_config_overrides={"original_architecture": how.architecture},
         )
         keep_own_tokenizer(bridge, source)
     vars(bridge.original_model.config).pop("original_architecture", None)
@@ -101,171 +50,27 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
     if loading.of_body:
         raise InputError(
             f"{name!r} lacks weights of its blocks: {listed(loading.of_body)} stand in no file of it, and random ones "
-            f"would be explained. It was saved as {saved or 'an unknown class'} and loaded as {loaded}: take a model "
-            "that was saved whole."
+            f"would be explained. It was saved as {how.saved or 'an unknown class'} and loaded as {loaded}: take a "
+            "model that was saved whole."
         )
+    if missing_parts(bridge):
+        raise InputError(
+            f"The layers of a {loaded} are neither in one row nor in an encoder's and a decoder's, and lig_lens has no "
+            "maps for that: load a model of another family."
+        )
+    if how.architecture in T5_ENCODERS:  # else what ends a text would be put in front of it
+        bridge.cfg.default_prepend_bos, bridge.cfg.tokenizer_appends_eos = bridge.cfg.tokenizer_prepends_bos, False
     if load_weights:
-        bare = loading.plain is not None and not loading.plain.has_head
-        note_head(bridge, saved, loaded, loading.of_head, bare)
-        _compare(bridge, loading.plain, name)
+        bare = loading.run is not None and not loading.run.has_head
+        note_head(bridge, how.saved, loaded, loading.of_head, bare)
     else:
         with contextlib.redirect_stdout(None):  # TransformerLens prints the dtype
             bridge.to(dtype)
         bridge.eval()
-    bridge.enable_compatibility_mode(disable_warnings=True, no_processing=True)
+    if getattr(bridge.adapter, "supports_compatibility_mode", True):
+        bridge.enable_compatibility_mode(disable_warnings=True, no_processing=True)
+    try_out(bridge, loading, name)
     return bridge
-
-
-@dataclass(frozen=True)
-class _Plain:
-    """A plain model's run on an arbitrary prompt.
-
-    Attributes:
-        prompt: what it was given.
-        output: its logits, or the last vectors of a model without a head.
-        has_head: which of both.
-    """
-
-    prompt: Tensor
-    output: Tensor
-    has_head: bool
-
-
-def _arguments(model: Any) -> dict[str, Tensor]:
-    """An arbitrary prompt for a plain model."""
-    if model.main_input_name == "pixel_values":
-        return image_arguments(model)
-    return {"input_ids": torch.tensor([_PROBE])}
-
-
-@torch.no_grad()
-def _run_plain(model: Any, load_again: Callable[[], Any]) -> _Plain | None:
-    """Run a plain model as its user does, with the attention that transformers takes by default.
-
-    None where it takes no prompt alone.
-    """
-    taken = getattr(model.config, "_attn_implementation", None)
-    model.eval()
-    try:
-        with contextlib.suppress(ValueError, ImportError, AttributeError):
-            model.set_attn_implementation("sdpa")
-        switched = getattr(model.config, "_attn_implementation", None) == "sdpa"
-        plain = model if switched or not getattr(model, "_supports_sdpa", False) else load_again()
-        arguments = _arguments(model)
-        output = plain(**arguments)
-        logits = getattr(output, "logits", None)
-        found = output.last_hidden_state if logits is None else logits
-        prompt = next(iter(arguments.values()))
-        return _Plain(prompt, found.float(), logits is not None) if isinstance(found, Tensor) else None
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError):
-        return None
-    finally:
-        if taken is not None:
-            model.set_attn_implementation(taken)
-
-
-@torch.no_grad()
-def _compare(bridge: Any, run: _Plain | None, name: str) -> None:
-    """Warn if a bridge gives other logits than the plain model did."""
-    if run is None:
-        return
-    found = first_tensor(bridge(run.prompt.to(bridge.cfg.device))).cpu().float()
-    plain = run.output
-    spread = float((plain - plain.mean(-1, keepdim=True)).abs().max())
-    apart = float((found - plain).abs().max()) / max(spread, 1e-30) if found.shape == plain.shape else float("inf")
-    if not apart <= (_HALF_APART if bridge.cfg.dtype in HALF else _APART):
-        warnings.warn(
-            f"TransformerLens' bridge of {name!r} gives other {'logits' if run.has_head else 'vectors'} than the plain "
-            f"{type(bridge.original_model).__name__} as transformers runs it (apart by {apart:.1e} of their spread): "
-            "contributions are to what the bridge computes. Try another version of TransformerLens or transformers.",
-            BridgeWarning,
-            stacklevel=4,  # the caller of load_model
-        )
-
-
-def _served(source: str) -> tuple[str, str, _Loading]:
-    """The architecture that the bridge is asked for, the class that a model was saved as, and the one to load.
-
-    Raises:
-        InputError: no adapter for it.
-    """
-    import transformers
-    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
-    from transformer_lens.model_bridge.sources.transformers import (
-        determine_architecture_from_hf_config,
-        get_hf_model_class_for_architecture,
-    )
-
-    config = transformers.AutoConfig.from_pretrained(_without_alias(source))
-    saved = next(iter(getattr(config, "architectures", None) or [""]))
-    _register_ours()
-    language = saved if saved in SUPPORTED_ARCHITECTURES else _of_ours(config.model_type)
-    if language is None:
-        try:
-            language = determine_architecture_from_hf_config(config)
-        except ValueError as error:
-            raise InputError(
-                f"{saved or 'A model'} (model_type {config.model_type!r}) is served neither by TransformerLens' bridge "
-                f"nor by an adapter of lig_lens ({len(SUPPORTED_ARCHITECTURES)} architectures are): load a model of "
-                "another family."
-            ) from error
-    if saved in IMAGES:
-        return saved, saved, _Loading(getattr(transformers, saved))
-    if saved.endswith(_CLASSIFIER) and hasattr(transformers, saved):
-        if saved not in SUPPORTED_ARCHITECTURES:
-            _register(saved, classifier_adapter(SUPPORTED_ARCHITECTURES[language]))
-        return saved, saved, _Loading(getattr(transformers, saved))
-    if language in ENCODERS:
-        return language, saved, _Loading(transformers.AutoModelForMaskedLM)
-    return language, saved, _Loading(get_hf_model_class_for_architecture(language))
-
-
-def _of_ours(model_type: str) -> str | None:
-    """The language model among those of our tables that a model of this type can be loaded as."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
-    names = (MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type))
-    return next((name for name in names if name in ENCODERS or name in KIN), None)
-
-
-def _without_alias(name: str) -> str:
-    """The hub id that TransformerLens loads for one of its own names, such as gpt2-small."""
-    try:
-        from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
-    except ImportError:  # 3.9
-        from transformer_lens.supported_models import MODEL_ALIASES
-
-        return next((official for official, aliases in MODEL_ALIASES.items() if name in aliases), name)
-    return resolve_model_alias(name) or name
-
-
-def _register_ours() -> None:
-    """Let TransformerLens know the adapters of this package; its own are left in place."""
-    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
-
-    for name, encoder in ENCODERS.items():
-        if name not in SUPPORTED_ARCHITECTURES:
-            _register(name, encoder_adapter(encoder))
-    for name, image_names in IMAGES.items():
-        if name not in SUPPORTED_ARCHITECTURES:
-            _register(name, image_adapter(image_names))
-    for name, other in KIN.items():
-        if name not in SUPPORTED_ARCHITECTURES and other in SUPPORTED_ARCHITECTURES:
-            _register(name, SUPPORTED_ARCHITECTURES[other])
-
-
-def _register(name: str, adapter: type) -> None:
-    """Register an adapter: for the factory, and in the table in which loading looks a config's architecture up."""
-    from transformer_lens.factories.architecture_adapter_factory import (
-        SUPPORTED_ARCHITECTURES,
-        ArchitectureAdapterFactory,
-    )
-
-    ArchitectureAdapterFactory.register_adapter(name, adapter)
-    SUPPORTED_ARCHITECTURES[name] = adapter
 
 
 @contextlib.contextmanager
@@ -277,13 +82,12 @@ def _named(source: str, name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, torch.OutOfMemoryError):
+    except (LigLensError, torch.OutOfMemoryError, MemoryError):
         raise
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    except Exception as error:  # adapters raise whatever comes up in them
         if Path(source).is_dir():
-            raise InputError(f"The folder {name!r} holds no model that can be loaded: {reason}") from error
+            raise InputError(f"The folder {name!r} holds no model that can be loaded: {reason(error)}") from error
         raise InputError(
-            f"{name!r} is neither a local folder nor a model that can be fetched now ({reason}): give a folder saved "
-            "with save_pretrained, 'minilm', 'smollm2', or a hub id while online (HF_HUB_OFFLINE unset)."
+            f"{name!r} is neither a local folder nor a model that can be fetched now ({reason(error)}): give a folder "
+            "saved with save_pretrained, 'minilm', 'smollm2', or a hub id while online (HF_HUB_OFFLINE unset)."
         ) from error

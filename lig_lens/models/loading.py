@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lig_lens.arguments import checked
 from lig_lens.errors import InputError
-from lig_lens.hooked import HookedModel, check_hooked
+from lig_lens.hooked import HookedModel, check_hooked, lists_of_blocks
 from lig_lens.models.boot import boot
 from lig_lens.models.packaged import INDUCTION, PACKAGED, quiet_transformers
 from lig_lens.names import DTYPES
@@ -85,7 +85,8 @@ def model_name(model: HookedModel) -> str:
 
 def check_evaluating(model: HookedModel) -> None:
     """Raise InputError if `model` is in train mode with dropout."""
-    if not model.training and not any(block.training for block in model.blocks):
+    blocks = [block for one in lists_of_blocks(model).values() for block in one]
+    if not model.training and not any(block.training for block in blocks):
         return
     rates = {name: float(m.p) for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
     config = getattr(getattr(model, "original_model", None), "config", None)
@@ -107,11 +108,12 @@ def describe_processing(model: HookedModel) -> dict[str, Any]:
     Folded norms and centred weights change residual norms, and so every number of a Flow.
     """
     cfg = model.cfg
+    first = next(iter(lists_of_blocks(model).values()))[0]
     kind = str(getattr(cfg, "normalization_type", None))
     # A bridge says nothing of processing; a HookedTransformer's untrained norms are constant too.
     is_bridge = hasattr(model, "original_model")
-    folded = kind.endswith("Pre") or (is_bridge and _is_constant(getattr(model.blocks[0], "ln1", None)))
-    W_O = getattr(getattr(model.blocks[0], "attn", None), "W_O", None)
+    folded = kind.endswith("Pre") or (is_bridge and _is_constant(getattr(first, "ln1", None)))
+    W_O = getattr(getattr(first, "attn", None), "W_O", None)
     centred = None
     if isinstance(W_O, Tensor):
         centred = bool(W_O.float().mean(-1).abs().max() <= 1e-4 * W_O.float().abs().max())

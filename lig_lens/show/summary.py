@@ -51,12 +51,13 @@ def summarize(flow: Flow, width: int | None = None) -> str:
 
 def _header(flow: Flow, facts: Facts, width: int | None) -> list[str]:
     counts = f"{_count(facts.n_tokens, 'token')}, {_count(facts.n_layers, 'layer')} of {facts.model}"
-    if facts.n_destinations < facts.n_tokens:
+    if facts.n_destinations < facts.n_tokens or not flow.is_square:
         counts += f", {_count(facts.n_destinations, 'destination')}"
     baselines = ", ".join(f"{name} from {baseline}" for name, baseline in facts.baselines.items())
     named = (("target", facts.target), ("tol", facts.tol))
     asked = ", ".join(f"{name} {value}" for name, value in named if value is not None)
-    tokens = " ".join(show_token(token) for token in flow.tokens)
+    texts = (flow.tokens,) if flow.is_square else (flow.tokens, flow.dst_tokens)
+    tokens = " → ".join(" ".join(show_token(token) for token in text) for text in texts)
     return [
         line
         for line in (counts, _cut(tokens, width or _PLAIN_WIDTH), "; ".join(filter(None, (baselines, asked))))
@@ -113,7 +114,7 @@ def _convergence(facts: Facts) -> str:
 
 
 def boundaries_table(model_name: str, blocks: Sequence[BlockBoundaries], width: int | None = None) -> str:
-    """Lay out `describe_boundaries`: one row per block, hook names without their `blocks.N.`."""
+    """Lay out `describe_boundaries`: one row per block, hook names without the block's own."""
     table = _table("block", "layout", "heads", "d_head", "norms", "engine")
     nodes = ("resid_pre", "hook_z", "resid_mid", "resid_post")
     for node in nodes:
@@ -122,7 +123,7 @@ def boundaries_table(model_name: str, blocks: Sequence[BlockBoundaries], width: 
         heads = str(block.n_heads)
         if block.n_key_value_heads != block.n_heads:
             heads += f" ({block.n_key_value_heads} kv)"
-        names = [(getattr(block, node) or "-").removeprefix(f"blocks.{block.layer}.") for node in nodes]
+        names = [(getattr(block, node) or "-").split(f"blocks.{block.layer}.")[-1] for node in nodes]
         cells = [
             block.layer,
             block.layout,
@@ -133,7 +134,8 @@ def boundaries_table(model_name: str, blocks: Sequence[BlockBoundaries], width: 
             *names,
         ]
         table.add_row(*[Text(str(cell)) for cell in cells])
-    title = f"{model_name}: {_count(len(blocks), 'block')}; hooks are named blocks.N.…"
+    prefix = blocks[0].resid_post.partition(".")[0] if blocks else "blocks"
+    title = f"{model_name}: {_count(len(blocks), 'block')}; hooks are named {prefix}.N.…"
     return f"{title}\n\n{_render(table, width)}"
 
 

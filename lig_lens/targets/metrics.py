@@ -228,7 +228,12 @@ def _position(logits: Tensor, pos: int) -> int:
 
 def _token(model: object, answer: str | int, logits: Tensor) -> int:
     """Id of an answer token."""
-    d_vocab = logits.shape[-1]
+    d_vocab, cfg = logits.shape[-1], getattr(model, "cfg", None)
+    if d_vocab == getattr(cfg, "d_model", None) != getattr(cfg, "d_vocab", d_vocab):
+        raise InputError(
+            f"The model has no head: it puts out vectors of {d_vocab} numbers, not logits of tokens. Use metric() with "
+            "a function of those."
+        )
     if isinstance(answer, str):
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None:

@@ -1,5 +1,6 @@
 """Layouts, in the order in which they are tried."""
 
+from lig_lens.blocks.layouts.across import Across
 from lig_lens.blocks.layouts.layout import Layout
 from lig_lens.blocks.layouts.parallel import Parallel
 from lig_lens.blocks.layouts.post_ln import PostLn
@@ -8,5 +9,7 @@ from lig_lens.blocks.layouts.pre_post_ln import PrePostLn
 from lig_lens.blocks.layouts.scaled_pre_ln import ScaledPreLn
 
 LAYOUTS: tuple[Layout, ...] = (PreLn(), PostLn(), PrePostLn(), Parallel(), ScaledPreLn())
+# Of heads that look at another stack.
+ACROSS = Across()
 # Of a block without separable heads.
 BLOCK_ONLY = "block_only"

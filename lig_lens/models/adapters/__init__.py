@@ -182,6 +182,8 @@ ENCODERS: Mapping[str, Encoder] = MappingProxyType(
 
 _VIT, _MASKED = ImageNames(), ImageNames(all_patches=True)
 _DINOV2 = ImageNames("encoder.layer", ("norm1", "norm2"), ("layer_scale1", "layer_scale2"))
+# Encoders alone, of models that have a decoder too, and without a head.
+T5_ENCODERS = ("T5EncoderModel", "MT5EncoderModel")
 # Models of images, by the class that they were saved as; those that TransformerLens has an adapter for keep it.
 IMAGES: Mapping[str, ImageNames] = MappingProxyType(
     {

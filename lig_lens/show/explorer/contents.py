@@ -118,6 +118,7 @@ def contents_of(flows: Mapping[str, Flow]) -> Contents:
     arrays: dict[str, str] = {}
     samples: dict[tuple[str, ...], Sample] = {}
     for number, (label, flow) in enumerate(flows.items()):
+        flow.check_square("explore")
         if flow.tokens not in samples:
             samples[flow.tokens] = _sample(flow)
         samples[flow.tokens]["views"].append(_view(label, flow, f"a{number}", arrays))

@@ -34,6 +34,7 @@ def to_circuitsvis(flow: Flow, layer: int, heads: Sequence[int] | None = None) -
         InputError: a map, layer or head that the Flow does not have, or destinations that are missing.
         MissingPackageError: circuitsvis is not installed (`pip install circuitsvis`).
     """
+    flow.check_square("to_circuitsvis")
     shares = flow.shares("attn")
     (place,) = find_places([layer], flow.layers, of_flow("layer"))
     rows = find_places(heads, range(shares.shape[1]), of_flow("head"))

@@ -27,10 +27,16 @@ def pick(call: str, flow: Flow, tokens: Sequence[int] | None) -> Positions:
     """Sources and destinations of a Flow among some positions, all by default; negative ones count from the end.
 
     Raises:
-        InputError: one outside the prompt, none at all, or none that is a destination.
+        InputError: one outside the prompt, none at all, or none that is a destination; any of a Flow from one text to
+            another.
     """
     if tokens is None:
         return Positions(list(range(len(flow.tokens))), list(flow.destinations), list(range(len(flow.destinations))))
+    if not flow.is_square:
+        raise InputError(
+            f"{call}: tokens={list(tokens)} names positions of one text, and this Flow goes from one to another "
+            "(stream='cross'): leave it out, and choose destinations with Flow.select."
+        )
     sources = find_places(tokens, range(len(flow.tokens)), of_tokens(call, len(flow.tokens)), from_end=True)
     destinations = [position for position in sources if position in flow.destinations]
     if not destinations:
@@ -49,7 +55,9 @@ def token_axis(flow: Flow, positions: Sequence[int], name: str, numbered: bool =
         name: `source` or `destination`.
         numbered: labels have the position beside the token.
     """
-    labels = [token_label(flow.tokens[at], flow.special[at], at if numbered else None) for at in positions]
+    to = name == "destination"
+    tokens, special = (flow.dst_tokens, flow.dst_special) if to else (flow.tokens, flow.special)
+    labels = [token_label(tokens[at], special[at], at if numbered else None) for at in positions]
     return Axis(f"{name} token", labels, name, None if numbered else positions)
 
 
@@ -124,7 +132,7 @@ def cancelling(flow: Flow, map: str) -> torch.Tensor:
 
 
 def _check_alike(call: str, flow: Flow, minus: Flow, map: str, share: bool) -> None:
-    for name in ("tokens", "layers", "destinations"):
+    for name in ("tokens", "dst_tokens", "layers", "destinations"):
         if getattr(flow, name) != getattr(minus, name):
             raise InputError(
                 f"{call}: minus= has other {name} ({getattr(minus, name)}, not {getattr(flow, name)}): give a Flow of "
