@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lig_lens as ll
 from lig_lens.errors import InputError
-from lig_lens.models.boot import _without_alias
+from lig_lens.models.served import _without_alias
 
 ENCODERS = {
     "RobertaForMaskedLM": SMALL,

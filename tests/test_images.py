@@ -18,7 +18,7 @@ from lig_lens.cli.main import run
 from lig_lens.errors import InputError
 from lig_lens.inputs.kinds import read_prompt
 from lig_lens.models.adapters import IMAGES
-from lig_lens.models.boot import _run_plain
+from lig_lens.models.plain import _run
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 12,
@@ -124,7 +124,7 @@ def test_logits_are_those_of_the_plain_model(kind: str, tmp_path: Path) -> None:
     expected = output.logits if hasattr(output, "logits") else output.last_hidden_state
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    again = _run_plain(plain, lambda: plain)  # loading could see whether the bridge differs
+    again = _run(plain, lambda: plain)  # loading could see whether the bridge differs
     assert again is not None and again.has_head == hasattr(output, "logits")
 
 

@@ -22,6 +22,7 @@ class SourceAndTarget(Inputs):
     source: TokenIds
     target: TokenIds
     stream: str
+    kept_as = "token_ids"
 
     def __len__(self) -> int:
         return len(self._from)
