@@ -161,7 +161,7 @@ def _with_heads(block: Block, inside: Inside, replayed: bool) -> Block:
     return replace(
         block,
         boundaries=boundaries,
-        norms_to_z=int(norm_before(order, inside.z_path)) + int(qk_normed(order, inside.z_path)),
+        norms_to_z=int(norm_before(order, inside.z_path)) + int(qk_normed(inside)),
         tail_norms=tuple(tail_scales(call, inside.seen, inside.attn_out_path if layout.norms_in_series else None)),
         attention=nodes,
         settled=found != UNTOLD,

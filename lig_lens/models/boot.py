@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lig_lens.errors import BridgeWarning, InputError
-from lig_lens.models.adapters import ENCODERS, KIN, MODEL_TYPES
+from lig_lens.errors import BridgeWarning, InputError, LigLensError
+from lig_lens.models.adapters import ENCODERS, KIN, MENDED, MODEL_TYPES
 from lig_lens.models.adapters.classifiers import classifier_adapter
 from lig_lens.models.adapters.encoders import encoder_adapter
 from lig_lens.models.heads import listed, note_head
@@ -23,16 +23,22 @@ _CLASSIFIER = "ForSequenceClassification"
 # single and in half precision.
 _PROBE = (5, 9, 7, 11)
 _APART, _HALF_APART = 1e-3, 5e-2
+# What models raise that cannot be run on it.
+_CANNOT_RUN = (
+    TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError, NotImplementedError,
+    ImportError,
+)  # fmt: skip
 
 
 class _Loading:
     """A class of transformers as the bridge asks for it, which notes what its loading did not find."""
 
-    def __init__(self, kind: Any) -> None:
-        self.kind, self.__name__ = kind, kind.__name__
+    def __init__(self, kind: Any, dtype: torch.dtype) -> None:
+        self.kind, self.__name__, self.dtype = kind, kind.__name__, dtype
         self.of_head: list[tuple[str, Tensor]] = []
         self.of_body: list[str] = []
         self.logits: Tensor | None = None
+        self.why_none = ""
 
     def from_pretrained(self, source: str, **options: Any) -> Any:
         """Load the model, and note weights that are in no file: those of its body, and those of its head."""
@@ -47,7 +53,11 @@ class _Loading:
                 self.of_head.append((name, weights[name]))
             else:
                 self.of_body.append(name)
-        self.logits = _plain_logits(model, lambda: self._again(source, **options))
+        self._settle(model)
+        try:
+            self.logits = _plain_logits(model, lambda: self._again(source, **options))
+        except _CANNOT_RUN as error:
+            self.why_none = _reason(error)
         return model
 
     def _again(self, source: str, **options: Any) -> Any:
@@ -56,12 +66,22 @@ class _Loading:
         options.pop("attn_implementation", None)
         # The bridge asks for attentions, which transformers gives with eager attention alone.
         config._attn_implementation, config.output_attentions = None, False
-        return self.kind.from_pretrained(source, config=config, **options).eval()
+        model = self.kind.from_pretrained(source, config=config, **options).eval()
+        self._settle(model)
+        return model
 
     def from_config(self, config: Any, **options: Any) -> Any:
         """Make the model with random weights."""
         make = getattr(self.kind, "from_config", None) or self.kind._from_config  # automatic classes, and others
-        return make(config, **options)
+        model = make(config, **options)
+        self._settle(model)
+        return model
+
+    def _settle(self, model: Any) -> None:
+        """Let experts run one by one where transformers' joint product of matrices has no kernel for the dtype."""
+        if self.dtype is torch.float64 and hasattr(model, "set_experts_implementation"):
+            with contextlib.suppress(ValueError):  # a model without experts
+                model.set_experts_implementation("eager")
 
 
 def boot(source: str, name: str, device: "str | torch.device | None", dtype: torch.dtype, load_weights: bool) -> Any:
@@ -75,12 +95,13 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
         load_weights: False makes them at random.
 
     Raises:
-        InputError: no model there, one that lacks weights below its head, or an architecture that is not served.
+        InputError: no model there, one that lacks weights below its head, an architecture that is not served, or a
+            bridge that cannot run.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
     with _named(source, name), quiet_transformers():
-        architecture, saved, loading = _served(source)
+        architecture, saved, loading = _served(source, dtype)
         bridge = TransformerBridge.boot_transformers(
             source,
             device=device,
@@ -97,14 +118,20 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
             f"would be explained. It was saved as {saved or 'an unknown class'} and loaded as {loaded}: take a model "
             "that was saved whole."
         )
+    if not hasattr(bridge, "blocks"):
+        raise InputError(
+            f"{name!r} is a {loaded}, whose layers are not in one row (an encoder and a decoder, say), and lig_lens has no "
+            "maps for it: take a model that is an encoder or a decoder alone."
+        )
     if load_weights:
         note_head(bridge, saved, loaded, loading.of_head)
-        _compare(bridge, loading.logits, name)
     else:
         with contextlib.redirect_stdout(None):  # TransformerLens prints the dtype
             bridge.to(dtype)
         bridge.eval()
-    bridge.enable_compatibility_mode(disable_warnings=True, no_processing=True)
+    _try_out(bridge, loading, name)
+    if getattr(bridge.adapter, "supports_compatibility_mode", True):
+        bridge.enable_compatibility_mode(disable_warnings=True, no_processing=True)
     return bridge
 
 
@@ -112,7 +139,7 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
 def _plain_logits(model: Any, load_again: Callable[[], Any]) -> Tensor | None:
     """Logits of a plain model as its user runs it, with the attention that transformers takes by default.
 
-    None where it takes no token ids alone.
+    None where it gives none.
     """
     taken = getattr(model.config, "_attn_implementation", None)
     model.eval()
@@ -123,32 +150,45 @@ def _plain_logits(model: Any, load_again: Callable[[], Any]) -> Tensor | None:
         plain = model if switched or not getattr(model, "_supports_sdpa", False) else load_again()
         logits = plain(input_ids=torch.tensor([_PROBE])).logits
         return logits.float() if isinstance(logits, Tensor) else None
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError):
-        return None
     finally:
         if taken is not None:
             model.set_attn_implementation(taken)
 
 
 @torch.no_grad()
-def _compare(bridge: Any, plain: Tensor | None, name: str) -> None:
-    """Warn if a bridge gives other logits than the plain model did."""
+def _try_out(bridge: Any, loading: _Loading, name: str) -> None:
+    """Run a bridge on a short prompt, and warn if it gives other logits than the plain model did.
+
+    Raises:
+        InputError: it cannot run, and takes token ids.
+    """
+    plain, model = loading.logits, bridge.original_model
+    try:
+        found = first_tensor(bridge(torch.tensor([_PROBE], device=bridge.cfg.device))).cpu().float()
+    except _CANNOT_RUN as error:
+        if plain is None and getattr(model, "main_input_name", "input_ids") != "input_ids":
+            return
+        plain_name = f"the plain {type(model).__name__}"
+        whose = f"and neither can {plain_name}" if loading.why_none else f"which {plain_name} can"
+        raise InputError(
+            f"TransformerLens' bridge of {name!r} cannot run in {str(bridge.cfg.dtype).removeprefix('torch.')} "
+            f"({_reason(error)}), {whose}: try another dtype, or another version of TransformerLens or transformers."
+        ) from error
     if plain is None:
         return
-    found = first_tensor(bridge(torch.tensor([_PROBE], device=bridge.cfg.device))).cpu().float()
     spread = float((plain - plain.mean(-1, keepdim=True)).abs().max())
     apart = float((found - plain).abs().max()) / max(spread, 1e-30) if found.shape == plain.shape else float("inf")
     if not apart <= (_HALF_APART if bridge.cfg.dtype in HALF else _APART):
         warnings.warn(
-            f"TransformerLens' bridge of {name!r} gives other logits than the plain "
-            f"{type(bridge.original_model).__name__} as transformers runs it (apart by {apart:.1e} of their spread): "
-            "contributions are to what the bridge computes. Try another version of TransformerLens or transformers.",
+            f"TransformerLens' bridge of {name!r} gives other logits than the plain {type(model).__name__} as "
+            f"transformers runs it (apart by {apart:.1e} of their spread): contributions are to what the bridge "
+            "computes. Try another version of TransformerLens or transformers.",
             BridgeWarning,
             stacklevel=4,  # the caller of load_model
         )
 
 
-def _served(source: str) -> tuple[str, str, _Loading]:
+def _served(source: str, dtype: torch.dtype) -> tuple[str, str, _Loading]:
     """The architecture that the bridge is asked for, the class that a model was saved as, and the one to load.
 
     Raises:
@@ -174,13 +214,25 @@ def _served(source: str) -> tuple[str, str, _Loading]:
                 f"nor by an adapter of lig_lens ({len(SUPPORTED_ARCHITECTURES)} architectures are): load a model of "
                 "another family."
             ) from error
+    adapter = _mended(language)
     if saved.endswith(_CLASSIFIER) and hasattr(transformers, saved):
         if saved not in SUPPORTED_ARCHITECTURES:
-            _register(saved, classifier_adapter(SUPPORTED_ARCHITECTURES[language]))
-        return saved, saved, _Loading(getattr(transformers, saved))
-    if language in ENCODERS:
-        return language, saved, _Loading(transformers.AutoModelForMaskedLM)
-    return language, saved, _Loading(get_hf_model_class_for_architecture(language))
+            _register(saved, classifier_adapter(SUPPORTED_ARCHITECTURES[adapter]))
+        return saved, saved, _Loading(getattr(transformers, saved), dtype)
+    kind = transformers.AutoModelForMaskedLM if language in ENCODERS else get_hf_model_class_for_architecture(language)
+    return adapter, saved, _Loading(kind, dtype)
+
+
+def _mended(architecture: str) -> str:
+    """The name of this package's own adapter, where TransformerLens' has a fault; else that of TransformerLens."""
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+
+    if architecture not in MENDED:
+        return architecture
+    ours = f"LigLens{architecture}"
+    if ours not in SUPPORTED_ARCHITECTURES:
+        _register(ours, MENDED[architecture](SUPPORTED_ARCHITECTURES[architecture]))
+    return ours
 
 
 def _without_alias(name: str) -> str:
@@ -226,13 +278,19 @@ def _named(source: str, name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, torch.OutOfMemoryError):
+    except (LigLensError, torch.OutOfMemoryError, MemoryError):
         raise
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    except Exception as error:  # adapters raise whatever comes up in them
         if Path(source).is_dir():
-            raise InputError(f"The folder {name!r} holds no model that can be loaded: {reason}") from error
+            raise InputError(f"The folder {name!r} holds no model that can be loaded: {_reason(error)}") from error
         raise InputError(
-            f"{name!r} is neither a local folder nor a model that can be fetched now ({reason}): give a folder saved "
-            "with save_pretrained, 'minilm', 'smollm2', or a hub id while online (HF_HUB_OFFLINE unset)."
+            f"{name!r} is neither a local folder nor a model that can be fetched now ({_reason(error)}): give a folder "
+            "saved with save_pretrained, 'minilm', 'smollm2', or a hub id while online (HF_HUB_OFFLINE unset)."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says, with its kind where that says little by itself."""
+    text = (str(error).strip().splitlines() or [""])[0][:200]
+    plain = isinstance(error, (OSError, ValueError, RuntimeError)) and text
+    return text if plain else f"{type(error).__name__}: {text}"

@@ -1,13 +1,15 @@
-"""Families that TransformerLens' bridge does not take by itself: which of its adapters serves them, and how.
+"""Families that TransformerLens' bridge does not take by itself, or not rightly: which adapter serves them, and how.
 
 A family whose modules are those of another, under other names, is a line here. All of them are held against the plain
 transformers model (`tests/test_families.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from lig_lens.models.adapters.encoders import EncoderNames
+from lig_lens.models.adapters.falcon import falcon_adapter
+from lig_lens.models.adapters.granite_hybrid import granite_hybrid_adapter
 
 # The class of transformers that a model was saved as -> the architecture that the bridge knows, with the same modules.
 KIN: Mapping[str, str] = MappingProxyType({"PhimoeForCausalLM": "PhiMoEForCausalLM"})
@@ -31,4 +33,8 @@ MODEL_TYPES: Mapping[str, str] = MappingProxyType(
         "electra": "ElectraForMaskedLM",
         "phimoe": "PhimoeForCausalLM",
     }
+)
+# What TransformerLens' own adapter of an architecture gets wrong, mended.
+MENDED: Mapping[str, Callable[[type], type]] = MappingProxyType(
+    {"FalconForCausalLM": falcon_adapter, "GraniteMoeHybridForCausalLM": granite_hybrid_adapter}
 )
