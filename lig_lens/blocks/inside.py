@@ -36,10 +36,14 @@ def norm_paths(call: BlockCall) -> list[str]:
     return [p for p in paths if not p.startswith("attn.")]
 
 
+def any_norm(order: Sequence[str]) -> bool:
+    """Whether the block normalises anything outside attention."""
+    return any(p.endswith(".hook_normalized") and not p.startswith("attn.") for p in order)
+
+
 def norm_before(order: Sequence[str], z_path: str) -> bool:
     """Whether the block normalises what enters attention."""
-    before = order[: order.index(z_path)]
-    return any(p.endswith(".hook_normalized") and not p.startswith("attn.") for p in before)
+    return any_norm(order[: order.index(z_path)])
 
 
 def qk_normed(inside: Inside) -> bool:

@@ -16,7 +16,7 @@ from lig_lens.models.adapters.classifiers import classifier_adapter
 from lig_lens.models.adapters.encoders import encoder_adapter
 from lig_lens.models.heads import listed, note_head
 from lig_lens.models.packaged import quiet_transformers
-from lig_lens.models.running import HALF, first_tensor
+from lig_lens.models.running import HALF, first_tensor, module_hooks, submodules
 
 _CLASSIFIER = "ForSequenceClassification"
 # A prompt that every vocabulary has, and how far logits on it may be apart, relative to their spread: rounding in
@@ -119,19 +119,16 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
             "that was saved whole."
         )
     if not hasattr(bridge, "blocks"):
-        raise InputError(
-            f"{name!r} is a {loaded}, whose layers are not in one row (an encoder and a decoder, say), and lig_lens has no "
-            "maps for it: take a model that is an encoder or a decoder alone."
-        )
+        raise _not_in_a_row(loaded)
     if load_weights:
         note_head(bridge, saved, loaded, loading.of_head)
     else:
         with contextlib.redirect_stdout(None):  # TransformerLens prints the dtype
             bridge.to(dtype)
         bridge.eval()
-    _try_out(bridge, loading, name)
     if getattr(bridge.adapter, "supports_compatibility_mode", True):
         bridge.enable_compatibility_mode(disable_warnings=True, no_processing=True)
+    _try_out(bridge, loading, name)
     return bridge
 
 
@@ -155,16 +152,23 @@ def _plain_logits(model: Any, load_again: Callable[[], Any]) -> Tensor | None:
             model.set_attn_implementation(taken)
 
 
+def _nothing(*_: Any) -> None:
+    """A hook that does nothing."""
+
+
 @torch.no_grad()
 def _try_out(bridge: Any, loading: _Loading, name: str) -> None:
-    """Run a bridge on a short prompt, and warn if it gives other logits than the plain model did.
+    """Run a bridge under hooks on a short prompt, and warn if it gives other logits than the plain model did.
 
     Raises:
         InputError: it cannot run, and takes token ids.
     """
     plain, model = loading.logits, bridge.original_model
+    # Some components compute otherwise where they have hooks.
+    hooks = [(one, _nothing, False) for path, one in submodules(bridge) if path.split(".")[-1].startswith("hook_")]
     try:
-        found = first_tensor(bridge(torch.tensor([_PROBE], device=bridge.cfg.device))).cpu().float()
+        with module_hooks(hooks):
+            found = first_tensor(bridge(torch.tensor([_PROBE], device=bridge.cfg.device))).cpu().float()
     except _CANNOT_RUN as error:
         if plain is None and getattr(model, "main_input_name", "input_ids") != "input_ids":
             return
@@ -204,6 +208,8 @@ def _served(source: str, dtype: torch.dtype) -> tuple[str, str, _Loading]:
     config = transformers.AutoConfig.from_pretrained(_without_alias(source))
     saved = next(iter(getattr(config, "architectures", None) or [""]))
     _register_ours()
+    if getattr(config, "is_encoder_decoder", False) and not saved.endswith(_CLASSIFIER):
+        raise _not_in_a_row(saved or config.model_type)
     language = saved if saved in SUPPORTED_ARCHITECTURES else MODEL_TYPES.get(config.model_type)
     if language is None:
         try:
@@ -233,6 +239,13 @@ def _mended(architecture: str) -> str:
     if ours not in SUPPORTED_ARCHITECTURES:
         _register(ours, MENDED[architecture](SUPPORTED_ARCHITECTURES[architecture]))
     return ours
+
+
+def _not_in_a_row(kind: str) -> InputError:
+    return InputError(
+        f"The layers of a {kind} are not in one row (they are an encoder's and a decoder's, say), and lig_lens has no "
+        "maps for that: take a model that is an encoder or a decoder alone."
+    )
 
 
 def _without_alias(name: str) -> str:

@@ -1,0 +1,241 @@
+"""Families of models that are held against the plain transformers model: how they are made, and what is to be found."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tiny_models import VOCAB
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+_GQA = {**_SMALL, "num_key_value_heads": 2, "pad_token_id": 0}
+_GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+_HEADS = {**_GQA, "head_dim": 8}
+# All experts are chosen for every token, so that nothing jumps along a path; each family has names of its own for it.
+_EXPERTS = {
+    "num_local_experts": 2, "num_experts": 2, "n_routed_experts": 2, "moe_num_experts": 2, "num_experts_per_tok": 2,
+    "moe_k": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+# Latent attention.
+_LATENT = {
+    **_SMALL, "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": None, "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4, "v_head_dim": 8, "pad_token_id": 0, **_EXPERTS,
+}  # fmt: skip
+_DELTA = {
+    **_HEADS, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+_FALCON = {**_SMALL, "multi_query": False, "parallel_attn": False, "new_decoder_architecture": False}
+_CAPPED = {**_HEADS, "sliding_window": 3, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row.
+
+    Attributes:
+        config: of a tiny model.
+        layers: where the plain model has its layers.
+        out: in each of them, the linear map after the heads.
+        layout: of its second block.
+        engine: that `engine="auto"` takes there.
+        wrong_on: beginning of versions of TransformerLens whose bridge computes something else, or cannot run.
+    """
+
+    config: dict[str, Any]
+    layers: str = "model.layers"
+    out: str = "self_attn.o_proj"
+    layout: str = "pre_ln"
+    engine: str = "closed_form"
+    wrong_on: str = "none"
+
+
+def _bert(config: dict[str, Any], body: str) -> Family:
+    return Family(config, f"{body}.encoder.layer", "attention.output.dense", "post_ln")
+
+
+def _hooks(config: dict[str, Any], layout: str = "pre_ln", **more: Any) -> Family:
+    """Norms of queries and keys, capped scores, sinks, or latent attention, which the formula does not have."""
+    return Family(config, layout=layout, engine="hooks", **more)
+
+
+def _falcon(layout: str = "parallel", **config: Any) -> Family:
+    return Family({**_FALCON, **config}, "transformer.h", "self_attention.dense", layout)
+
+
+# The class that a model is saved as, and a note -> what to find.
+FAMILIES: dict[str, Family] = {
+    # Encoders.
+    "BertForMaskedLM": _bert(_SMALL, "bert"),
+    "RobertaForMaskedLM": _bert(_SMALL, "roberta"),
+    "XLMRobertaForMaskedLM": _bert(_SMALL, "roberta"),
+    "CamembertForMaskedLM": _bert(_SMALL, "roberta"),
+    "ElectraForMaskedLM": _bert({**_SMALL, "embedding_size": 16}, "electra"),
+    # Decoders with one kind of norm before attention and MLP.
+    "BertLMHeadModel": _bert({**_SMALL, "is_decoder": True}, "bert"),
+    "GPT2LMHeadModel": Family(_GPT2, "transformer.h", "attn.c_proj"),
+    "GPTBigCodeForCausalLM": Family(_GPT2, "transformer.h", "attn.c_proj"),
+    "OpenAIGPTLMHeadModel": Family({**_GPT2, "afn": "gelu"}, "transformer.h", "attn.c_proj", "post_ln"),
+    "GPTNeoForCausalLM": Family(
+        {
+            "vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 3,
+            "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64,
+        },
+        "transformer.h",
+        "attn.attention.out_proj",
+    ),  # fmt: skip
+    "BloomForCausalLM": Family(
+        {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "transformer.h", "self_attention.dense"
+    ),
+    "MptForCausalLM": Family(
+        {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+        "transformer.blocks",
+        "attn.out_proj",
+    ),
+    # Kinks need finer rules, hence gelu.
+    "OPTForCausalLM": Family(
+        {**_SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32, "activation_function": "gelu"},
+        "model.decoder.layers",
+        "self_attn.out_proj",
+    ),
+    "OPTForCausalLM, norms after": Family(
+        {
+            **_SMALL, "ffn_dim": 48, "word_embed_proj_dim": 16, "activation_function": "gelu",
+            "do_layer_norm_before": False,
+        },
+        "model.decoder.layers",
+        "self_attn.out_proj",
+        "post_ln",
+    ),  # fmt: skip
+    "LlamaForSequenceClassification": Family(_GQA),
+    "LlamaForCausalLM": Family(_GQA),
+    "MistralForCausalLM": Family({**_GQA, "sliding_window": 3}),
+    "MinistralForCausalLM": Family({**_HEADS, "sliding_window": 3}),
+    "Ministral3ForCausalLM": Family(_HEADS),
+    "CwmForCausalLM": Family(
+        {**_HEADS, "sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]}
+    ),
+    "HeliumForCausalLM": Family(_HEADS),
+    "ArceeForCausalLM": Family({**_GQA, "hidden_act": "gelu"}),
+    "Jais2ForCausalLM": Family({**_GQA, "hidden_act": "gelu"}),
+    "SeedOssForCausalLM": Family(_HEADS),
+    "Qwen2ForCausalLM": Family(_GQA),
+    "StableLmForCausalLM": Family(_GQA),
+    "Starcoder2ForCausalLM": Family(_GQA),
+    "GemmaForCausalLM": Family(_HEADS),
+    "GlmForCausalLM": Family(_HEADS),
+    "OlmoForCausalLM": Family(_GQA),
+    "NemotronForCausalLM": Family({**_GQA, "hidden_act": "gelu"}),
+    "Phi3ForCausalLM": Family(_GQA),
+    "SmolLM3ForCausalLM": Family(_GQA),
+    "Ernie4_5ForCausalLM": Family(_GQA),
+    "ModernBertDecoderForCausalLM": Family(
+        {
+            **_SMALL, "local_attention": 4, "global_attn_every_n_layers": 2, "pad_token_id": 0, "bos_token_id": 1,
+            "eos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1,
+        },
+        out="attn.Wo",
+    ),  # fmt: skip
+    "GraniteForCausalLM": Family(
+        {**_GQA, "residual_multiplier": 0.22, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
+        layout="scaled_pre_ln",
+    ),
+    # Attention and MLP side by side.
+    "GPTJForCausalLM": Family({**_GPT2, "rotary_dim": 4}, "transformer.h", "attn.out_proj", "parallel"),
+    "CodeGenForCausalLM": Family({**_GPT2, "rotary_dim": 4}, "transformer.h", "attn.out_proj", "parallel"),
+    "GPTNeoXForCausalLM": Family(_SMALL, "gpt_neox.layers", "attention.dense", "parallel"),
+    "GPTNeoXForCausalLM, one after the other": Family(
+        {**_SMALL, "use_parallel_residual": False}, "gpt_neox.layers", "attention.dense"
+    ),
+    "PhiForCausalLM": Family({**_SMALL, "pad_token_id": 0}, out="self_attn.dense", layout="parallel"),
+    "CohereForCausalLM": Family(_GQA, layout="parallel"),
+    "Cohere2ForCausalLM": Family({**_GQA, "sliding_window": 3}, layout="parallel"),
+    "FalconForCausalLM": _falcon(multi_query=True, parallel_attn=True),
+    "FalconForCausalLM, one after the other": _falcon("pre_ln", bias=True),
+    "FalconForCausalLM, ALiBi": _falcon("pre_ln", alibi=True),
+    "FalconForCausalLM, 40B": _falcon(new_decoder_architecture=True, multi_query=True, num_kv_heads=2, bias=True),
+    "FalconForCausalLM, 11B": _falcon(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1),
+    # More norms, caps, sinks, latent attention.
+    "Qwen3ForCausalLM": _hooks(_HEADS),
+    "ApertusForCausalLM": _hooks(_GQA),
+    "NanoChatForCausalLM": _hooks(_HEADS),
+    "HunYuanDenseV1ForCausalLM": _hooks(_HEADS, wrong_on="3."),  # rotates before it norms queries and keys
+    "BitNetForCausalLM": _hooks(_GQA),
+    "StableLmForCausalLM, parallel": _hooks({**_GQA, "use_parallel_residual": True, "qk_layernorm": True}, "parallel"),
+    "Glm4ForCausalLM": Family(_HEADS, layout="pre_post_ln"),
+    "Olmo2ForCausalLM": _hooks(_GQA, "pre_post_ln"),
+    "Olmo3ForCausalLM": _hooks(
+        {**_GQA, "sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]}, "pre_post_ln"
+    ),
+    "Exaone4ForCausalLM": _hooks({**_GQA, "sliding_window": 3}, "pre_post_ln"),
+    "Gemma2ForCausalLM": _hooks(_CAPPED, "pre_post_ln"),
+    "Gemma3ForCausalLM": _hooks({**_HEADS, "sliding_window": 3, "query_pre_attn_scalar": 8}, "pre_post_ln"),
+    "VaultGemmaForCausalLM": _hooks(_CAPPED),
+    "Llama4ForCausalLM": _hooks(
+        {
+            **_HEADS, **_EXPERTS, "intermediate_size_mlp": 48, "attention_chunk_size": 4,
+            "interleave_moe_layer_step": 3,
+        }
+    ),  # fmt: skip
+    "DeepseekV2ForCausalLM": _hooks({**_LATENT, "first_k_dense_replace": 2}),
+    "DeepseekV2ForCausalLM, latent queries": _hooks({**_LATENT, "first_k_dense_replace": 2, "q_lora_rank": 8}),
+    "DeepseekV2ForCausalLM, experts": _hooks({**_LATENT, "first_k_dense_replace": 1}),
+    "DeepseekV3ForCausalLM": _hooks({**_LATENT, "first_k_dense_replace": 2}),
+    "DeepseekV3ForCausalLM, latent queries": _hooks({**_LATENT, "first_k_dense_replace": 2, "q_lora_rank": 8}),
+    "DeepseekV3ForCausalLM, experts": _hooks({**_LATENT, "first_k_dense_replace": 1}),
+    "YoutuForCausalLM": _hooks(_LATENT),
+    "Glm4MoeLiteForCausalLM": _hooks({**_LATENT, "mlp_layer_types": ["dense", "dense"], "q_lora_rank": 8}),
+    "GlmMoeDsaForCausalLM": _hooks(
+        {
+            **_LATENT, "mlp_layer_types": ["dense", "dense"], "q_lora_rank": 8, "index_head_dim": 8,
+            "index_n_heads": 2, "index_topk": 64,
+        }
+    ),  # fmt: skip
+    # Experts.
+    "MixtralForCausalLM": Family({**_GQA, **_EXPERTS}),
+    "Qwen2MoeForCausalLM": Family({**_GQA, **_EXPERTS}),
+    "Qwen3MoeForCausalLM": _hooks({**_HEADS, **_EXPERTS}),
+    "OlmoeForCausalLM": _hooks({**_GQA, **_EXPERTS}),
+    "FlexOlmoForCausalLM": _hooks({**_GQA, **_EXPERTS}, "pre_post_ln"),
+    "GptOssForCausalLM": _hooks({**_HEADS, **_EXPERTS, "sliding_window": 3}),
+    "Glm4MoeForCausalLM": Family({**_HEADS, **_EXPERTS, "first_k_dense_replace": 1, "n_shared_experts": 1}),
+    "Ernie4_5_MoeForCausalLM": Family({**_GQA, **_EXPERTS}),
+    "GraniteMoeForCausalLM": Family(
+        {**_GQA, **_EXPERTS, "residual_multiplier": 0.22, "attention_multiplier": 0.3}, layout="scaled_pre_ln"
+    ),
+    "MiniMaxM2ForCausalLM": _hooks({**_HEADS, **_EXPERTS, "rotary_dim": 4}),
+    "AfmoeForCausalLM": _hooks({**_HEADS, **_EXPERTS}, "pre_post_ln"),
+    "LagunaForCausalLM": _hooks({**_HEADS, **_EXPERTS}),
+    # Attention in some blocks only; the second has it.
+    "JambaForCausalLM": Family(
+        {
+            **_GQA, **_EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4,
+            "mamba_dt_rank": 4, "use_mamba_kernels": False,
+        }
+    ),  # fmt: skip
+    "GraniteMoeHybridForCausalLM": Family(
+        {**_GQA, **_EXPERTS, **_MAMBA, "layer_types": ["attention"] * 2, "shared_intermediate_size": 24}
+    ),
+    "GraniteMoeHybridForCausalLM, rotary": Family(
+        {
+            **_GQA, **_MAMBA, "num_local_experts": 0, "layer_types": ["attention"] * 2,
+            "shared_intermediate_size": 24, "position_embedding_type": "rope", "residual_multiplier": 0.3,
+        },
+        layout="scaled_pre_ln",
+    ),  # fmt: skip
+    "Lfm2ForCausalLM": _hooks({**_GQA, "layer_types": ["conv", "full_attention"], "block_ff_dim": 48}),
+    "OlmoHybridForCausalLM": _hooks({**_DELTA, "linear_num_key_heads": 4}, "pre_post_ln"),
+    "Qwen3_5ForCausalLM": _hooks(_DELTA, wrong_on="3."),  # cannot run there
+    "Qwen3NextForCausalLM": _hooks({**_DELTA, **_EXPERTS}, wrong_on="3."),
+    # No attention with separable heads.
+    "RecurrentGemmaForCausalLM": _hooks(
+        {
+            **_HEADS, "lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 16,
+        },
+        "block_only",
+        out="temporal_block.o_proj",
+    ),  # fmt: skip
+    "MambaForCausalLM": _hooks({**_SMALL, "state_size": 4}, "block_only", layers="backbone.layers", out="mixer.out_proj"),
+}
