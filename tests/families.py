@@ -28,6 +28,7 @@ _DELTA = {
 }  # fmt: skip
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
 _FALCON = {**_SMALL, "multi_query": False, "parallel_attn": False, "new_decoder_architecture": False}
+_GROUPED = {"new_decoder_architecture": True, "parallel_attn": True, "num_kv_heads": 2}
 _CAPPED = {**_HEADS, "sliding_window": 3, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
 
 
@@ -155,8 +156,8 @@ FAMILIES: dict[str, Family] = {
     "FalconForCausalLM": _falcon(multi_query=True, parallel_attn=True),
     "FalconForCausalLM, one after the other": _falcon("pre_ln", bias=True),
     "FalconForCausalLM, ALiBi": _falcon("pre_ln", alibi=True),
-    "FalconForCausalLM, 40B": _falcon(new_decoder_architecture=True, multi_query=True, num_kv_heads=2, bias=True),
-    "FalconForCausalLM, 11B": _falcon(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1),
+    "FalconForCausalLM, 40B": _falcon(**_GROUPED, multi_query=True, bias=True),
+    "FalconForCausalLM, 11B": _falcon(**_GROUPED, num_ln_in_parallel_attn=1),
     # More norms, caps, sinks, latent attention.
     "Qwen3ForCausalLM": _hooks(_HEADS),
     "ApertusForCausalLM": _hooks(_GQA),
@@ -225,7 +226,7 @@ FAMILIES: dict[str, Family] = {
         },
         layout="scaled_pre_ln",
     ),  # fmt: skip
-    "Lfm2ForCausalLM": _hooks({**_GQA, "layer_types": ["conv", "full_attention"], "block_ff_dim": 48}),
+    "Lfm2ForCausalLM": _hooks({**_GQA, "layer_types": ["conv", "full_attention"], "block_ff_dim": 48}, out="self_attn.out_proj"),
     "OlmoHybridForCausalLM": _hooks({**_DELTA, "linear_num_key_heads": 4}, "pre_post_ln"),
     "Qwen3_5ForCausalLM": _hooks(_DELTA, wrong_on="3."),  # cannot run there
     "Qwen3NextForCausalLM": _hooks({**_DELTA, **_EXPERTS}, wrong_on="3."),

@@ -17,7 +17,7 @@ from tiny_models import VOCAB, tiny_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
 import lig_lens as ll
-from lig_lens.errors import InputError
+from lig_lens.errors import BoundaryError, InputError
 from lig_lens.models.boot import _without_alias
 
 IDS, OTHER = [5, 12, 30, 7, 22, 9], [5, 12, 11, 7, 22, 9]
@@ -86,8 +86,8 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     plain = saved(kind, folder, **row.config).double()
     one_by_one(plain)
     if version("transformer_lens").startswith(row.wrong_on):
-        with pytest.warns(ll.BridgeWarning) if kind == "HunYuanDenseV1ForCausalLM" else pytest.raises(InputError):
-            ll.load_model(str(folder), device="cpu", dtype="float64")
+        with pytest.warns(ll.BridgeWarning) if "HunYuan" in kind else pytest.raises(BoundaryError, match="run alone"):
+            ll.describe_boundaries(ll.load_model(str(folder), device="cpu", dtype="float64"))
         pytest.skip("this bridge computes something else or cannot run, which is said on loading")
     with warnings.catch_warnings():
         warnings.simplefilter("error", ll.BridgeWarning)
@@ -130,7 +130,7 @@ def test_padding_on_either_side_changes_nothing(loaded: Loaded) -> None:
             flows.append(ll.attribute(loaded.model, padded, attention_mask=mask, **asked))
     finally:
         hook.remove()
-    assert len(seen) >= 4 and all(one.flatten().tolist() == ids * len(one) for one in seen)
+    assert len(seen) >= 4 and not any(3 in one for one in seen)
     for flow in flows[1:]:
         assert torch.equal(getattr(flow, loaded.maps[0]), getattr(flows[0], loaded.maps[0]))
         assert flow.tokens == flows[0].tokens

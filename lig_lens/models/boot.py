@@ -23,11 +23,6 @@ _CLASSIFIER = "ForSequenceClassification"
 # single and in half precision.
 _PROBE = (5, 9, 7, 11)
 _APART, _HALF_APART = 1e-3, 5e-2
-# What models raise that cannot be run on it.
-_CANNOT_RUN = (
-    TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError, NotImplementedError,
-    ImportError,
-)  # fmt: skip
 
 
 class _Loading:
@@ -56,7 +51,7 @@ class _Loading:
         self._settle(model)
         try:
             self.logits = _plain_logits(model, lambda: self._again(source, **options))
-        except _CANNOT_RUN as error:
+        except Exception as error:  # whatever comes up in a model
             self.why_none = _reason(error)
         return model
 
@@ -169,7 +164,9 @@ def _try_out(bridge: Any, loading: _Loading, name: str) -> None:
     try:
         with module_hooks(hooks):
             found = first_tensor(bridge(torch.tensor([_PROBE], device=bridge.cfg.device))).cpu().float()
-    except _CANNOT_RUN as error:
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever comes up in a component
         if plain is None and getattr(model, "main_input_name", "input_ids") != "input_ids":
             return
         plain_name = f"the plain {type(model).__name__}"

@@ -11,5 +11,6 @@ def granite_hybrid_adapter(of_transformer_lens: type) -> type:
             super().prepare_model(hf_model)
             if getattr(hf_model.model, "rotary_emb", None) is None:
                 self.component_mapping.pop("rotary_emb", None)
+                self.cfg.positional_embedding_type = "none"
 
     return GraniteHybridAdapter
