@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lig_lens.errors import BoundaryError
 from lig_lens.models.running import Hook, Stop, first_tensor, map_tensors, module_hooks, stop, torch_hooks
 from lig_lens.models.stack import Stack
 
@@ -81,10 +82,19 @@ class BlockCall:
         Args:
             resid_pre: residual vectors to start from.
             hooks: path of a submodule inside the block -> hook on its output (the first one, of a tuple).
+
+        Raises:
+            BoundaryError: it cannot run without the cache that it had in the model.
         """
         args, kwargs = self._arguments(resid_pre)
-        with module_hooks(torch_hooks(self.modules, hooks or {})):
-            return first_tensor(self.block(*args, **kwargs))
+        try:
+            with module_hooks(torch_hooks(self.modules, hooks or {})):
+                return first_tensor(self.block(*args, **kwargs))
+        except (AttributeError, NotImplementedError) as error:
+            raise BoundaryError(
+                f"Block {self.layer} cannot be run alone ({error}): its kind is not supported by this TransformerLens "
+                "with this transformers. Try another version of either, or other layers."
+            ) from error
 
     def read(self, resid_pre: Float[Tensor, "batch pos d_model"], hooks: Mapping[str, Hook], stop_at: str) -> None:
         """Run the block no further than the submodule `stop_at`, for what `hooks` see. Arguments as in `run`."""

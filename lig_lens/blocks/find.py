@@ -61,16 +61,10 @@ def replay(call: BlockCall, reads: tuple[str, ...] | None = None) -> Seen:
         reads: hooks that are read; all by default.
 
     Raises:
-        BoundaryError: it does something else, or cannot run alone.
+        BoundaryError: it does something else.
     """
     seen = Seen()
-    try:
-        seen.output = call.run(call.resid_pre[None], seen.hooks(call.modules, reads))[0]
-    except (AttributeError, NotImplementedError) as error:
-        raise BoundaryError(
-            f"Block {call.layer} cannot be run alone ({error}): its kind is not supported by this TransformerLens with "
-            "this transformers. Try another version of either, or other layers."
-        ) from error
+    seen.output = call.run(call.resid_pre[None], seen.hooks(call.modules, reads))[0]
     # A half-precision model was recorded in its own rounding and is replayed in float32.
     tolerance = max(1e-4, 8 * torch.finfo(call.recorded_dtype).eps)
     error = relative(seen.output - call.resid_post, call.resid_post)
