@@ -1,6 +1,6 @@
 """Families of models that are held against the plain transformers model: how they are made, and what is to be found."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tiny_models import VOCAB
@@ -18,7 +18,7 @@ _EXPERTS = {
     "moe_k": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 # Latent attention.
-_LATENT = {
+_LATENT: dict[str, Any] = {
     **_SMALL, "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": None, "qk_rope_head_dim": 4,
     "qk_nope_head_dim": 4, "v_head_dim": 8, "pad_token_id": 0, **_EXPERTS,
 }  # fmt: skip
@@ -42,6 +42,7 @@ class Family:
         out: in each of them, the linear map after the heads.
         layout: of its second block.
         engine: that `engine="auto"` takes there.
+        knock_outs: whether edges can be taken out of its pattern.
         wrong_on: beginning of versions of TransformerLens whose bridge computes something else, or cannot run.
     """
 
@@ -50,6 +51,7 @@ class Family:
     out: str = "self_attn.o_proj"
     layout: str = "pre_ln"
     engine: str = "closed_form"
+    knock_outs: bool = True
     wrong_on: str = "none"
 
 
@@ -60,6 +62,11 @@ def _bert(config: dict[str, Any], body: str) -> Family:
 def _hooks(config: dict[str, Any], layout: str = "pre_ln", **more: Any) -> Family:
     """Norms of queries and keys, capped scores, sinks, or latent attention, which the formula does not have."""
     return Family(config, layout=layout, engine="hooks", **more)
+
+
+def _no_messages(config: dict[str, Any], layout: str = "pre_ln", **more: Any) -> Family:
+    """The same, where head outputs are not pattern times values that a hook shows: gates, sinks, latent values."""
+    return replace(_hooks(config, layout, **more), knock_outs=False)
 
 
 def _falcon(layout: str = "parallel", **config: Any) -> Family:
@@ -163,7 +170,7 @@ FAMILIES: dict[str, Family] = {
     "ApertusForCausalLM": _hooks(_GQA),
     "NanoChatForCausalLM": _hooks(_HEADS),
     "HunYuanDenseV1ForCausalLM": _hooks(_HEADS, wrong_on="3."),  # rotates before it norms queries and keys
-    "BitNetForCausalLM": _hooks(_GQA),
+    "BitNetForCausalLM": _no_messages(_GQA),
     "StableLmForCausalLM, parallel": _hooks({**_GQA, "use_parallel_residual": True, "qk_layernorm": True}, "parallel"),
     "Glm4ForCausalLM": Family(_HEADS, layout="pre_post_ln"),
     "Olmo2ForCausalLM": _hooks(_GQA, "pre_post_ln"),
@@ -180,15 +187,15 @@ FAMILIES: dict[str, Family] = {
             "interleave_moe_layer_step": 3,
         }
     ),  # fmt: skip
-    "DeepseekV2ForCausalLM": _hooks({**_LATENT, "first_k_dense_replace": 2}),
-    "DeepseekV2ForCausalLM, latent queries": _hooks({**_LATENT, "first_k_dense_replace": 2, "q_lora_rank": 8}),
-    "DeepseekV2ForCausalLM, experts": _hooks({**_LATENT, "first_k_dense_replace": 1}),
-    "DeepseekV3ForCausalLM": _hooks({**_LATENT, "first_k_dense_replace": 2}),
-    "DeepseekV3ForCausalLM, latent queries": _hooks({**_LATENT, "first_k_dense_replace": 2, "q_lora_rank": 8}),
-    "DeepseekV3ForCausalLM, experts": _hooks({**_LATENT, "first_k_dense_replace": 1}),
-    "YoutuForCausalLM": _hooks(_LATENT),
-    "Glm4MoeLiteForCausalLM": _hooks({**_LATENT, "mlp_layer_types": ["dense", "dense"], "q_lora_rank": 8}),
-    "GlmMoeDsaForCausalLM": _hooks(
+    "DeepseekV2ForCausalLM": _no_messages({**_LATENT, "first_k_dense_replace": 2}),
+    "DeepseekV2ForCausalLM, latent queries": _no_messages({**_LATENT, "first_k_dense_replace": 2, "q_lora_rank": 8}),
+    "DeepseekV2ForCausalLM, experts": _no_messages({**_LATENT, "first_k_dense_replace": 1}),
+    "DeepseekV3ForCausalLM": _no_messages({**_LATENT, "first_k_dense_replace": 2}),
+    "DeepseekV3ForCausalLM, latent queries": _no_messages({**_LATENT, "first_k_dense_replace": 2, "q_lora_rank": 8}),
+    "DeepseekV3ForCausalLM, experts": _no_messages({**_LATENT, "first_k_dense_replace": 1}),
+    "YoutuForCausalLM": _no_messages(_LATENT),
+    "Glm4MoeLiteForCausalLM": _no_messages({**_LATENT, "mlp_layer_types": ["dense", "dense"], "q_lora_rank": 8}),
+    "GlmMoeDsaForCausalLM": _no_messages(
         {
             **_LATENT, "mlp_layer_types": ["dense", "dense"], "q_lora_rank": 8, "index_head_dim": 8,
             "index_n_heads": 2, "index_topk": 64,
@@ -200,15 +207,15 @@ FAMILIES: dict[str, Family] = {
     "Qwen3MoeForCausalLM": _hooks({**_HEADS, **_EXPERTS}),
     "OlmoeForCausalLM": _hooks({**_GQA, **_EXPERTS}),
     "FlexOlmoForCausalLM": _hooks({**_GQA, **_EXPERTS}, "pre_post_ln"),
-    "GptOssForCausalLM": _hooks({**_HEADS, **_EXPERTS, "sliding_window": 3}),
+    "GptOssForCausalLM": _no_messages({**_HEADS, **_EXPERTS, "sliding_window": 3}),
     "Glm4MoeForCausalLM": Family({**_HEADS, **_EXPERTS, "first_k_dense_replace": 1, "n_shared_experts": 1}),
     "Ernie4_5_MoeForCausalLM": Family({**_GQA, **_EXPERTS}),
     "GraniteMoeForCausalLM": Family(
         {**_GQA, **_EXPERTS, "residual_multiplier": 0.22, "attention_multiplier": 0.3}, layout="scaled_pre_ln"
     ),
     "MiniMaxM2ForCausalLM": _hooks({**_HEADS, **_EXPERTS, "rotary_dim": 4}),
-    "AfmoeForCausalLM": _hooks({**_HEADS, **_EXPERTS}, "pre_post_ln"),
-    "LagunaForCausalLM": _hooks({**_HEADS, **_EXPERTS}),
+    "AfmoeForCausalLM": _no_messages({**_HEADS, **_EXPERTS}, "pre_post_ln"),
+    "LagunaForCausalLM": _no_messages({**_HEADS, **_EXPERTS}),
     # Attention in some blocks only; the second has it.
     "JambaForCausalLM": Family(
         {
@@ -228,15 +235,15 @@ FAMILIES: dict[str, Family] = {
     ),  # fmt: skip
     "Lfm2ForCausalLM": _hooks({**_GQA, "layer_types": ["conv", "full_attention"], "block_ff_dim": 48}, out="self_attn.out_proj"),
     "OlmoHybridForCausalLM": _hooks({**_DELTA, "linear_num_key_heads": 4}, "pre_post_ln"),
-    "Qwen3_5ForCausalLM": _hooks(_DELTA, wrong_on="3."),  # cannot run there
-    "Qwen3NextForCausalLM": _hooks({**_DELTA, **_EXPERTS}, wrong_on="3."),
+    "Qwen3_5ForCausalLM": _no_messages(_DELTA, wrong_on="3."),  # cannot run there
+    "Qwen3NextForCausalLM": _no_messages({**_DELTA, **_EXPERTS}, wrong_on="3."),
     # No attention with separable heads.
-    "RecurrentGemmaForCausalLM": _hooks(
+    "RecurrentGemmaForCausalLM": _no_messages(
         {
             **_HEADS, "lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 16,
         },
         "block_only",
         out="temporal_block.o_proj",
     ),  # fmt: skip
-    "MambaForCausalLM": _hooks({**_SMALL, "state_size": 4}, "block_only", layers="backbone.layers", out="mixer.out_proj"),
+    "MambaForCausalLM": _no_messages({**_SMALL, "state_size": 4}, "block_only", layers="backbone.layers", out="mixer.out_proj"),
 }

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, Family
+from family_knock_outs import knocked_out
 from family_oracle import maps_from_zero
 from tiny_models import VOCAB, tiny_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
@@ -112,6 +113,29 @@ def test_maps_are_those_of_the_plain_model(loaded: Loaded) -> None:
     for name in (*loaded.maps, *(("skip",) if "mlp" in loaded.maps else ())):
         found, wanted = getattr(flow, name)[0].double(), getattr(expected, name)
         assert float((found - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max()), name
+
+
+def test_edges_are_knocked_out_as_by_hand(loaded: Loaded) -> None:
+    """Against the plain model with eager attention, in whose softmax the edge is put to 0."""
+    if not loaded.row.knock_outs:
+        with pytest.raises((InputError, BoundaryError), match="cannot be read|no attention with separable heads"):
+            ll.patching.knock_out(loaded.model, IDS, curved, edges=[(1, 1, 2, 3)], progress=False)
+        return
+    if "ALiBi" in loaded.name:
+        pytest.skip("transformers' eager attention adds the bias twice")
+    eager = type(loaded.plain).from_pretrained(loaded.folder, attn_implementation="eager").double().eval()
+    one_by_one(eager)
+    attentions_before = int(ll.describe_boundaries(loaded.model)[0].layout != "block_only")
+    for edge in ((1, 1, 2, 3), (1, 2, 4, 5)):
+        effects = ll.patching.knock_out(loaded.model, IDS, curved, edges=[edge], progress=False)
+        expected = knocked_out(eager, IDS, (attentions_before, *edge[1:]), curved)
+        assert float(effects.values[0][edge[1:]]) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert abs(expected) > 1e-5
+
+
+def curved(logits: torch.Tensor) -> torch.Tensor:
+    flat = 10 * logits.flatten()
+    return flat.log_softmax(-1)[1] + 0.1 * flat[-1].square() + flat[-2] * flat[-5:-3].sum()
 
 
 def test_padding_on_either_side_changes_nothing(loaded: Loaded) -> None:
