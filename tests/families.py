@@ -88,12 +88,17 @@ FAMILIES: dict[str, Family] = {
     "OpenAIGPTLMHeadModel": Family({**_GPT2, "afn": "gelu"}, "transformer.h", "attn.c_proj", "post_ln"),
     "GPTNeoForCausalLM": Family(
         {
-            "vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 3,
-            "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64,
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "window_size": 3,
+            "attention_types": [[["global", "local"], 1]],
+            "max_position_embeddings": 64,
         },
         "transformer.h",
         "attn.attention.out_proj",
-    ),  # fmt: skip
+    ),
     "BloomForCausalLM": Family(
         {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "transformer.h", "self_attention.dense"
     ),
@@ -110,21 +115,22 @@ FAMILIES: dict[str, Family] = {
     ),
     "OPTForCausalLM, norms after": Family(
         {
-            **_SMALL, "ffn_dim": 48, "word_embed_proj_dim": 16, "activation_function": "gelu",
+            **_SMALL,
+            "ffn_dim": 48,
+            "word_embed_proj_dim": 16,
+            "activation_function": "gelu",
             "do_layer_norm_before": False,
         },
         "model.decoder.layers",
         "self_attn.out_proj",
         "post_ln",
-    ),  # fmt: skip
+    ),
     "LlamaForSequenceClassification": Family(_GQA),
     "LlamaForCausalLM": Family(_GQA),
     "MistralForCausalLM": Family({**_GQA, "sliding_window": 3}),
     "MinistralForCausalLM": Family({**_HEADS, "sliding_window": 3}),
     "Ministral3ForCausalLM": Family(_HEADS),
-    "CwmForCausalLM": Family(
-        {**_HEADS, "sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]}
-    ),
+    "CwmForCausalLM": Family({**_HEADS, "sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]}),
     "HeliumForCausalLM": Family(_HEADS),
     "ArceeForCausalLM": Family({**_GQA, "hidden_act": "gelu"}),
     "Jais2ForCausalLM": Family({**_GQA, "hidden_act": "gelu"}),
@@ -141,11 +147,17 @@ FAMILIES: dict[str, Family] = {
     "Ernie4_5ForCausalLM": Family(_GQA),
     "ModernBertDecoderForCausalLM": Family(
         {
-            **_SMALL, "local_attention": 4, "global_attn_every_n_layers": 2, "pad_token_id": 0, "bos_token_id": 1,
-            "eos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1,
+            **_SMALL,
+            "local_attention": 4,
+            "global_attn_every_n_layers": 2,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 1,
+            "cls_token_id": 1,
+            "sep_token_id": 1,
         },
         out="attn.Wo",
-    ),  # fmt: skip
+    ),
     "GraniteForCausalLM": Family(
         {**_GQA, "residual_multiplier": 0.22, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
         layout="scaled_pre_ln",
@@ -183,10 +195,13 @@ FAMILIES: dict[str, Family] = {
     "VaultGemmaForCausalLM": _hooks(_CAPPED),
     "Llama4ForCausalLM": _hooks(
         {
-            **_HEADS, **_EXPERTS, "intermediate_size_mlp": 48, "attention_chunk_size": 4,
+            **_HEADS,
+            **_EXPERTS,
+            "intermediate_size_mlp": 48,
+            "attention_chunk_size": 4,
             "interleave_moe_layer_step": 3,
         }
-    ),  # fmt: skip
+    ),
     "DeepseekV2ForCausalLM": _no_messages({**_LATENT, "first_k_dense_replace": 2}),
     "DeepseekV2ForCausalLM, latent queries": _no_messages({**_LATENT, "first_k_dense_replace": 2, "q_lora_rank": 8}),
     "DeepseekV2ForCausalLM, experts": _no_messages({**_LATENT, "first_k_dense_replace": 1}),
@@ -197,10 +212,14 @@ FAMILIES: dict[str, Family] = {
     "Glm4MoeLiteForCausalLM": _no_messages({**_LATENT, "mlp_layer_types": ["dense", "dense"], "q_lora_rank": 8}),
     "GlmMoeDsaForCausalLM": _no_messages(
         {
-            **_LATENT, "mlp_layer_types": ["dense", "dense"], "q_lora_rank": 8, "index_head_dim": 8,
-            "index_n_heads": 2, "index_topk": 64,
+            **_LATENT,
+            "mlp_layer_types": ["dense", "dense"],
+            "q_lora_rank": 8,
+            "index_head_dim": 8,
+            "index_n_heads": 2,
+            "index_topk": 64,
         }
-    ),  # fmt: skip
+    ),
     # Experts.
     "MixtralForCausalLM": Family({**_GQA, **_EXPERTS}),
     "Qwen2MoeForCausalLM": Family({**_GQA, **_EXPERTS}),
@@ -219,31 +238,48 @@ FAMILIES: dict[str, Family] = {
     # Attention in some blocks only; the second has it.
     "JambaForCausalLM": Family(
         {
-            **_GQA, **_EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4,
-            "mamba_dt_rank": 4, "use_mamba_kernels": False,
+            **_GQA,
+            **_EXPERTS,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
         }
-    ),  # fmt: skip
+    ),
     "GraniteMoeHybridForCausalLM": Family(
         {**_GQA, **_EXPERTS, **_MAMBA, "layer_types": ["attention"] * 2, "shared_intermediate_size": 24}
     ),
     "GraniteMoeHybridForCausalLM, rotary": Family(
         {
-            **_GQA, **_MAMBA, "num_local_experts": 0, "layer_types": ["attention"] * 2,
-            "shared_intermediate_size": 24, "position_embedding_type": "rope", "residual_multiplier": 0.3,
+            **_GQA,
+            **_MAMBA,
+            "num_local_experts": 0,
+            "layer_types": ["attention"] * 2,
+            "shared_intermediate_size": 24,
+            "position_embedding_type": "rope",
+            "residual_multiplier": 0.3,
         },
         layout="scaled_pre_ln",
-    ),  # fmt: skip
-    "Lfm2ForCausalLM": _hooks({**_GQA, "layer_types": ["conv", "full_attention"], "block_ff_dim": 48}, out="self_attn.out_proj"),
+    ),
+    "Lfm2ForCausalLM": _hooks(
+        {**_GQA, "layer_types": ["conv", "full_attention"], "block_ff_dim": 48}, out="self_attn.out_proj"
+    ),
     "OlmoHybridForCausalLM": _hooks({**_DELTA, "linear_num_key_heads": 4}, "pre_post_ln"),
     "Qwen3_5ForCausalLM": _no_messages(_DELTA, wrong_on="3."),  # cannot run there
     "Qwen3NextForCausalLM": _no_messages({**_DELTA, **_EXPERTS}, wrong_on="3."),
     # No attention with separable heads.
     "RecurrentGemmaForCausalLM": _no_messages(
         {
-            **_HEADS, "lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 16,
+            **_HEADS,
+            "lru_width": 32,
+            "block_types": ["recurrent", "attention"],
+            "attention_window_size": 16,
         },
         "block_only",
         out="temporal_block.o_proj",
-    ),  # fmt: skip
-    "MambaForCausalLM": _no_messages({**_SMALL, "state_size": 4}, "block_only", layers="backbone.layers", out="mixer.out_proj"),
+    ),
+    "MambaForCausalLM": _no_messages(
+        {**_SMALL, "state_size": 4}, "block_only", layers="backbone.layers", out="mixer.out_proj"
+    ),
 }

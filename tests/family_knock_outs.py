@@ -30,7 +30,9 @@ class _WithoutEdge(TorchFunctionMode):
         return changed
 
 
-def knocked_out(model: Any, ids: list[int], edge: tuple[int, int, int, int], metric: Callable[[Tensor], Tensor]) -> float:
+def knocked_out(
+    model: Any, ids: list[int], edge: tuple[int, int, int, int], metric: Callable[[Tensor], Tensor]
+) -> float:
     """What a metric of the logits loses without an edge `(layer, head, src, dst)`.
 
     Args:

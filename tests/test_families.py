@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -61,6 +62,10 @@ CLASSIFIERS = {
     "MistralForSequenceClassification": GQA,
     "Qwen2ForSequenceClassification": GQA,
 }
+
+
+T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4}
+XGLM = {"vocab_size": VOCAB, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48}
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def test_maps_are_those_of_the_plain_model(loaded: Loaded) -> None:
 def test_edges_are_knocked_out_as_by_hand(loaded: Loaded) -> None:
     """Against the plain model with eager attention, in whose softmax the edge is put to 0."""
     if not loaded.row.knock_outs:
-        with pytest.raises((InputError, BoundaryError), match="cannot be read|no attention with separable heads"):
+        with pytest.raises((InputError, BoundaryError), match=r"cannot be read|no attention with separable heads"):
             ll.patching.knock_out(loaded.model, IDS, curved, edges=[(1, 1, 2, 3)], progress=False)
         return
     if "ALiBi" in loaded.name:
@@ -126,16 +131,19 @@ def test_edges_are_knocked_out_as_by_hand(loaded: Loaded) -> None:
     eager = type(loaded.plain).from_pretrained(loaded.folder, attn_implementation="eager").double().eval()
     one_by_one(eager)
     attentions_before = int(ll.describe_boundaries(loaded.model)[0].layout != "block_only")
-    for edge in ((1, 1, 2, 3), (1, 2, 4, 5)):
-        effects = ll.patching.knock_out(loaded.model, IDS, curved, edges=[edge], progress=False)
-        expected = knocked_out(eager, IDS, (attentions_before, *edge[1:]), curved)
-        assert float(effects.values[0][edge[1:]]) == pytest.approx(expected, rel=1e-5, abs=1e-6)
-        assert abs(expected) > 1e-5
+    effects = ll.patching.knock_out(loaded.model, IDS, curved, layers=[1], progress=False)
+    # Some models round to single precision inside, so weak edges would tell nothing.
+    rounding = 1e-6 * abs(effects.reference)
+    for at in effects.values[0].nan_to_num().abs().flatten().topk(2).indices.tolist():
+        head, src, dst = (int(n) for n in np.unravel_index(at, effects.values[0].shape))
+        expected = knocked_out(eager, IDS, (attentions_before, head, src, dst), curved)
+        assert abs(expected) > 100 * rounding
+        assert float(effects.values[0, head, src, dst]) == pytest.approx(expected, rel=1e-5, abs=rounding)
 
 
 def curved(logits: torch.Tensor) -> torch.Tensor:
-    flat = 10 * logits.flatten()
-    return flat.log_softmax(-1)[1] + 0.1 * flat[-1].square() + flat[-2] * flat[-5:-3].sum()
+    flat = logits.flatten()
+    return flat[-1] + 0.1 * flat[0] * flat[-1] + 0.1 * flat[-2:].prod() / flat.std()
 
 
 def test_padding_on_either_side_changes_nothing(loaded: Loaded) -> None:
@@ -287,6 +295,33 @@ def test_a_bridge_that_computes_something_else_is_named(tmp_path: Path, monkeypa
     saved("Qwen2ForCausalLM", tmp_path, **GQA)
     with pytest.warns(ll.BridgeWarning, match="gives other logits than the plain Qwen2ForCausalLM"):
         ll.load_model(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "kind, config, dtype, message",
+    [
+        ("T5ForConditionalGeneration", {**T5, "num_layers": 2}, "float32", "are not in one row"),
+        ("SwitchTransformersForConditionalGeneration", {**T5, "num_experts": 2}, "float32", "are not in one row"),
+        ("GPTBigCodeForCausalLM", {**GPT2, "multi_query": False}, "float32", "only supports multi_query=True"),
+        ("XGLMForCausalLM", XGLM, "float64", "cannot run in float64 .* and neither can the plain XGLMForCausalLM"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_on_loading(
+    kind: str, config: dict[str, Any], dtype: str, message: str, tmp_path: Path
+) -> None:
+    saved(kind, tmp_path, **config)
+    with pytest.raises(InputError, match=message):
+        ll.load_model(str(tmp_path), device="cpu", dtype=dtype)
+
+
+def test_what_runs_in_single_precision_alone_is_served_in_it(tmp_path: Path) -> None:
+    """XGLM's own attention makes a float32 number of the smallest float64."""
+    plain = saved("XGLMForCausalLM", tmp_path, **XGLM)
+    model = ll.load_model(str(tmp_path), device="cpu")
+    torch.testing.assert_close(model(torch.tensor([IDS])), plain(torch.tensor([IDS])).logits, rtol=1e-5, atol=1e-5)
+    assert {block.layout for block in ll.describe_boundaries(model)} == {"pre_ln"}
+    flow = ll.attribute(model, IDS, progress=False)
+    assert all(bool(flow.converged[name].all()) for name in flow.maps)
 
 
 def test_a_classifier_of_another_shape_is_named(tmp_path: Path) -> None:
