@@ -1,4 +1,4 @@
-"""Granite's hybrids that know no positions (Granite 4): they lack the module for rotary angles that the bridge wraps."""
+"""Granite's hybrids that know no positions (Granite 4): they lack the module of rotary angles that the bridge wraps."""
 
 from typing import Any
 
