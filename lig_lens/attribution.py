@@ -63,6 +63,7 @@ def attribute(
     max_batch_tokens: int = DEFAULTS.max_batch_tokens,
     engine: str = DEFAULTS.engine,
     split: str = DEFAULTS.split,
+    experts: str = DEFAULTS.experts,
     prepend_bos: bool | None = DEFAULTS.prepend_bos,
     attention_mask: Any = DEFAULTS.attention_mask,
     out: "str | os.PathLike[str] | None" = DEFAULTS.out,
@@ -99,6 +100,9 @@ def attribute(
             and for i = j the query, with everything else at its place on the path. `message`: how far the message
             p_ji v_i moves, whatever moves it, which is what interventions on edges replace. Both have the same sums
             over sources, so heads and totals are the same.
+        experts: for blocks whose router chooses some of its experts. `free` lets it choose anew along the path, where
+            contributions jump, which may cost any number of nodes. `held` keeps the experts that the prompt chose at
+            each position, with weights that follow the path: then contributions are to a block of those experts.
         prepend_bos: for texts, handed to the model's tokenizer; its own default with None.
         attention_mask: for token ids, 0 marks padding, which is dropped before the model runs.
         out: file to which each layer is written as soon as it is computed, for a Flow that need not fit into memory;
@@ -166,6 +170,7 @@ class _Run:
             formula=settings.engine != "hooks",
             pattern=any(settings.baseline_fact(name, "pattern") for name in settings.maps),
             v_path=by_message,
+            routes=settings.experts == "held",
         )
         downstream = corrupted = None
         with self._float32():
@@ -319,6 +324,7 @@ class _Run:
             "tol": settings.tol,
             "max_nodes": settings.max_nodes,
             "engine": settings.engine,
+            **({} if settings.experts == "free" else {"experts": settings.experts}),
             "token_ids": job.inputs.record(),
             "corrupted_token_ids": None if job.second is None else job.second.record(),
             "model": describe_processing(self.model),

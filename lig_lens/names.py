@@ -2,6 +2,7 @@
 
 MAPS = ("attn", "mlp", "block")
 SPLITS = ("source", "message")
+EXPERTS = ("free", "held")
 ENGINES = ("auto", "closed_form", "hooks")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
