@@ -13,7 +13,7 @@ from tiny_models import VOCAB, tiny_tokenizer
 from torch import Tensor, nn
 
 import lig_lens as ll
-from lig_lens.errors import ConvergenceWarning, InputError
+from lig_lens.errors import BoundaryError, ConvergenceWarning, InputError
 
 IDS = [5, 12, 30, 7, 22]
 SIZES: dict[str, Any] = {
@@ -42,7 +42,7 @@ def pair(kind: str, folder: Path) -> tuple[Any, Any]:
     """A plain model in float64, and the bridge of it."""
     model_class = getattr(transformers, kind)
     torch.manual_seed(0)
-    plain = model_class(model_class.config_class(**SIZES | KINDS[kind])).eval()
+    plain = model_class(model_class.config_class(**SIZES | KINDS.get(kind, {}))).eval()
     for weight in plain.parameters():
         weight.data += 0.2 * torch.randn_like(weight)
     plain.save_pretrained(folder)
@@ -144,6 +144,13 @@ def test_a_block_without_experts_is_the_same(tmp_path: Path) -> None:
     model = ll.load_model("induction")
     free, held = (ll.attribute(model, IDS, layers=[1], experts=how, progress=False) for how in ("free", "held"))
     assert all(torch.equal(getattr(free, name), getattr(held, name)) for name in free.maps)
+
+
+def test_a_choice_of_another_kind_is_refused(tmp_path: Path) -> None:
+    """PhiMoE's router looks for one expert after the other."""
+    _, model = pair("PhimoeForCausalLM", tmp_path)
+    with pytest.raises(BoundaryError, match="does not choose its experts by the k largest scores"):
+        ll.attribute(model, IDS, layers=[1], experts="held", **ASKED)
 
 
 def test_a_metric_takes_none() -> None:

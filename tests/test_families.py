@@ -205,6 +205,21 @@ def test_logits_are_those_of_the_plain_model(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name", ["FalconForCausalLM, ALiBi", "GPTJForCausalLM", "BloomForCausalLM", "Gemma2ForCausalLM"]
+)
+def test_classifiers_of_a_language_models_family(name: str, tmp_path: Path) -> None:
+    """By the name of its class, where the config's type says nothing."""
+    kind = name.split(",")[0].replace("ForCausalLM", "ForSequenceClassification")
+    plain = saved(kind, tmp_path, **FAMILIES[name].config | {"pad_token_id": 0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ll.BridgeWarning)
+        model = ll.load_model(str(tmp_path), device="cpu")
+    ids = torch.tensor([IDS])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), plain(ids).logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_encoders_have_all_maps(kind: str, tmp_path: Path) -> None:
     saved(kind, tmp_path, **ENCODERS[kind])

@@ -115,10 +115,19 @@ class BlockCall:
         return routes_held(self.modules, self.routes, positions)
 
     def with_routes(self) -> "BlockCall":
-        """The same call, with the experts held that the prompt's own vectors choose."""
+        """The same call, with the experts held that the prompt's own vectors choose.
+
+        Raises:
+            BoundaryError: the block has experts, and nobody knows how they are chosen.
+        """
         args, kwargs = self._arguments(self.resid_pre[None])
         with torch.no_grad(), routes_seen(self.modules, len(self.resid_pre)) as routes:
             self.block(*args, **kwargs)
+        if not routes and any(type(one).__name__.endswith("Experts") for one in self.block.modules()):
+            raise BoundaryError(
+                f"Block {self.layer} does not choose its experts by the k largest scores, or takes all of them: leave "
+                "out experts='held'."
+            )
         return replace(self, routes=tuple(routes))
 
     def read(self, resid_pre: Float[Tensor, "batch pos d_model"], hooks: Mapping[str, Hook], stop_at: str) -> None:

@@ -19,6 +19,7 @@ from lig_lens.models.packaged import quiet_transformers
 from lig_lens.models.running import HALF, first_tensor, module_hooks, submodules
 
 _CLASSIFIER = "ForSequenceClassification"
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
 # A prompt that every vocabulary has, and how far logits on it may be apart, relative to their spread: rounding in
 # single and in half precision.
 _PROBE = (5, 9, 7, 11)
@@ -208,6 +209,9 @@ def _served(source: str, dtype: torch.dtype) -> tuple[str, str, _Loading]:
     if getattr(config, "is_encoder_decoder", False) and not saved.endswith(_CLASSIFIER):
         raise _not_in_a_row(saved or config.model_type)
     language = saved if saved in SUPPORTED_ARCHITECTURES else MODEL_TYPES.get(config.model_type)
+    if language is None and saved.endswith(_CLASSIFIER):
+        kin = (saved.removesuffix(_CLASSIFIER) + ending for ending in _LANGUAGE_MODELS)
+        language = next((one for one in kin if one in SUPPORTED_ARCHITECTURES), None)
     if language is None:
         try:
             language = determine_architecture_from_hf_config(config)
