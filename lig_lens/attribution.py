@@ -31,6 +31,7 @@ from lig_lens.maps import MAPS, METRIC_MAPS
 from lig_lens.maps.job import Job
 from lig_lens.maps.map import Map
 from lig_lens.models.loading import check_evaluating, describe_processing, model_name
+from lig_lens.models.routes import has_experts
 from lig_lens.models.running import one_at_a_time, prepared
 from lig_lens.models.stack import Forward, stack_of
 from lig_lens.paths.baseline import Baseline, chosen_baseline, describe_baseline
@@ -275,7 +276,8 @@ class _Run:
                         for cell in flow_io.CELLS:
                             put(f"{cell}.{one.name}", index, getattr(columns, cell))
                         done[one.name].append(columns.cells_only())
-        _warn(self.settings, done)
+        routed = any(has_experts(values.call.block) for values in job.values.values())
+        _warn(self.settings, done, routed and self.settings.experts == "free")
 
     def _shapes(self, job: Job) -> dict[str, tuple[int, ...]]:
         """Shapes of a Flow's tensors, under the names that they have in a Flow file."""
@@ -335,8 +337,14 @@ class _Run:
         }
 
 
-def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]]) -> None:
-    """Say how many cells missed the tolerance, pointing at the code that called into this package."""
+def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]], routed: bool) -> None:
+    """Say how many cells missed the tolerance, pointing at the code that called into this package.
+
+    Args:
+        settings: what was asked.
+        done: by map, the columns of each layer.
+        routed: whether routers chose experts anew along the paths.
+    """
     flat = {
         name: {key: torch.cat([getattr(one, key).flatten() for one in layers]) for key in _CELLS}
         for name, layers in done.items()
@@ -358,6 +366,8 @@ def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]]) -> None:
         if rounded
         else ""
     )
+    if routed and not settings.per_metric:
+        limited += " Contributions jump where a router chooses other experts along a path: experts='held' keeps those."
     # Past wrappers that others put around our functions.
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _OUR_FRAMES:

@@ -71,7 +71,7 @@ def test_held_experts_converge_and_add_up(kind: str, tmp_path: Path) -> None:
         warnings.simplefilter("error", ConvergenceWarning)
         held = ll.attribute(model, IDS, layers=[1], maps=("mlp", "block"), experts="held", tol=1e-4, **ASKED)
     assert held.settings["experts"] == "held"
-    with pytest.warns(ConvergenceWarning):
+    with pytest.warns(ConvergenceWarning, match="experts='held' keeps those"):
         free = ll.attribute(model, IDS, layers=[1], maps=("mlp", "block"), tol=1e-4, max_nodes=400, **ASKED)
     assert "experts" not in free.settings and not all(bool(free.converged[name].all()) for name in free.maps)
 

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lig_lens.errors import BoundaryError
-from lig_lens.models.routes import Routes, routes_held, routes_seen
+from lig_lens.models.routes import Routes, has_experts, routes_held, routes_seen
 from lig_lens.models.running import Hook, Stop, first_tensor, map_tensors, module_hooks, stop, torch_hooks
 from lig_lens.models.stack import Stack
 
@@ -123,7 +123,7 @@ class BlockCall:
         args, kwargs = self._arguments(self.resid_pre[None])
         with torch.no_grad(), routes_seen(self.modules, len(self.resid_pre)) as routes:
             self.block(*args, **kwargs)
-        if not routes and any(type(one).__name__.endswith("Experts") for one in self.block.modules()):
+        if not routes and has_experts(self.block):
             raise BoundaryError(
                 f"Block {self.layer} does not choose its experts by the k largest scores, or takes all of them: leave "
                 "out experts='held'."

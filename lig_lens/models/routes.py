@@ -22,6 +22,11 @@ Routes = tuple[Tensor, ...]
 """Choices of a block's routers in the order in which they are made: [pos, ..., k] each."""
 
 
+def has_experts(block: nn.Module) -> bool:
+    """Whether there are experts in a block, by what transformers calls them."""
+    return any(type(one).__name__.endswith("Experts") for one in block.modules())
+
+
 class _TopK(TorchFunctionMode):
     """Sees the choices of routers, or makes them."""
 
