@@ -31,6 +31,7 @@ from lig_lens.maps import MAPS, METRIC_MAPS
 from lig_lens.maps.job import Job
 from lig_lens.maps.map import Map
 from lig_lens.models.loading import check_evaluating, describe_processing, model_name
+from lig_lens.models.routes import has_experts
 from lig_lens.models.running import one_at_a_time, prepared
 from lig_lens.models.stack import Forward, Stack, check_stream, stack_of
 from lig_lens.paths.baseline import Baseline, chosen_baseline, describe_baseline
@@ -64,6 +65,7 @@ def attribute(
     engine: str = DEFAULTS.engine,
     split: str = DEFAULTS.split,
     stream: str | None = DEFAULTS.stream,
+    experts: str = DEFAULTS.experts,
     prepend_bos: bool | None = DEFAULTS.prepend_bos,
     attention_mask: Any = DEFAULTS.attention_mask,
     out: "str | os.PathLike[str] | None" = DEFAULTS.out,
@@ -108,6 +110,9 @@ def attribute(
             of the encoder's output contributes to the heads of each block's cross-attention, `[layer, head, src,
             dst]` with sources in the source and destinations in the target, along a path of that output (`zero` by
             default; `corrupted` is another source), the decoder's residual stream held.
+        experts: for blocks whose router chooses some of its experts. `free` lets it choose anew along the path, where
+            contributions jump, which may cost any number of nodes. `held` keeps the experts that the prompt chose at
+            each position, with weights that follow the path: then contributions are to a block of those experts.
         prepend_bos: for texts, handed to the model's tokenizer; its own default with None.
         attention_mask: for token ids, 0 marks padding, which is dropped before the model runs.
         out: file to which each layer is written as soon as it is computed, for a Flow that need not fit into memory;
@@ -176,6 +181,7 @@ class _Run:
             formula=settings.engine != "hooks",
             pattern=any(settings.baseline_fact(name, "pattern") for name in settings.maps),
             v_path=by_message,
+            routes=settings.experts == "held",
         )
         downstream = corrupted = None
         with self._float32():
@@ -282,7 +288,8 @@ class _Run:
                         for cell in flow_io.CELLS:
                             put(f"{cell}.{one.name}", index, getattr(columns, cell))
                         done[one.name].append(columns.cells_only())
-        _warn(self.settings, done)
+        routed = any(has_experts(values.call.block) for values in job.values.values())
+        _warn(self.settings, done, routed and self.settings.experts == "free")
 
     def _shapes(self, job: Job) -> dict[str, tuple[int, ...]]:
         """Shapes of a Flow's tensors, under the names that they have in a Flow file."""
@@ -337,6 +344,7 @@ class _Run:
             "engine": settings.engine,
             job.inputs.kept_as: job.inputs.record(),
             f"corrupted_{job.inputs.kept_as}": None if job.second is None else job.second.record(),
+            **({} if settings.experts == "free" else {"experts": settings.experts}),
             "model": describe_processing(self.model),
             "versions": {
                 "lig_lens": __version__,
@@ -345,8 +353,14 @@ class _Run:
         }
 
 
-def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]]) -> None:
-    """Say how many cells missed the tolerance, pointing at the code that called into this package."""
+def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]], routed: bool) -> None:
+    """Say how many cells missed the tolerance, pointing at the code that called into this package.
+
+    Args:
+        settings: what was asked.
+        done: by map, the columns of each layer.
+        routed: whether routers chose experts anew along the paths.
+    """
     flat = {
         name: {key: torch.cat([getattr(one, key).flatten() for one in layers]) for key in _CELLS}
         for name, layers in done.items()
@@ -368,6 +382,8 @@ def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]]) -> None:
         if rounded
         else ""
     )
+    if routed and not settings.per_metric:
+        limited += " Contributions jump where a router chooses other experts along a path: experts='held' keeps those."
     # Past wrappers that others put around our functions.
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _OUR_FRAMES:

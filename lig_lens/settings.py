@@ -37,7 +37,7 @@ from lig_lens.fields import (
     flag_of,
     type_of,
 )
-from lig_lens.names import ENGINES, MAPS, SPLITS, STREAMS
+from lig_lens.names import ENGINES, EXPERTS, MAPS, SPLITS, STREAMS
 from lig_lens.paths import BASELINES, baselines_of
 from lig_lens.targets import TARGETS
 
@@ -177,6 +177,7 @@ class Settings(Attribution):
     stream: Annotated[StrictStr | None, Flag(choices=lambda: STREAMS)] = Field(
         None, description="Of a model with an encoder and a decoder: whose attention is explained."
     )
+    experts: Annotated[StrictStr, Flag(choices=lambda: EXPERTS)] = "free"
     prepend_bos: Any = Field(None, description="Handed to the model's tokenizer.")
     attention_mask: Any = Field(None, description="For token ids, 0 marks padding.")
 
@@ -239,6 +240,11 @@ class Settings(Attribution):
             self._check_across()
         if self.per_metric:
             self._check_metric()
+            if self.experts != "free":
+                raise InputError(
+                    f"experts={self.experts!r} goes with targets at one block, and a metric has all blocks after it in "
+                    "the path: leave it out."
+                )
         elif self.split != "source":
             raise InputError(
                 f"split={self.split!r} goes with a metric as target: contributions to a head's output are those of "

@@ -68,9 +68,9 @@ def maps_from_zero(model: nn.Module, layer: nn.Module, out: nn.Linear, n_heads: 
 
 
 def _nodes() -> tuple[Tensor, Tensor]:
-    """Gauss nodes on panels that get about three times smaller towards the start, where norms turn on."""
-    edges = np.concatenate([[0.0], np.logspace(-8, 0, 19)])
-    x, w = np.polynomial.legendre.leggauss(8)
+    """Gauss nodes on panels that get smaller towards the start, where norms turn on: several in a row at 1e-12."""
+    edges = np.concatenate([[0.0], np.logspace(-18, 0, 49)])
+    x, w = np.polynomial.legendre.leggauss(10)
     nodes = np.concatenate([(b - a) / 2 * x + (a + b) / 2 for a, b in itertools.pairwise(edges)])
     weights = np.concatenate([(b - a) / 2 * w for a, b in itertools.pairwise(edges)])
     return torch.tensor(nodes), torch.tensor(weights)
@@ -130,7 +130,7 @@ def _hooked(
         return None if attn_out is None else attn_out.reshape(output.shape)
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-        kept["output"] = output[0] if isinstance(output, tuple) else output
+        kept["output"] = output[0] if isinstance(output, (tuple, list)) else output
 
     handles = [
         layer.register_forward_pre_hook(enter, with_kwargs=True),

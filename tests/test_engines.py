@@ -130,9 +130,7 @@ def test_what_the_formula_does_not_cover_goes_through_hooks() -> None:
     model, ids = config_bridge(CLIPPED), [5, 12, 30, 7]
     flow = lig_lens.attribute(model, ids, maps="attn", progress=False)
     assert set(flow.engines["attn"]) == {"hooks"}
-    with pytest.raises(
-        InputError, match=r"cannot work on block 0: .*not (affine|a softmax).*engine='auto'"
-    ):
+    with pytest.raises(InputError, match=r"cannot work on block 0: .*not (affine|a softmax).*engine='auto'"):
         lig_lens.attribute(model, ids, maps="attn", engine="closed_form", progress=False)
     assert all(b.engine == "hooks" and b.why_hooks for b in lig_lens.describe_boundaries(model))
 

@@ -1,21 +1,26 @@
 """Families of models as checkpoints, loaded as a user would: their logits, their maps, and what is refused."""
 
 import copy
+import shutil
 import warnings
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from checkpoints import GPT2, GQA, IDS, OTHER, SMALL, saved
+from families import FAMILIES, Family
+from family_knock_outs import knocked_out
 from family_oracle import maps_from_zero
 from tiny_models import VOCAB
 from transformer_lens.model_bridge import TransformerBridge
 
 import lig_lens as ll
-from lig_lens.errors import InputError
+from lig_lens.errors import BoundaryError, InputError
 from lig_lens.models.served import _without_alias
 
 ENCODERS = {
@@ -37,93 +42,124 @@ CLASSIFIERS = {
 }
 
 
-BERT_LAYER = ("{body}.encoder.layer", "attention.output.dense")
-LLAMA_LAYER = ("model.layers", "self_attn.o_proj")
-# Class -> config, where its layers are, and in each the linear map after the heads; and the layout.
-FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, str], str]] = {
-    "XLMRobertaForMaskedLM": (SMALL, BERT_LAYER, "post_ln"),
-    "CamembertForMaskedLM": (SMALL, BERT_LAYER, "post_ln"),
-    "ElectraForMaskedLM": (ENCODERS["ElectraForMaskedLM"], BERT_LAYER, "post_ln"),
-    "LlamaForSequenceClassification": (GQA, LLAMA_LAYER, "pre_ln"),
-    "GraniteForCausalLM": (
-        {**GQA, "residual_multiplier": 0.22, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
-        LLAMA_LAYER,
-        "scaled_pre_ln",
-    ),
-    "OPTForCausalLM": (
-        {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32, "activation_function": "gelu"},  # kinks need finer rules
-        ("model.decoder.layers", "self_attn.out_proj"),
-        "pre_ln",
-    ),
-    "MistralForCausalLM": ({**GQA, "sliding_window": 3}, LLAMA_LAYER, "pre_ln"),
-    "Qwen2ForCausalLM": (GQA, LLAMA_LAYER, "pre_ln"),
-    "Qwen3ForCausalLM": ({**GQA, "head_dim": 8}, LLAMA_LAYER, "pre_ln"),
-    "Olmo2ForCausalLM": (GQA, LLAMA_LAYER, "pre_post_ln"),
-    "StableLmForCausalLM": (GQA, LLAMA_LAYER, "pre_ln"),
-    "PhiForCausalLM": ({**SMALL, "pad_token_id": 0}, ("model.layers", "self_attn.dense"), "parallel"),
-    "CohereForCausalLM": (GQA, LLAMA_LAYER, "parallel"),
-    "Starcoder2ForCausalLM": (GQA, LLAMA_LAYER, "pre_ln"),
-    "GemmaForCausalLM": ({**GQA, "head_dim": 8}, LLAMA_LAYER, "pre_ln"),
-    "OlmoForCausalLM": (GQA, LLAMA_LAYER, "pre_ln"),
-    "NemotronForCausalLM": ({**GQA, "hidden_act": "gelu"}, LLAMA_LAYER, "pre_ln"),
-    "Phi3ForCausalLM": (GQA, LLAMA_LAYER, "pre_ln"),
-    "SmolLM3ForCausalLM": (GQA, LLAMA_LAYER, "pre_ln"),
-    "Ernie4_5ForCausalLM": (GQA, LLAMA_LAYER, "pre_ln"),
-    "ApertusForCausalLM": (GQA, LLAMA_LAYER, "pre_ln"),
-    "BloomForCausalLM": (
-        {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-        ("transformer.h", "self_attention.dense"),
-        "pre_ln",
-    ),
-    "FalconForCausalLM": (
-        {**SMALL, "multi_query": True, "new_decoder_architecture": False, "parallel_attn": True},
-        ("transformer.h", "self_attention.dense"),
-        "parallel",
-    ),
-    "GPTNeoForCausalLM": (
-        {
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "num_layers": 2,
-            "num_heads": 4,
-            "window_size": 3,
-            "attention_types": [[["global", "local"], 1]],
-            "max_position_embeddings": 64,
-        },
-        ("transformer.h", "attn.attention.out_proj"),
-        "pre_ln",
-    ),
-}
+T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4}
+XGLM = {"vocab_size": VOCAB, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48}
 
 
-# Cohere's pairs of rotated dimensions are others in TransformerLens 3.9.
-BRIDGES_THAT_DIFFER = {("CohereForCausalLM", "3.")}
+@dataclass(frozen=True)
+class Loaded:
+    """A row of the table: the plain model in float64, and the same as a bridge."""
+
+    name: str
+    row: Family
+    plain: Any
+    model: Any
+    folder: Path
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        return ("block",) if self.row.layout == "block_only" else ("attn", "mlp", "block")
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_maps_are_those_of_the_plain_model(kind: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module", params=FAMILIES)
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    name, row = request.param, FAMILIES[request.param]
+    kind, folder = name.split(",")[0], tmp_path_factory.mktemp("family")
+    if not hasattr(transformers, kind):
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    plain = saved(kind, folder, **row.config).double()
+    one_by_one(plain)
+    if version("transformer_lens").startswith(row.wrong_on):
+        with pytest.warns(ll.BridgeWarning) if "HunYuan" in kind else pytest.raises(BoundaryError, match="run alone"):
+            ll.describe_boundaries(ll.load_model(str(folder), device="cpu", dtype="float64"))
+        pytest.skip("this bridge computes something else or cannot run, which is said on loading")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ll.BridgeWarning)
+        return Loaded(name, row, plain, ll.load_model(str(folder), device="cpu", dtype="float64"), folder)
+
+
+def one_by_one(plain: Any) -> None:
+    """Let a model's experts run one by one: their joint product of matrices knows no float64."""
+    if hasattr(plain, "set_experts_implementation"):
+        plain.set_experts_implementation("eager")
+
+
+def test_maps_are_those_of_the_plain_model(loaded: Loaded) -> None:
     """Against autograd through the plain transformers model, in float64."""
-    config, (layers, out), layout = FAMILIES[kind]
-    plain = saved(kind, tmp_path, **config).double()
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always", ll.BridgeWarning)
-        model = ll.load_model(str(tmp_path), device="cpu", dtype="float64")
-    if any(issubclass(one.category, ll.BridgeWarning) for one in warned):
-        assert (kind, version("transformer_lens")[:2]) in BRIDGES_THAT_DIFFER
-        pytest.skip("this bridge computes something else, which is said on loading")
-    layer = plain.get_submodule(layers.format(body=plain.base_model_prefix))[1]
-    expected = maps_from_zero(plain, layer, layer.get_submodule(out), 4, input_ids=torch.tensor([IDS[:4]]))
-    asked = {"attn_baseline": "zero", "mlp_baseline": "zero", "block_baseline": "zero"}
-    flow = ll.attribute(model, IDS[:4], layers=[1], tol=1e-5, max_nodes=8192, progress=False, **asked)
-    assert flow.layouts == (layout,)
-    for name in ("attn", "mlp", "skip", "block"):
+    row, plain = loaded.row, loaded.plain
+    layer = plain.get_submodule(row.layers)[1]
+    expected = maps_from_zero(plain, layer, layer.get_submodule(row.out), 4, input_ids=torch.tensor([IDS[:4]]))
+    asked = {"attn_baseline": "zero", "mlp_baseline": "zero", "block_baseline": "zero", "maps": loaded.maps}
+    flow = ll.attribute(loaded.model, IDS[:4], layers=[1], tol=1e-5, max_nodes=8192, progress=False, **asked)
+    assert flow.layouts == (row.layout,)
+    assert {flow.engines[name][0] for name in loaded.maps if name != "mlp"} == {row.engine}
+    for name in (*loaded.maps, *(("skip",) if "mlp" in loaded.maps else ())):
         found, wanted = getattr(flow, name)[0].double(), getattr(expected, name)
         assert float((found - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max()), name
 
 
+def test_edges_are_knocked_out_as_by_hand(loaded: Loaded) -> None:
+    """Against the plain model with eager attention, in whose softmax the edge is put to 0."""
+    if not loaded.row.knock_outs:
+        with pytest.raises((InputError, BoundaryError), match=r"cannot be read|no attention with separable heads"):
+            ll.patching.knock_out(loaded.model, IDS, curved, edges=[(1, 1, 2, 3)], progress=False)
+        return
+    if "ALiBi" in loaded.name:
+        pytest.skip("transformers' eager attention adds the bias twice")
+    eager = type(loaded.plain).from_pretrained(loaded.folder, attn_implementation="eager").double().eval()
+    one_by_one(eager)
+    attentions_before = int(ll.describe_boundaries(loaded.model)[0].layout != "block_only")
+    effects = ll.patching.knock_out(loaded.model, IDS, curved, layers=[1], progress=False)
+    # Some models round to single precision inside, so weak edges would tell nothing.
+    rounding = 1e-6 * abs(effects.reference)
+    for at in effects.values[0].nan_to_num().abs().flatten().topk(2).indices.tolist():
+        head, src, dst = (int(n) for n in np.unravel_index(at, effects.values[0].shape))
+        expected = knocked_out(eager, IDS, (attentions_before, head, src, dst), curved)
+        assert abs(expected) > 100 * rounding
+        assert float(effects.values[0, head, src, dst]) == pytest.approx(expected, rel=1e-5, abs=rounding)
+
+
+def curved(logits: torch.Tensor) -> torch.Tensor:
+    flat = logits.flatten()
+    return flat[-1] + 0.1 * flat[0] * flat[-1] + 0.1 * flat[-2:].prod() / flat.std()
+
+
+def test_padding_on_either_side_changes_nothing(loaded: Loaded) -> None:
+    """The model never sees it."""
+    seen: list[torch.Tensor] = []
+    hook = loaded.model.original_model.get_input_embeddings().register_forward_pre_hook(
+        lambda _module, args: seen.append(args[0])
+    )
+    asked = {"layers": [1], "maps": loaded.maps[0], "tol": 0.1, "progress": False}
+    asked[f"{loaded.maps[0]}_baseline"] = "zero"
+    ids, flows = IDS[:3], []
+    try:
+        for left, right in ((0, 0), (2, 0), (0, 2), (1, 1)):
+            mask = [0] * left + [1] * len(ids) + [0] * right
+            padded = [3] * left + ids + [3] * right
+            flows.append(ll.attribute(loaded.model, padded, attention_mask=mask, **asked))
+    finally:
+        hook.remove()
+    assert len(seen) >= 4 and not any(3 in one for one in seen)
+    for flow in flows[1:]:
+        assert torch.equal(getattr(flow, loaded.maps[0]), getattr(flows[0], loaded.maps[0]))
+        assert flow.tokens == flows[0].tokens
+
+
+def test_the_config_alone_tells_the_layouts(loaded: Loaded, tmp_path: Path) -> None:
+    """Weights made at random, some of which are 0 or 1."""
+    shutil.copy(loaded.folder / "config.json", tmp_path)
+    for file in loaded.folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    made = ll.describe_boundaries(str(tmp_path), config_only=True)
+    found = ll.describe_boundaries(loaded.model)
+    assert [block.layout for block in made] == [block.layout for block in found]
+    assert [block.n_heads for block in made] == [block.n_heads for block in found]
+
+
 def test_norms_that_see_flattened_positions(tmp_path: Path) -> None:
     """OPT flattens items and positions before its second norm; a bridge without familiar names shows it so."""
-    saved("OPTForCausalLM", tmp_path, **FAMILIES["OPTForCausalLM"][0])
+    saved("OPTForCausalLM", tmp_path, **FAMILIES["OPTForCausalLM"].config)
     flows = [
         ll.attribute(model, IDS, progress=False)
         for model in (
@@ -145,6 +181,21 @@ def test_logits_are_those_of_the_plain_model(kind: str, tmp_path: Path) -> None:
     found = found if isinstance(found, torch.Tensor) else found[0]
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["FalconForCausalLM, ALiBi", "GPTJForCausalLM", "BloomForCausalLM", "Gemma2ForCausalLM"]
+)
+def test_classifiers_of_a_language_models_family(name: str, tmp_path: Path) -> None:
+    """By the name of its class, where the config's type says nothing."""
+    kind = name.split(",")[0].replace("ForCausalLM", "ForSequenceClassification")
+    plain = saved(kind, tmp_path, **FAMILIES[name].config | {"pad_token_id": 0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ll.BridgeWarning)
+        model = ll.load_model(str(tmp_path), device="cpu")
+    ids = torch.tensor([IDS])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), plain(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
@@ -221,12 +272,47 @@ def test_a_family_that_is_not_served_is_named(tmp_path: Path) -> None:
         ll.load_model(str(tmp_path))
 
 
-def test_a_bridge_that_computes_something_else_is_named(tmp_path: Path) -> None:
-    """Falcon with ALiBi: eager attention, which bridges need, adds the bias twice in transformers 5.23."""
-    config = {**SMALL, "multi_query": False, "alibi": True, "parallel_attn": False, "new_decoder_architecture": False}
-    saved("FalconForCausalLM", tmp_path, **config)
-    with pytest.warns(ll.BridgeWarning, match="gives other logits than the plain FalconForCausalLM"):
+def test_a_bridge_that_computes_something_else_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter that changes weights."""
+
+    def careless(of_transformer_lens: type) -> type:
+        class Careless(of_transformer_lens):  # type: ignore[misc]
+            def prepare_model(self, hf_model: Any) -> None:
+                super().prepare_model(hf_model)
+                for layer in hf_model.model.layers:
+                    layer.self_attn.o_proj.weight.data *= 2
+
+        return Careless
+
+    monkeypatch.setattr("lig_lens.models.served.MENDED", {"Qwen2ForCausalLM": careless})
+    saved("Qwen2ForCausalLM", tmp_path, **GQA)
+    with pytest.warns(ll.BridgeWarning, match="gives other logits than the plain Qwen2ForCausalLM"):
         ll.load_model(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "kind, config, dtype, message",
+    [
+        ("GPTBigCodeForCausalLM", {**GPT2, "multi_query": False}, "float32", "only supports multi_query=True"),
+        ("XGLMForCausalLM", XGLM, "float64", "cannot run in float64 .* and neither can the plain XGLMForCausalLM"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_on_loading(
+    kind: str, config: dict[str, Any], dtype: str, message: str, tmp_path: Path
+) -> None:
+    saved(kind, tmp_path, **config)
+    with pytest.raises(InputError, match=message):
+        ll.load_model(str(tmp_path), device="cpu", dtype=dtype)
+
+
+def test_what_runs_in_single_precision_alone_is_served_in_it(tmp_path: Path) -> None:
+    """XGLM's own attention makes a float32 number of the smallest float64."""
+    plain = saved("XGLMForCausalLM", tmp_path, **XGLM)
+    model = ll.load_model(str(tmp_path), device="cpu")
+    torch.testing.assert_close(model(torch.tensor([IDS])), plain(torch.tensor([IDS])).logits, rtol=1e-5, atol=1e-5)
+    assert {block.layout for block in ll.describe_boundaries(model)} == {"pre_ln"}
+    flow = ll.attribute(model, IDS, progress=False)
+    assert all(bool(flow.converged[name].all()) for name in flow.maps)
 
 
 def test_a_classifier_of_another_shape_is_named(tmp_path: Path) -> None:

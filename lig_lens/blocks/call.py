@@ -9,13 +9,16 @@ inside. This is exact, needs no knowledge of the architecture, runs no earlier b
 import contextlib
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lig_lens.errors import BoundaryError
+from lig_lens.models.routes import Routes, has_experts, routes_held, routes_seen
 from lig_lens.models.running import Hook, Stop, first_tensor, map_tensors, module_hooks, stop, torch_hooks
 from lig_lens.models.stack import Stack
 
@@ -71,21 +74,62 @@ class BlockCall:
     recorded_dtype: torch.dtype = torch.float32
     folded: frozenset[int | str] = frozenset()
     """Arguments whose first axis is batch times something else, items of the batch one after the other."""
+    routes: Routes = field(default=(), repr=False)
+    """The experts that are held along paths, if they are."""
     seen: Seen | None = field(default=None, repr=False)
     """What the block's hooks showed in that call; None after a call in half precision."""
 
     def run(
-        self, resid_pre: Float[Tensor, "batch src d_model"], hooks: Mapping[str, Hook] | None = None
+        self,
+        resid_pre: Float[Tensor, "batch src d_model"],
+        hooks: Mapping[str, Hook] | None = None,
+        positions: Int[Tensor, "item"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """Run the block on `resid_pre`, one batch item per interpolation point; gives resid_post.
 
         Args:
             resid_pre: residual vectors to start from.
             hooks: path of a submodule inside the block -> hook on its output (the first one, of a tuple).
+            positions: at which position of the prompt each vector stands, for experts that are held; those of whole
+                prompts by default.
+
+        Raises:
+            BoundaryError: it cannot run without the cache that it had in the model.
         """
         args, kwargs = self._arguments(resid_pre)
-        with module_hooks(torch_hooks(self.modules, hooks or {})):
-            return first_tensor(self.block(*args, **kwargs))
+        try:
+            with module_hooks(torch_hooks(self.modules, hooks or {})), self._held(resid_pre, positions):
+                return first_tensor(self.block(*args, **kwargs))
+        except (AttributeError, NotImplementedError) as error:
+            raise BoundaryError(
+                f"Block {self.layer} cannot be run alone ({error}): its kind is not supported by this TransformerLens "
+                "with this transformers. Try another version of either, or other layers."
+            ) from error
+
+    def _held(
+        self, resid_pre: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "item"] | None
+    ) -> AbstractContextManager[None]:
+        if not self.routes:
+            return contextlib.nullcontext()
+        if positions is None:
+            positions = torch.arange(resid_pre.shape[1], device=resid_pre.device).repeat(len(resid_pre))
+        return routes_held(self.modules, self.routes, positions)
+
+    def with_routes(self) -> "BlockCall":
+        """The same call, with the experts held that the prompt's own vectors choose.
+
+        Raises:
+            BoundaryError: the block has experts, and nobody knows how they are chosen.
+        """
+        args, kwargs = self._arguments(self.resid_pre[None])
+        with torch.no_grad(), routes_seen(self.modules, len(self.resid_pre)) as routes:
+            self.block(*args, **kwargs)
+        if not routes and has_experts(self.block):
+            raise BoundaryError(
+                f"Block {self.layer} does not choose its experts by the k largest scores, or takes all of them: leave "
+                "out experts='held'."
+            )
+        return replace(self, routes=tuple(routes))
 
     def read(self, resid_pre: Float[Tensor, "batch pos d_model"], hooks: Mapping[str, Hook], stop_at: str) -> None:
         """Run the block no further than the submodule `stop_at`, for what `hooks` see. Arguments as in `run`."""

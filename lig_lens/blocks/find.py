@@ -139,10 +139,10 @@ def _with_heads(block: Block, inside: Inside, replayed: bool) -> Block:
     layout, b_O = common or diagnose(inside)
     formula: AttentionFormula | None = None if isinstance(found, str) else found.formula
     block = _joined(block, inside, layout, b_O, formula, found if isinstance(found, str) else "")
-    order = inside.seen.order
+    seen_norms = int(norm_before(inside.seen.order, inside.z_path)) + int(qk_normed(inside))
     return replace(
         block,
-        norms_to_z=int(norm_before(order, inside.z_path)) + int(qk_normed(order, inside.z_path)),
+        norms_to_z=seen_norms if formula is None else formula.depth,
         tail_norms=tuple(tail_scales(call, inside.seen, inside.attn_out_path if layout.norms_in_series else None)),
         settled=found != UNTOLD,
     )
@@ -162,7 +162,7 @@ def _with_heads_across(block: Block, inside: Inside, replayed: bool) -> Block:
         block = _joined(block, inside, ACROSS, b_O, None, found)
     else:
         block = _joined(block, inside, ACROSS, b_O, None, "", found)
-    return replace(block, norms_to_z=int(qk_normed(inside.seen.order, inside.z_path)), tail_norms=())
+    return replace(block, norms_to_z=int(qk_normed(inside)), tail_norms=())
 
 
 def _joined(

@@ -111,6 +111,11 @@ class AttentionFormula:
         return self.b_q.shape[-1]
 
     @property
+    def depth(self) -> int:
+        """How many norms queries or keys pass one after the other."""
+        return int(self.norm != "none") + int(self.q_norm is not None or self.k_norm is not None)
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """Hooks that have to be read to check the formula on a prompt."""
         return (*self.paths, PATTERN_PATH, *([] if self.scale_path is None else [self.scale_path]))

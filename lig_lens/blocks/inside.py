@@ -36,16 +36,22 @@ def norm_paths(call: BlockCall) -> list[str]:
     return [p for p in paths if not p.startswith("attn.")]
 
 
+def any_norm(order: Sequence[str]) -> bool:
+    """Whether the block normalises anything outside attention."""
+    return any(p.endswith(".hook_normalized") and not p.startswith("attn.") for p in order)
+
+
 def norm_before(order: Sequence[str], z_path: str) -> bool:
     """Whether the block normalises what enters attention."""
-    before = order[: order.index(z_path)]
-    return any(p.endswith(".hook_normalized") and not p.startswith("attn.") for p in before)
+    return any_norm(order[: order.index(z_path)])
 
 
-def qk_normed(order: Sequence[str], z_path: str) -> bool:
-    """Whether attention normalises its queries or keys."""
-    before = order[: order.index(z_path)]
-    return any(p.startswith("attn.") and p.endswith(".hook_normalized") for p in before)
+def qk_normed(inside: Inside) -> bool:
+    """Whether attention normalises its queries or keys: a hook shows it, or a module's class says so (Llama 4)."""
+    order = inside.seen.order
+    before = order[: order.index(inside.z_path)]
+    shown = any(p.startswith("attn.") and p.endswith(".hook_normalized") for p in before)
+    return shown or any(type(one).__name__.endswith("Norm") for one in inside.call.modules["attn"].modules())
 
 
 def tail_scales(call: BlockCall, seen: Seen, after: str | None) -> dict[str, Float[Tensor, "pos"]]:

@@ -48,6 +48,7 @@ class Needs:
         v_path: where messages are read, pattern times values.
         messages: pattern and values.
         middle: resid_mid.
+        routes: hold the experts that the prompt chooses.
     """
 
     heads: bool = True
@@ -56,6 +57,7 @@ class Needs:
     v_path: bool = False
     messages: bool = False
     middle: bool = False
+    routes: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,14 @@ class Blocks:
                 seen = replay(call, block.reads) if shown is None else shown
                 values = _fitted(block, call, seen, needs, fresh=False)
                 if values is not None:
-                    return values
+                    return _holding(values) if needs.routes else values
                 shown = None  # only what the known block needs was read
             seen = replay(call) if shown is None else shown
             block = find_block(call, seen, replayed=shown is None)
             self._keep(call, block)
             values = _fitted(block, call, seen, needs, fresh=True)
+            if values is not None and needs.routes:
+                return _holding(values)
         if values is None:
             raise BoundaryError(
                 f"Block {call.layer}: the formula that was found for its attention misses its head outputs. Use "
@@ -178,6 +182,10 @@ def _fitted(block: Block, call: BlockCall, seen: Seen, needs: Needs, fresh: bool
     elif not fresh:
         replay(call, ())
     return Values(block, call, seen.output, scales, attention)
+
+
+def _holding(values: Values) -> Values:
+    return replace(values, call=values.call.with_routes())
 
 
 def _at_heads(nodes: AttentionNodes, inside: Inside, needs: Needs, fresh: bool) -> HeadValues | None:

@@ -26,9 +26,13 @@ class Tail:
     """
 
     def __init__(
-        self, values: Values, attn_out: Float[Tensor, "item d_model"], skip: Float[Tensor, "item d_model"]
+        self,
+        values: Values,
+        attn_out: Float[Tensor, "item d_model"],
+        skip: Float[Tensor, "item d_model"],
+        positions: Int[Tensor, "item"],
     ) -> None:
-        """Run the tail at some points.
+        """Run the tail at some points, which stand at these positions of the prompt.
 
         Where attention hands nothing but its output on, it need not run: that is tried here, and kept up if the same
         comes out.
@@ -39,43 +43,48 @@ class Tail:
         hooks = self.scales.hooks(lambda value: value.flatten(0, 1)[: len(attn_out)])
         with torch.no_grad():
             if not values.heads.nodes.ends_there:
-                self.out = self._whole(attn_out, skip, hooks)
+                self.out = self._whole(attn_out, skip, positions, hooks)
                 return
             usual: list[Any] = []
             with module_hooks([(values.call.modules["attn"], lambda *seen: usual.append(seen[-1]), False)]):
-                self.out = self._whole(attn_out, skip, hooks)
+                self.out = self._whole(attn_out, skip, positions, hooks)
             self._usual = usual[0]
             # A row of another length than the prompt's: nothing in the block may depend on that.
             n_items = len(skip) + (2 if len(skip) + 1 == len(values) else 1)
             more = torch.arange(n_items, device=skip.device).clamp(max=len(skip) - 1)
             try:
-                again = self._bare(attn_out[more], skip[more])[: len(skip)]
+                again = self._bare(attn_out[more], skip[more], positions[more])[: len(skip)]
             except _PROBLEMS:
                 self._usual = None
-                self._whole(attn_out, skip, {})  # what is not due to the missing attention is raised again
+                self._whole(attn_out, skip, positions, {})  # what is not due to the missing attention is raised again
             else:
                 if not relative(again - self.out, self.out) <= 1e-5:
                     self._usual = None
 
     def __call__(
-        self, attn_out: Float[Tensor, "item d_model"], skip: Float[Tensor, "item d_model"]
+        self,
+        attn_out: Float[Tensor, "item d_model"],
+        skip: Float[Tensor, "item d_model"],
+        positions: Int[Tensor, "item"],
     ) -> Float[Tensor, "item d_model"]:
         """resid_post at any points."""
-        return self._whole(attn_out, skip, {}) if self._usual is None else self._bare(attn_out, skip)
+        return (
+            self._whole(attn_out, skip, positions, {}) if self._usual is None else self._bare(attn_out, skip, positions)
+        )
 
-    def _whole(self, attn_out: Tensor, skip: Tensor, hooks: dict[str, Hook]) -> Tensor:
+    def _whole(self, attn_out: Tensor, skip: Tensor, positions: Tensor, hooks: dict[str, Hook]) -> Tensor:
         """Attention runs too, so points are packed into rows of the prompt's length, for which its mask is made."""
         n_items, n_pos = len(attn_out), len(self.values)
         rows = -(-n_items // n_pos)
         index = torch.arange(rows * n_pos, device=attn_out.device).clamp(max=n_items - 1)
         attn_out, skip = (leaf[index].reshape(rows, n_pos, -1) for leaf in (attn_out, skip))
-        return self.values.run_tail(attn_out, skip, hooks).flatten(0, 1)[:n_items]
+        return self.values.run_tail(attn_out, skip, hooks, positions[index]).flatten(0, 1)[:n_items]
 
-    def _bare(self, attn_out: Tensor, skip: Tensor) -> Tensor:
+    def _bare(self, attn_out: Tensor, skip: Tensor, positions: Tensor) -> Tensor:
         """Attention hands over what it is told to."""
         call = self.values.call
         with answering(call.modules["attn"], with_first_tensor(self._usual, attn_out[None])):
-            return call.run(skip[None])[0]
+            return call.run(skip[None], positions=positions)[0]
 
 
 class Scales:

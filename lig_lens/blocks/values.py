@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lig_lens.blocks.across import AcrossValues
@@ -136,6 +136,7 @@ class Values:
         attn_out: Float[Tensor, "batch pos d_model"],
         skip: Float[Tensor, "batch pos d_model"],
         hooks: Mapping[str, Hook] | None = None,
+        positions: Int[Tensor, "item"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """resid_post from the attention output (W_O z + b_O, before any norm on it) and the skip connection."""
-        return self.call.run(skip, {**(hooks or {}), self.heads.nodes.attn_out_path: lambda _: attn_out})
+        return self.call.run(skip, {**(hooks or {}), self.heads.nodes.attn_out_path: lambda _: attn_out}, positions)

@@ -57,7 +57,8 @@ class Flow(FlowData):
         model_name: as given to `load_model`.
         settings: what was asked for (maps, baselines, target, tol, engine, versions, model processing);
             JSON-able.
-        layouts: one per layer (`pre_ln`, `post_ln`, `pre_post_ln`, `parallel`, `block_only`; `cross`).
+        layouts: one per layer (`pre_ln`, `post_ln`, `no_norm`, `pre_post_ln`, `scaled_pre_ln`, `parallel`,
+            `block_only`; `cross`).
         engines: for each map, the engine that computed each layer.
         attn: "layer head src dst", or None.
         mlp: "layer head dst", or None; comes with `skip` and `bias`, "layer dst" each.

@@ -96,7 +96,7 @@ class FromHeads(_ByAutograd):
         self.path, self.chunk = path, chunk
         self.attn_out_start = values.heads.attn_out(path.z_start, path.bias_start)
         self.attn_out_end = values.heads.attn_out(path.z_end, 1.0)
-        self.tail = Tail(values, self.attn_out_start[dst], path.skip_start[dst])
+        self.tail = Tail(values, self.attn_out_start[dst], path.skip_start[dst], dst)
         self.start = self.tail.out[:, None]
 
     def _read(self, positions: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> tuple[Any, Tensor]:
@@ -108,7 +108,7 @@ class FromHeads(_ByAutograd):
         leaves = (attn_out, skip)
         for leaf in leaves:
             leaf.requires_grad_(torch.is_grad_enabled())
-        return leaves, self.tail(*leaves)[:, None]
+        return leaves, self.tail(*leaves, positions)[:, None]
 
     def _parts(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: list[int]) -> Tensor:
         positions, path = self.positions.to(self.device)[dst], self.path

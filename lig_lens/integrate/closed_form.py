@@ -94,7 +94,7 @@ class _ToBlock(_FromResid):
         self.attn_out_start = values.heads.attn_out(self.attention.z_start.transpose(0, 1), 1.0)
         self.skip_start = (path.end if path.start is None else path.start)[dst]
         self.skip_step = path.end[dst] - self.skip_start
-        self.tail = Tail(values, self.attn_out_start, self.skip_start)
+        self.tail = Tail(values, self.attn_out_start, self.skip_start, dst)
         self.start, self.scales = self.tail.out[:, None], self.tail.scales
 
     def _tail(self, moved: Moved) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -109,7 +109,7 @@ class _ToBlock(_FromResid):
         )
         for leaf in leaves:
             leaf.requires_grad_(torch.is_grad_enabled())
-        out = self.tail(*leaves)[:, None]
+        out = self.tail(*leaves, dst)[:, None]
         return leaves, self.scalar(out - self.start[own], dst)
 
     def _scalars(self, moved: Moved) -> Float[Tensor, "panel group"]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lig_lens.errors import InputError
-from lig_lens.models.adapters import ENCODERS, IMAGES, KIN, T5_ENCODERS
+from lig_lens.models.adapters import ENCODERS, IMAGES, KIN, MENDED, T5_ENCODERS
 from lig_lens.models.adapters.classifiers import classifier_adapter
 from lig_lens.models.adapters.encoders import encoder_adapter
 from lig_lens.models.adapters.images import image_adapter
@@ -47,13 +47,14 @@ def served(source: str) -> Served:
     if saved in IMAGES:
         return Served(saved, saved, getattr(transformers, saved))
     language = _language_model(config, saved)
+    adapter = _mended(language)
     if saved.endswith(_CLASSIFIER) and hasattr(transformers, saved):
         if saved not in SUPPORTED_ARCHITECTURES:
-            _register(saved, classifier_adapter(SUPPORTED_ARCHITECTURES[language]))
+            _register(saved, classifier_adapter(SUPPORTED_ARCHITECTURES[adapter]))
         return Served(saved, saved, getattr(transformers, saved))
     masked = language in ENCODERS
     kind = transformers.AutoModelForMaskedLM if masked else get_hf_model_class_for_architecture(language)
-    return Served(language, saved, kind)
+    return Served(adapter, saved, kind)
 
 
 def _language_model(config: Any, saved: str) -> str:
@@ -81,6 +82,18 @@ def _language_model(config: Any, saved: str) -> str:
             f"nor by an adapter of lig_lens ({len(SUPPORTED_ARCHITECTURES)} architectures are): load a model of "
             "another family."
         ) from error
+
+
+def _mended(architecture: str) -> str:
+    """The name of this package's own adapter, where TransformerLens' has a fault; else that of TransformerLens."""
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+
+    if architecture not in MENDED:
+        return architecture
+    ours = f"LigLens{architecture}"
+    if ours not in SUPPORTED_ARCHITECTURES:
+        _register(ours, MENDED[architecture](SUPPORTED_ARCHITECTURES[architecture]))
+    return ours
 
 
 def _of_ours(model_type: str) -> str | None:

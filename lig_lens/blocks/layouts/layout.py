@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
-from lig_lens.blocks.inside import ALLOWED, Inside, by_position, norm_before
+from lig_lens.blocks.inside import ALLOWED, Inside, by_position
 from lig_lens.models.running import Hook
 
 
@@ -79,16 +79,13 @@ class Layout(ABC):
 class SumLayout(Layout):
     """The rest of the block sees skip connection and attention output as their sum only."""
 
-    norm_first: bool
-    """Whether a norm stands before attention."""
-
     def fits(self, trial: Trial) -> bool:
         """See the base class."""
         return trial.same(trial.moved) and self.places_norm(trial.inside)
 
+    @abstractmethod
     def places_norm(self, inside: Inside) -> bool:
         """Whether the block's first norm is where this layout has it."""
-        return norm_before(inside.seen.order, inside.z_path) == self.norm_first
 
     def middle(self, inside: Inside) -> Float[Tensor, "pos d_model"] | None:
         """The sum."""

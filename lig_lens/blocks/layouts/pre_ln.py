@@ -1,5 +1,6 @@
 """Norms before attention and MLP: GPT-2, Llama and most others."""
 
+from lig_lens.blocks.inside import Inside, norm_before
 from lig_lens.blocks.layouts.layout import SumLayout
 
 
@@ -7,4 +8,7 @@ class PreLn(SumLayout):
     """resid_mid = resid_pre + attn(norm(resid_pre)), resid_post = resid_mid + mlp(norm(resid_mid))."""
 
     name = "pre_ln"
-    norm_first = True
+
+    def places_norm(self, inside: Inside) -> bool:
+        """See the base class."""
+        return norm_before(inside.seen.order, inside.z_path)

@@ -1,20 +1,30 @@
-"""Families that TransformerLens' bridge does not take by itself: which of its adapters serves them, and how.
+"""Families that TransformerLens' bridge does not take by itself, or not rightly: which adapter serves them, and how.
 
 A family whose modules are those of another, under other names, is a line here. All of them are held against the plain
 transformers model (`tests/test_families.py`, `tests/test_encoders.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from lig_lens.models.adapters.cohere import cohere_adapter
 from lig_lens.models.adapters.deberta import prepare_deberta, prepare_deberta_v2
 from lig_lens.models.adapters.encoders import Encoder
+from lig_lens.models.adapters.falcon import falcon_adapter
 from lig_lens.models.adapters.fused import split_modernbert
+from lig_lens.models.adapters.granite_hybrid import granite_hybrid_adapter
 from lig_lens.models.adapters.images import ImageNames
 from lig_lens.models.adapters.own_modules import unroll_albert
 
 # The class of transformers that a model was saved as -> the architecture that the bridge knows, with the same modules.
-KIN: Mapping[str, str] = MappingProxyType({"PhimoeForCausalLM": "PhiMoEForCausalLM"})
+KIN: Mapping[str, str] = MappingProxyType(
+    {
+        "PhimoeForCausalLM": "PhiMoEForCausalLM",
+        "MinistralForCausalLM": "MistralForCausalLM",
+        "CwmForCausalLM": "MistralForCausalLM",
+        "HeliumForCausalLM": "Ernie4_5ForCausalLM",  # rotates neighbouring dimensions
+    }
+)
 
 _ROBERTA_HEAD = {"mlm_head": "lm_head.dense", "ln_final": "lm_head.layer_norm", "unembed": "lm_head.decoder"}
 _LLAMA_NAMES = {
@@ -198,5 +208,13 @@ IMAGES: Mapping[str, ImageNames] = MappingProxyType(
         "Dinov2WithRegistersForImageClassification": _DINOV2,
         "ViTMAEModel": _MASKED,
         "ViTMAEForPreTraining": _MASKED,
+    }
+)
+# What TransformerLens' own adapter of an architecture gets wrong, mended.
+MENDED: Mapping[str, Callable[[type], type]] = MappingProxyType(
+    {
+        "FalconForCausalLM": falcon_adapter,
+        "GraniteMoeHybridForCausalLM": granite_hybrid_adapter,
+        **dict.fromkeys(("CohereForCausalLM", "Cohere2ForCausalLM"), cohere_adapter),
     }
 )
