@@ -25,6 +25,8 @@ from .interventions.agreement import compare_table as compare_table
 from .interventions.agreement import precision_recall as precision_recall
 from .interventions.scores import scores as scores
 from .models.loading import load_model as load_model
+from .models.supported import SupportedFamily as SupportedFamily
+from .models.supported import supported as supported
 from .paths.baseline import Baseline as Baseline
 from .paths.baseline import register_baseline as register_baseline
 from .show.explorer import Explorer as Explorer

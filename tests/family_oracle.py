@@ -67,6 +67,17 @@ def maps_from_zero(model: nn.Module, layer: nn.Module, out: nn.Linear, n_heads: 
     return Maps(attn, mlp, skip, block)
 
 
+def missed(flow: Any, expected: Maps, allowed: float, row: int = 0) -> float:
+    """How far a Flow's maps are from these, relative to the largest of each; the worst, which is `allowed` at most."""
+    worst = 0.0
+    for name in (*flow.maps, *(("skip",) if "mlp" in flow.maps else ())):
+        found, wanted = getattr(flow, name)[row].double(), getattr(expected, name)
+        one = float((found - wanted).abs().max()) / float(wanted.abs().max())
+        assert one <= allowed, (name, one)
+        worst = max(worst, one)
+    return worst
+
+
 def _nodes() -> tuple[Tensor, Tensor]:
     """Gauss nodes on panels that get smaller towards the start, where norms turn on: several in a row at 1e-12."""
     edges = np.concatenate([[0.0], np.logspace(-18, 0, 49)])

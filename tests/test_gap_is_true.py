@@ -1,5 +1,6 @@
 """The gap is what the returned numbers miss, whatever was asked for."""
 
+import math
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from tiny_models import tiny_bridge
 
 import lig_lens
+from lig_lens.integrate.quadrature import integrate
 
 IDS, OTHER = [5, 12, 30, 7, 22, 9], [8, 12, 11, 7, 22, 9]
 
@@ -52,3 +54,31 @@ def test_the_default_tolerance_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", lig_lens.ConvergenceWarning)
         lig_lens.attribute(lig_lens.load_model("induction"), "lamp lake mouse lamp", progress=False)
+
+
+class _HiddenLayer:
+    """Two parts that add up to 1 all along: one moves by AREA within WIDTH of the start, the other the other way."""
+
+    AREA, WIDTH = 0.05, 1e-6
+    n_dst, n_groups, n_parts = 1, 1, 2
+    dtype, device = torch.float64, torch.device("cpu")
+
+    def scalars(self, dst: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return a[:, None].clone()
+
+    def sums(self, dst: torch.Tensor, a: torch.Tensor, factors: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+        bump = self.AREA * self.WIDTH * 2 / torch.pi / (a**2 + self.WIDTH**2)
+        parts = torch.stack([0.5 + bump, 0.5 - bump], -1)
+        return torch.einsum("pnk,pnc->cpk", parts, factors)[:, :, None]
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-5])
+def test_a_layer_that_sums_hide_is_found(tol: float) -> None:
+    """A norm that no hook shows, behind one whose layer is 1e-3 wide; the sum of both parts never tells of it."""
+    width = torch.tensor([1e-3])
+    result = integrate(_HiddenLayer(), width, torch.ones(1), torch.full((1, 1), 1e-12), tol=tol, max_nodes=2048)
+    exact = _HiddenLayer.AREA * 2 / math.pi * math.atan(1 / _HiddenLayer.WIDTH)
+    assert result.converged.all() and float(result.gap) <= tol
+    torch.testing.assert_close(
+        result.parts[0, 0], torch.tensor([0.5 + exact, 0.5 - exact], dtype=torch.float64), rtol=tol, atol=0
+    )

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from family_oracle import maps_from_zero
+from family_oracle import maps_from_zero, missed
 from PIL import Image
+from recorded import held
 
 import lig_lens as ll
 from lig_lens.cli.main import run
@@ -110,9 +111,7 @@ def test_maps_are_those_of_the_plain_model(kind: str, tmp_path: Path) -> None:
     flow = ll.attribute(model, pixels, layers=[1], tol=1e-5, max_nodes=8192, progress=False, **asked)
     assert flow.layouts == ("scaled_pre_ln" if "Dino" in kind else "pre_ln",)
     assert set(flow.engines["attn"]) == {"closed_form"}
-    for name in ("attn", "mlp", "skip", "block"):
-        found, wanted = getattr(flow, name)[0].double(), getattr(expected, name)
-        assert float((found - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max()), name
+    held(kind, "images", flow, missed(flow, expected, 1e-4))
 
 
 @pytest.mark.parametrize("kind", IMAGES)

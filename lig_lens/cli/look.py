@@ -12,6 +12,8 @@ from lig_lens.cli.shared import terminal_width
 from lig_lens.errors import InputError
 from lig_lens.fields import help_of
 from lig_lens.files import check_apart, check_writable
+from lig_lens.models.supported import supported
+from lig_lens.show.families import families_table
 
 
 def boundaries(
@@ -33,6 +35,21 @@ def boundaries(
     else:
         blocks = describe_boundaries(load_model(model))
     typer.echo(boundaries_table(model, blocks, terminal_width()))
+
+
+def models(
+    name: Annotated[
+        str, typer.Argument(metavar="[NAME]", help="Show families with this in their name; all by default.")
+    ] = "",
+) -> None:
+    """Print which families of models were held against the plain model: their layout, maps, engine and versions."""
+    rows = [one for one in supported() if name.lower() in one.family.lower()]
+    if not rows:
+        raise InputError(
+            f"No family with {name!r} in its name was tested: load_model may take it all the same, and then says "
+            "whether it computes what the plain model does. See lig-lens models for those that were."
+        )
+    typer.echo(families_table(rows, terminal_width()))
 
 
 def view(

@@ -17,7 +17,7 @@ import typer
 import lig_lens
 from lig_lens.cli.circuits import compare, patch
 from lig_lens.cli.explain import explain
-from lig_lens.cli.look import boundaries, view
+from lig_lens.cli.look import boundaries, models, view
 from lig_lens.errors import FlowFileError, InputError, MissingPackageError, NonFiniteError, OutputError
 
 _BAD_INPUT = (InputError, MissingPackageError, FlowFileError, NonFiniteError)
@@ -52,7 +52,7 @@ def _root(
     """Layer-wise Integrated Gradients between the token vectors inside transformer blocks."""
 
 
-for _command in (explain, boundaries, view, patch, compare):
+for _command in (explain, boundaries, models, view, patch, compare):
     app.command()(_command)
 
 

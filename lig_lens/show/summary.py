@@ -1,12 +1,9 @@
 """What the command line prints: a Flow in a few lines, and the table of a model's boundaries."""
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.cells import cell_len
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from lig_lens.blocks.block import BlockBoundaries
@@ -14,13 +11,13 @@ from lig_lens.flow.data import Edge
 from lig_lens.flow.describe import Facts, describe
 from lig_lens.flow.effects import Effects
 from lig_lens.flow.flow import Flow
+from lig_lens.show.tables import PLAIN_WIDTH, new_table, rendered
 from lig_lens.show.text import show_token
 
 if TYPE_CHECKING:
     import pandas
 
 _EDGES_PER_LAYER = 3
-_PLAIN_WIDTH = 400  # wider than any row: piped text is never wrapped
 
 
 class _Row(NamedTuple):
@@ -40,13 +37,13 @@ def summarize(flow: Flow, width: int | None = None) -> str:
         width: of the terminal in columns; None for text that is piped, which is never wrapped.
     """
     edge_map = next(name for name in ("attn", "block", "mlp") if name in flow.maps)
-    table = _table("layer", "source → destination" if edge_map != "mlp" else "position", "by")
+    table = new_table("layer", "source → destination" if edge_map != "mlp" else "position", "by")
     for name in ("contribution", "share", "worst gap"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in _rows(flow, edge_map):
         table.add_row(*[Text(cell) for cell in row])
     facts = describe(flow)
-    return "\n".join([*_header(flow, facts, width), "", _render(table, width), "", _convergence(facts)])
+    return "\n".join([*_header(flow, facts, width), "", rendered(table, width), "", _convergence(facts)])
 
 
 def _header(flow: Flow, facts: Facts, width: int | None) -> list[str]:
@@ -60,7 +57,7 @@ def _header(flow: Flow, facts: Facts, width: int | None) -> list[str]:
     tokens = " → ".join(" ".join(show_token(token) for token in text) for text in texts)
     return [
         line
-        for line in (counts, _cut(tokens, width or _PLAIN_WIDTH), "; ".join(filter(None, (baselines, asked))))
+        for line in (counts, _cut(tokens, width or PLAIN_WIDTH), "; ".join(filter(None, (baselines, asked))))
         if line
     ]
 
@@ -115,7 +112,7 @@ def _convergence(facts: Facts) -> str:
 
 def boundaries_table(model_name: str, blocks: Sequence[BlockBoundaries], width: int | None = None) -> str:
     """Lay out `describe_boundaries`: one row per block, hook names without the block's own."""
-    table = _table("block", "layout", "heads", "d_head", "norms", "engine")
+    table = new_table("block", "layout", "heads", "d_head", "norms", "engine")
     nodes = ("resid_pre", "hook_z", "resid_mid", "resid_post")
     for node in nodes:
         table.add_column(node, overflow="fold")
@@ -136,27 +133,7 @@ def boundaries_table(model_name: str, blocks: Sequence[BlockBoundaries], width: 
         table.add_row(*[Text(str(cell)) for cell in cells])
     prefix = blocks[0].resid_post.partition(".")[0] if blocks else "blocks"
     title = f"{model_name}: {_count(len(blocks), 'block')}; hooks are named {prefix}.N.…"
-    return f"{title}\n\n{_render(table, width)}"
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    return table
-
-
-def _render(table: Table, width: int | None) -> str:
-    console = Console(
-        file=io.StringIO(),
-        width=width or _PLAIN_WIDTH,
-        force_terminal=False,
-        color_system=None,
-        legacy_windows=False,
-    )
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
+    return f"{title}\n\n{rendered(table, width)}"
 
 
 def _cut(text: str, width: int) -> str:
@@ -179,13 +156,13 @@ def summarize_effects(effects: Effects, k: int, width: int | None = None) -> str
         k: how many.
         width: of the terminal; None for text that is piped.
     """
-    table = _table("where")
+    table = new_table("where")
     table.add_column(effects.measures, justify="right", no_wrap=True)
     for index, value in effects.top(k):
         table.add_row(Text(effects.label(index)), Text(f"{value:+#.3g}"))
     measured = int((~effects.values.isnan()).sum())
     title = f"{effects.name}: {measured:,} measured; {effects.metric} without it {effects.reference:+.4g}"
-    return "\n".join([title, "", _render(table, width)])
+    return "\n".join([title, "", rendered(table, width)])
 
 
 def summarize_agreement(agreement: "pandas.DataFrame", effects: Effects, width: int | None = None) -> str:
@@ -197,7 +174,7 @@ def summarize_agreement(agreement: "pandas.DataFrame", effects: Effects, width: 
         width: of the terminal; None for text that is piped.
     """
     columns = ("spearman", "spearman_size", "kendall", "pearson", "top_k_overlap", "average_precision")
-    table = _table("score")
+    table = new_table("score")
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
     for score, row in agreement.iterrows():
@@ -207,4 +184,4 @@ def summarize_agreement(agreement: "pandas.DataFrame", effects: Effects, width: 
         f"Against {effects.name}, {effects.metric}: {int(first['n']):,} measured, {int(first['n_present'])} of them at "
         f"least {first['threshold']:.3g}; k = {int(first['k'])}"
     )
-    return "\n".join([title, "", _render(table, width)])
+    return "\n".join([title, "", rendered(table, width)])
