@@ -213,12 +213,14 @@ def test_a_reconstruction_is_a_metric(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.endswith("Model")])
-def test_a_model_without_a_head_takes_no_metric(kind: str, tmp_path: Path) -> None:
+def test_a_model_without_a_head_takes_no_metric_of_logits(kind: str, tmp_path: Path) -> None:
     saved(kind, tmp_path)
     model = load(tmp_path)
-    for target in (ll.class_logit(1), ll.metric(lambda output: output[0, 0, 0])):
-        with pytest.raises(InputError, match=f"saved as {kind}, which has no head: it gives vectors"):
-            ll.attribute(model, image(0), corrupted=image(1), target=target, progress=False)
+    asked = {"corrupted": image(1), "progress": False}
+    with pytest.raises(InputError, match=f"saved as {kind}, which has no head: it gives vectors"):
+        ll.attribute(model, image(0), target=ll.class_logit(1), **asked)
+    own = ll.attribute(model, image(0), target=ll.metric(lambda output: output[0, 0, 0]), **asked)
+    torch.testing.assert_close(own.attn.sum((1, 2, 3)) + own.skip.sum(1), own.total["attn"], rtol=1e-3, atol=1e-5)
 
 
 def _without(folder: Path, start: str) -> None:

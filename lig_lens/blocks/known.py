@@ -27,7 +27,7 @@ from lig_lens.blocks.recording import Recording, record_calls
 from lig_lens.blocks.values import HeadValues, Values
 from lig_lens.errors import BoundaryError, NonFiniteError
 from lig_lens.inputs.inputs import Inputs
-from lig_lens.models.precision import HALF
+from lig_lens.models.precision import HALF, raising_hooks
 from lig_lens.models.running import prepared
 from lig_lens.models.stack import Stack
 
@@ -93,7 +93,7 @@ class Blocks:
         self._known: dict[int, Block] = {}
         for layer in self.layers:
             module, stamp = stack.blocks[layer], self._stamps[layer]
-            kept = _KEPT.get(module, {}).get((_dtype(stamp), stack.attention))
+            kept = _KEPT.get(module, {}).get((_dtype(stamp, module), stack.attention))
             if kept is not None and kept[0] == stamp and kept[1] == _hooks(module):
                 self._known[layer] = kept[2]
 
@@ -148,7 +148,11 @@ class Blocks:
             return
         self._known[call.layer] = block
         stamp = self._stamps[call.layer]
-        _KEPT.setdefault(call.block, {})[_dtype(stamp), self.stack.attention] = (stamp, _hooks(call.block), block)
+        _KEPT.setdefault(call.block, {})[_dtype(stamp, call.block), self.stack.attention] = (
+            stamp,
+            _hooks(call.block),
+            block,
+        )
 
 
 def _covers(block: Block, n_pos: int) -> bool:
@@ -248,7 +252,10 @@ def _stamp(module: nn.Module, layer: int, config: tuple[tuple[str, Any], ...]) -
     return _Stamp(tuple(sums), tuple(w.dtype for _, w in named), device, (("training", module.training), *config))
 
 
-def _dtype(stamp: _Stamp) -> torch.dtype | None:
+def _dtype(stamp: _Stamp, module: nn.Module) -> torch.dtype | None:
+    """What a block computes in, by its first weight."""
+    if raising_hooks(module):
+        return torch.float32
     return stamp.dtypes[0] if stamp.dtypes else None
 
 
@@ -264,5 +271,9 @@ def _config(stack: Stack) -> tuple[tuple[str, Any], ...]:
 def _hooks(module: nn.Module) -> _Hooks:
     """The hooks on a block's modules (torch numbers them), and what stands in for their `forward`."""
     return tuple(
-        (*one._forward_pre_hooks, *one._forward_hooks, id(one.__dict__.get("forward"))) for one in module.modules()
+        (
+            *sorted({*one._forward_pre_hooks, *one._forward_hooks} - raising_hooks(one)),
+            id(one.__dict__.get("forward")),
+        )
+        for one in module.modules()
     )

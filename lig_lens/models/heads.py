@@ -44,10 +44,14 @@ def note_head(bridge: Any, saved: str, loaded: str, missing: Sequence[tuple[str,
     vars(bridge)[_NOTE] = Head(saved, loaded, noted, bare)
 
 
-def check_head(model: object) -> None:
+def check_head(model: object, of_logits: bool) -> None:
     """Refuse logits that are not the model's: weights made at random are others at every load.
 
     Weights that were put in later count as the model's.
+
+    Args:
+        model: a hooked model.
+        of_logits: whether a metric needs logits, or may take the vectors of a model without a head.
 
     Raises:
         InputError: names the weights, or the head that was not loaded.
@@ -57,10 +61,11 @@ def check_head(model: object) -> None:
     head = vars(model).get(_NOTE)
     if not isinstance(head, Head):
         return
-    if head.bare:
+    if head.bare and of_logits:
         raise InputError(
-            f"The model was saved as {head.saved or head.loaded}, which has no head: it gives vectors, and a metric "
-            "takes logits. Load a model with a head, or explain vectors (target='l2')."
+            f"The model was saved as {head.saved or head.loaded}, which has no head: it gives vectors, and this "
+            "metric takes logits. Load a model with a head, explain vectors (target='l2'), or give metric() a function "
+            "of the vectors."
         )
     held = {id(weight) for weight in model.parameters()}
     # A bias of zeros says nothing of where it comes from.

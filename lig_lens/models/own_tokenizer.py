@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from lig_lens.hooked import has_two_stacks
+
 _PROBE = "a"
 
 
 def keep_own_tokenizer(bridge: Any, source: str) -> None:
-    """Let an encoder read texts as it does in transformers, between its [CLS] and its [SEP].
+    """Let encoders read texts as they do in transformers, between [CLS] and [SEP], and sources what ends them.
 
     TransformerLens loads every tokenizer with `add_bos_token=True`, for which transformers may take both off, and it
     takes off what ends a text, as [SEP] does where it is the end-of-text token too.
@@ -18,11 +20,18 @@ def keep_own_tokenizer(bridge: Any, source: str) -> None:
     from transformers import AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+    if bridge.tokenizer is None:
+        return
+    if has_two_stacks(bridge):
+        own = AutoTokenizer.from_pretrained(source)
+        if own(_PROBE)["input_ids"] != bridge.tokenizer(_PROBE)["input_ids"]:
+            bridge._tokenizer = own  # the property would change it again
+        return
     of_type = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(bridge.original_model.config.model_type, "")
-    if bridge.tokenizer is None or not of_type.endswith("ForMaskedLM"):
+    if not of_type.endswith("ForMaskedLM"):
         return
     own = AutoTokenizer.from_pretrained(source)
     if own.cls_token_id is None or bridge.to_tokens(_PROBE)[0].tolist() == own(_PROBE)["input_ids"]:
         return
-    bridge._tokenizer = own  # the property would change it again
+    bridge._tokenizer = own
     bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = True, False

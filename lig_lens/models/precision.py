@@ -1,6 +1,7 @@
 """Half-precision weights that compute in float32, without a second copy of all of them."""
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,15 @@ import torch
 from torch import Tensor, nn
 
 HALF = (torch.float16, torch.bfloat16)
+
+
+# Modules whose weights are raised while they run, and the numbers of the hooks that do it.
+_RAISING: "weakref.WeakKeyDictionary[nn.Module, frozenset[int]]" = weakref.WeakKeyDictionary()
+
+
+def raising_hooks(module: nn.Module) -> frozenset[int]:
+    """Numbers of the hooks by which a module's weights are raised while it runs; none where they are not."""
+    return _RAISING.get(module, frozenset())
 
 
 @dataclass(frozen=True)
@@ -72,9 +82,11 @@ class _Raised:
             module.register_forward_pre_hook(enter, prepend=True),
             module.register_forward_hook(leave, always_call=True),
         )
+        _RAISING[module] = frozenset(handle.id for handle in handles)
         try:
             yield
         finally:
+            del _RAISING[module]
             leave()
             for handle in handles:
                 handle.remove()

@@ -44,7 +44,7 @@ def served(source: str) -> Served:
     config = transformers.AutoConfig.from_pretrained(_without_alias(source))
     saved = next(iter(getattr(config, "architectures", None) or [""]))
     _register_ours()
-    if saved in IMAGES:
+    if saved in IMAGES or saved in T5_ENCODERS:
         return Served(saved, saved, getattr(transformers, saved))
     language = _language_model(config, saved)
     adapter = _mended(language)

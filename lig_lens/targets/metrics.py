@@ -29,6 +29,8 @@ class Metric(Target):
 
     name: str
     prepare: Callable[[object, Tensor], Function] = field(repr=False)
+    of_logits: bool = True
+    """Whether it needs logits; a function of one's own may take the vectors of a model without a head."""
     per_metric = True
 
     def on(self, model: object, clean: Float[Tensor, "1 *rest"]) -> "BatchMetric":
@@ -42,7 +44,7 @@ class Metric(Target):
             InputError: an answer that is no single token, a metric that does not give one finite number, or logits that
                 come from random weights.
         """
-        check_head(model)
+        check_head(model, self.of_logits)
         ready = BatchMetric(self.name, self.prepare(model, clean))
         ready(clean)
         return ready
@@ -117,8 +119,9 @@ def metric(function: object, name: str | None = None) -> Metric:
     """Any differentiable function of the logits.
 
     Args:
-        function: gets the logits of one run, `[1, pos, d_vocab]` (what the model returns for one prompt), and gives
-            one number as a tensor; TransformerLens' patching metrics can be used as they are.
+        function: gets the logits of one run, `[1, pos, d_vocab]` (what the model returns for one prompt; of a model
+            without a head its vectors), and gives one number as a tensor; TransformerLens' patching metrics can be used
+            as they are.
         name: how results are labelled; the function's own name by default.
 
     Raises:
@@ -128,7 +131,9 @@ def metric(function: object, name: str | None = None) -> Metric:
         return function
     if not callable(function):
         raise InputError(f"metric needs a function of the logits, got {type(function).__name__}.")
-    return Metric(name or str(getattr(function, "__name__", "metric")), lambda _model, _clean: function)
+    return Metric(
+        name or str(getattr(function, "__name__", "metric")), lambda _model, _clean: function, of_logits=False
+    )
 
 
 @checked
@@ -228,12 +233,7 @@ def _position(logits: Tensor, pos: int) -> int:
 
 def _token(model: object, answer: str | int, logits: Tensor) -> int:
     """Id of an answer token."""
-    d_vocab, cfg = logits.shape[-1], getattr(model, "cfg", None)
-    if d_vocab == getattr(cfg, "d_model", None) != getattr(cfg, "d_vocab", d_vocab):
-        raise InputError(
-            f"The model has no head: it puts out vectors of {d_vocab} numbers, not logits of tokens. Use metric() with "
-            "a function of those."
-        )
+    d_vocab = logits.shape[-1]
     if isinstance(answer, str):
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None:
