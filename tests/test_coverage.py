@@ -145,6 +145,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "stablelm_normed": (tf.StableLmConfig(**WIDE, qk_layernorm=True), "biased before they are normed"),
 }
 COHERE = pytest.mark.skipif(has_hooked_transformer(), reason="TransformerLens 3.9 pairs Cohere's dimensions wrongly")
+HUNYUAN = pytest.mark.skipif(has_hooked_transformer(), reason="TransformerLens 3.9 norms HunYuan's queries too early")
 
 
 def kinds(**marks: pytest.MarkDecorator) -> list[Any]:
@@ -185,7 +186,7 @@ def shown(values: Values) -> Attention:
     )
 
 
-@pytest.mark.parametrize("kind", kinds(cohere=COHERE))
+@pytest.mark.parametrize("kind", kinds(cohere=COHERE, cohere_normed=COHERE, hunyuan=HUNYUAN))
 def test_the_formula_is_the_attention_that_is_meant(kind: str) -> None:
     model, expected = bridge(kind), KINDS[kind][1:]
     values = values_at(model, IDS, [0, 1])
@@ -193,7 +194,7 @@ def test_the_formula_is_the_attention_that_is_meant(kind: str) -> None:
 
 
 @pytest.mark.parametrize("baseline", ["itb", "zero", "corrupted"])
-@pytest.mark.parametrize("kind", kinds(cohere=COHERE))
+@pytest.mark.parametrize("kind", kinds(cohere=COHERE, cohere_normed=COHERE, hunyuan=HUNYUAN))
 def test_engines_agree(kind: str, baseline: str) -> None:
     alike = len(KINDS[kind]) == 2
     flows = both(bridge(kind), IDS, ("attn", "block"), baseline, "l2", layers=1 if alike else None, tol=TOL)

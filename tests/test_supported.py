@@ -1,0 +1,28 @@
+"""The table of families, in Python, on the command line and in the documentation."""
+
+import pytest
+from recorded import PAGE, page
+
+import lig_lens as ll
+from lig_lens.cli.main import run
+
+
+def test_the_page_shows_the_table() -> None:
+    """Written anew by tests/recorded.py."""
+    assert PAGE.read_text() == page()
+
+
+def test_rows_are_true() -> None:
+    """That the tests of families find each of them is held where they run (`recorded.held`)."""
+    rows = {one.family: one for one in ll.supported()}
+    assert len(rows) == len(ll.supported()) > 100
+    assert all(0 <= one.difference <= 1e-4 and one.tested for one in rows.values())
+    assert rows["Qwen3ForCausalLM"].engine == "closed_form" and rows["DebertaV2ForMaskedLM"].engine == "hooks"
+    assert {one.takes for one in rows.values()} == {"text", "images", "source and target"}
+
+
+def test_the_command_lists_and_searches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["models", "qwen3for"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].split()[0] == "family" and lines[1].split()[0] == "Qwen3ForCausalLM"
+    assert run(["models", "nobody"]) == 2 and "No family with 'nobody'" in capsys.readouterr().err
