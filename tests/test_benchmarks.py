@@ -253,3 +253,14 @@ def test_versus_tree(program: Program, tmp_path: Path) -> None:
     (cell,) = read(out)["cells"]
     assert_positive(cell["ratio"], *cell["ms"].values())
     assert set(cell["ms"]) == set(cell["peak_mib"]) == {"other", "this"}
+
+
+def test_engines(program: Program, tmp_path: Path) -> None:
+    out = tmp_path / "engines.json"
+    program("engines").main(
+        families="Qwen3,GptOss", baselines="zero", width=128, tokens=6, destinations="5", repeats=1, out=out
+    )
+    cells = read(out)["cells"]
+    assert [cell["family"] for cell in cells] == ["Qwen3", "GptOss"]
+    assert all(cell["apart"] < 1e-4 for cell in cells)
+    assert_positive(*(cell["ratio"] for cell in cells))
