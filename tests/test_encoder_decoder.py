@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import tempfile
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -459,3 +460,18 @@ def test_heads_of_a_size_that_the_bridge_does_not_know(tmp_path: Path) -> None:
     tiny_tokenizer("gpt2").save_pretrained(tmp_path)
     model = ll.load_model(str(tmp_path), device="cpu")
     assert {one.layout for one in ll.describe_boundaries(model)} <= {"block_only", "pre_ln"}
+
+
+@pytest.mark.parametrize("stream", ["encoder", "decoder"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_half_precision_computes_in_single(kind: str, stream: str) -> None:
+    loaded(kind)  # skips what cannot be loaded
+    model = ll.load_model(saved(kind), device="cpu", dtype="bfloat16")
+    second = (SOURCE, OTHER_TARGET) if stream == "decoder" else (OTHER_SOURCE, TARGET)
+    asked: dict[str, Any] = {"stream": stream, "target": ll.logit_difference(9, 17), "layers": [1], "progress": False}
+    flows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ll.ConvergenceWarning)
+            flows.append(ll.attribute(model.to(dtype), (SOURCE, TARGET), corrupted=second, **asked))
+    assert float((flows[0].attn - flows[1].attn).abs().max()) <= 0.02 * float(flows[1].attn.abs().max())

@@ -280,3 +280,16 @@ def test_a_convolution_belongs_to_the_layer_before_it(tmp_path: Path) -> None:
     ll.attribute(model, IDS, layers=[1], progress=False)
     with pytest.raises(BoundaryError, match="Block 0: after attention it mixes positions"):
         ll.attribute(model, IDS, layers=[0], progress=False)
+
+
+@pytest.mark.parametrize("ending", ["ForMaskedLM", "ForSequenceClassification"])
+@each_family
+def test_half_precision_computes_in_single(family: Family, ending: str, tmp_path: Path) -> None:
+    """Weights that a model looks at outside its blocks (embeddings, relative positions, heads) among them."""
+    saved(f"{family.name}{ending}", tmp_path, **family.config)
+    model = ll.load_model(str(tmp_path), device="cpu", dtype="bfloat16")
+    target = ll.class_logit(1) if "Class" in ending else ll.logit_difference(9, 17)
+    asked = {"corrupted": OTHER, "target": target, "layers": [1], "progress": False}
+    half = ll.attribute(model, IDS, **asked)
+    single = ll.attribute(model.to(torch.float32), IDS, **asked)
+    assert float((half.attn - single.attn).abs().max()) <= 0.02 * float(single.attn.abs().max())

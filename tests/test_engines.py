@@ -188,3 +188,11 @@ def test_a_tail_that_needs_the_length_of_the_prompt_runs_whole(destinations: obj
         handle.remove()
     for part in ("block", "mlp", "skip"):
         torch.testing.assert_close(getattr(flow, part), getattr(expected, part), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ids", [[5, 5, 5, 5, 5], [7, 12, 7, 12, 7], [9]])
+@pytest.mark.parametrize("kind", ["neox", "gpt2", "gemma3"])
+def test_prompts_of_tokens_alike_do_not_hide_what_norms_do(kind: str, ids: list[int]) -> None:
+    """Met first by a fresh model; mixtures of a token with itself would tell no norm from another."""
+    model = tiny_bridge.__wrapped__(kind, torch.float64)
+    assert difference(both(model, ids, "attn", "zero", "l2", layers=1, tol=TOL), "attn") <= 2e-5

@@ -118,6 +118,31 @@ def test_edges_are_knocked_out_as_by_hand(loaded: Loaded) -> None:
         assert float(effects.values[0, head, src, dst]) == pytest.approx(expected, rel=1e-5, abs=rounding)
 
 
+def test_half_precision_computes_in_single(loaded: Loaded) -> None:
+    """A metric on bfloat16 weights gives what it gives on the same weights in float32, and leaves them as they were."""
+    if loaded.row.layout == "block_only" or "ALiBi" in loaded.name:
+        pytest.skip("no map to a metric, or a model that transformers runs in one precision only")
+    try:
+        model = ll.load_model(str(loaded.folder), device="cpu", dtype="bfloat16")
+    except InputError as error:
+        assert "cannot run in bfloat16" in str(error)
+        pytest.skip(str(error))
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    asked = {"corrupted": OTHER, "target": ll.metric(curved), "layers": [1], "tol": 0.5, "progress": False}
+    flows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ll.ConvergenceWarning)
+            flows.append(ll.attribute(model, IDS, **asked))
+        if dtype is torch.bfloat16:
+            for name, weight in model.named_parameters():
+                assert weight.dtype == before[name].dtype and torch.equal(weight, before[name])
+    # Constants of some models (rotary tables) are rounded with their weights.
+    scale = float(flows[1].attn.abs().max())
+    assert float((flows[0].attn - flows[1].attn).abs().max()) <= 0.02 * scale
+
+
 def curved(logits: torch.Tensor) -> torch.Tensor:
     flat = logits.flatten()
     return flat[-1] + 0.1 * flat[0] * flat[-1] + 0.1 * flat[-2:].prod() / flat.std()

@@ -496,3 +496,13 @@ def test_tables_and_pages_take_patches(classifier: Any, tmp_path: Path, capsys: 
     flow.explore().save(tmp_path / "page.html")
     for figure in (ll.plots.head_grid(flow), ll.plots.head_map(flow, 0, 1), ll.plots.importance(flow)):
         assert figure.data
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "Classification" in kind])
+def test_half_precision_computes_in_single(kind: str, tmp_path: Path) -> None:
+    saved(kind, tmp_path)
+    model = load(tmp_path, dtype="bfloat16")
+    asked = {"corrupted": image(1), "target": ll.class_logit(1), "layers": [1], "progress": False}
+    half = ll.attribute(model, image(0), **asked)
+    single = ll.attribute(model.to(torch.float32), image(0), **asked)
+    assert float((half.attn - single.attn).abs().max()) <= 0.02 * float(single.attn.abs().max())

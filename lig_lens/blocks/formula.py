@@ -239,7 +239,7 @@ class FormulaValues:
         mixtures of two tokens each, of which every other is small enough for eps and the biases to count.
         """
         formula, x = self.formula, self.call.resid_pre
-        own, other = mixture(x, formula.eps, 1)
+        own, other = mixture(x, x.flip(0), formula.eps, 1)
         mixed = own[0] * x + other[0] * x.flip(0)
         try:
             again = AttentionReading(self.call, mixed[None]).vectors(formula.paths, formula.d_head)
@@ -256,16 +256,16 @@ class FormulaValues:
 
 
 def mixture(
-    x: Float[Tensor, "pos d_model"], eps: float, n_runs: int
+    x: Float[Tensor, "pos d_model"], partner: Float[Tensor, "pos d_model"], eps: float, n_runs: int
 ) -> tuple[Float[Tensor, "run pos 1"], Float[Tensor, "run pos 1"]]:
-    """Weights of mixtures of tokens that stand at opposite places of a prompt: of the own one and of the other.
+    """Weights of mixtures of a prompt's tokens with other vectors: of the own one and of the other.
 
     Every other mixture is so small that eps counts as much as the vector, which shows a wrong eps; small vectors also
     give small scores, and patterns without underflow.
     """
-    shrink = (eps / (3 * x.square().mean(-1, keepdim=True) + eps)).sqrt()
-    # The larger of two tokens decides how much both have to shrink.
-    shrink = torch.minimum(shrink, shrink.flip(0))
+    # The larger of two decides how much both have to shrink.
+    size = torch.maximum(*(vectors.square().mean(-1, keepdim=True) for vectors in (x, partner)))
+    shrink = (eps / (3 * size + eps)).sqrt()
     run, pos = torch.arange(n_runs, device=x.device), torch.arange(len(x), device=x.device)
     size = torch.where((run[:, None, None] + pos[:, None]) % 2 == 0, shrink, 1.0)
     own, other = torch.tensor([[0.7, -0.5, 0.2], [-0.4, 0.9, 0.6]]).to(x)[:, :n_runs, None, None]
@@ -293,6 +293,10 @@ class SeenAttention:
     k: Float[Tensor, "*run kv_head pos d_head"]
     v: Float[Tensor, "*run kv_head pos d_head"]
     pattern: Float[Tensor, "*run head dst src"]
+
+    def runs(self, some: slice) -> "SeenAttention":
+        """Some of several runs."""
+        return SeenAttention(self.q[some], self.k[some], self.v[some], self.pattern[some])
 
 
 class UnreadableError(Exception):

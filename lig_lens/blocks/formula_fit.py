@@ -40,14 +40,19 @@ _CAP_NAMES = ("attn_scores_soft_cap", "attn_logit_softcapping")
 
 
 class Probe(AttentionReading):
-    """What a block's attention does to mixtures of its prompt's tokens: one prompt of them, or three of few tokens."""
+    """What a block's attention does to vectors at random, and to mixtures of them with the prompt's tokens.
+
+    Run 0 has the vectors at random, which no tokens resemble; the mixtures are one run, or three of few tokens.
+    """
 
     def __init__(self, call: BlockCall, eps: float) -> None:
-        """Lay out the mixtures (see `mixture`); `eps` is what the block's norms add to the mean square."""
+        """Lay out the runs (see `mixture`); `eps` is what the block's norms add to the mean square."""
         x, self.eps = call.resid_pre, eps
-        self.own, self.other = mixture(x, eps, 1 if len(x) >= _FEW else 3)
-        self.prompt = x
-        super().__init__(call, self.own * x + self.other * x.flip(0))
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        self.partner = noise * x.square().mean(-1, keepdim=True).sqrt()
+        self.own, self.other = mixture(x, self.partner, eps, 1 if len(x) >= _FEW else 3)
+        self.prompt, self.mixed = x, self.own * x + self.other * self.partner
+        super().__init__(call, torch.cat([self.partner[None], self.mixed]))
 
 
 def find_formula(
@@ -69,14 +74,15 @@ def find_formula(
     eps, d_head = probe.eps, z.shape[-1]
     with torch.no_grad():
         try:
-            own, other = seen_attention(values, paths, (), d_head), probe.seen(paths, d_head)
+            own, seen = seen_attention(values, paths, (), d_head), probe.seen(paths, d_head)
         except UnreadableError as error:
             return str(error)
+        other = seen.runs(slice(1, None))
         if len(own.q) != z.shape[1] or len(own.pattern) != z.shape[1] or z.shape[1] % len(own.k):
             return f"{z.shape[1]} heads of z, but {len(own.q)} of q, {len(own.k)} of k, {len(own.pattern)} patterns"
         reason = "queries, keys or values are not affine in the normalised residual"
         for norm in ("none", "rms", "layer"):
-            biases = _affine(probe, norm, eps, own, other)
+            biases = _affine(probe, norm, eps, own, seen)
             if biases is None:
                 continue
             reason = "the pattern is not a softmax of scaled, possibly normed, rotated or capped q.k plus a fixed bias"
@@ -174,23 +180,23 @@ def _caps(call: BlockCall) -> tuple[float, ...]:
 
 
 def _affine(
-    probe: Probe, norm: str, eps: float, own: SeenAttention, other: SeenAttention
+    probe: Probe, norm: str, eps: float, own: SeenAttention, seen: SeenAttention
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Bias b of q, k and v, if they are affine in the normalised residual.
 
-    With `y = Y / sigma + b`, the probe's y follow from the prompt's but for (1 - sum of weights) b, which every
-    token must give alike.
+    With `y = Y / sigma + b`, the mixtures' y follow from those of what is mixed but for (1 - sum of weights) b, which
+    every token must give alike.
     """
-    plain, mixed = sigma(norm, eps, probe.prompt), sigma(norm, eps, probe.resid)
-    weights = (probe.own * plain / mixed)[:, None], (probe.other * plain.flip(0) / mixed)[:, None]
+    plain, partner, mixed = (sigma(norm, eps, x) for x in (probe.prompt, probe.partner, probe.mixed))
+    weights = (probe.own * plain / mixed)[:, None], (probe.other * partner / mixed)[:, None]
     rest = 1 - weights[0] - weights[1]
     result = []
-    for y, seen in ((own.q, other.q), (own.k, other.k), (own.v, other.v)):
-        left = seen - weights[0] * y - weights[1] * y.flip(-2)
+    for y, of_runs in ((own.q, seen.q), (own.k, seen.k), (own.v, seen.v)):
+        left = of_runs[1:] - weights[0] * y - weights[1] * of_runs[0]
         # Least squares: tokens whose weights add up to 1 say nothing about b.
         bias = (rest * left).sum((0, -2)).unsqueeze(-2) / rest.square().sum()
-        size = float(torch.maximum(y.abs(), seen.abs()).max())
-        if float((left - rest * bias).abs().max()) > ALLOWED * size:
+        size = float(torch.maximum(y.abs(), of_runs.abs()).max())
+        if not float((left - rest * bias).abs().max()) <= ALLOWED * size:
             return None
         # Single precision whatever the dtype is: Hugging Face norms cast to it.
         if float(bias.abs().max()) <= 8 * torch.finfo(torch.float32).eps * size:

@@ -1,5 +1,6 @@
 """What a model with an encoder and a decoder takes: a source, and the beginning of the target."""
 
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +95,11 @@ class SourceAndTarget(Inputs):
 
 def is_source_and_target(prompt: Any) -> bool:
     """Whether a prompt is a pair `(source, target)`: a tuple of two texts, or sequences of ids."""
-    return isinstance(prompt, tuple) and len(prompt) == 2 and not any(isinstance(side, int) for side in prompt)
+    return (
+        isinstance(prompt, tuple)
+        and len(prompt) == 2
+        and not any(isinstance(side, numbers.Integral) for side in prompt)
+    )
 
 
 def arbitrary_source_and_target(model: HookedModel) -> tuple[Tensor, Tensor]:

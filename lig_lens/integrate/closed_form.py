@@ -74,6 +74,8 @@ class _FromResid(PathIntegrand):
 class _ToHeads(_FromResid):
     """resid_pre -> hook_z: groups are heads."""
 
+    all_norms_known = True
+
     def __init__(self, values: Values, path: ResidPath, scalar: Scalar, dst: Int[Tensor, "dst"], size: int) -> None:
         super().__init__(values, path, scalar, dst, values.heads.n_heads, size)
         self.start = self.attention.z_start.transpose(0, 1)

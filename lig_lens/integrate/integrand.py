@@ -89,6 +89,8 @@ class PathIntegrand(ABC):
 
     start: Float[Tensor, "dst group dim"]
     scales: Scales | None = None
+    all_norms_known = False
+    """Whether every norm on the way is known, so that none can hide."""
 
     def __init__(self, values: Values, scalar: Scalar, dst: Int[Tensor, "dst"], n_groups: int, n_parts: int) -> None:
         self.values, self.scalar, self.positions = values, scalar, dst.cpu()
@@ -119,7 +121,15 @@ class PathIntegrand(ABC):
         self, s0: Float[Tensor, "dst"], s1: Float[Tensor, "dst"], end: Float[Tensor, "pos group dim"], budget: Budget
     ) -> Integral:
         """Integrate every cell; `s0` and `s1` are the widths of the layers, `end` what comes out at a = 1."""
-        return integrate(self, s0, s1, self.noise(end), tol=budget.tol, max_nodes=budget.max_nodes)
+        return integrate(
+            self,
+            s0,
+            s1,
+            self.noise(end),
+            tol=budget.tol,
+            max_nodes=budget.max_nodes,
+            all_layers_known=self.all_norms_known,
+        )
 
 
 def layers_of_paths(

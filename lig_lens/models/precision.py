@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 HALF = (torch.float16, torch.bfloat16)
 
 
-# Modules whose weights are raised while they run, and the numbers of the hooks that do it.
+# Blocks whose weights are raised while they run, and the numbers of the hooks that do it.
 _RAISING: "weakref.WeakKeyDictionary[nn.Module, frozenset[int]]" = weakref.WeakKeyDictionary()
 
 
 def raising_hooks(module: nn.Module) -> frozenset[int]:
-    """Numbers of the hooks by which a module's weights are raised while it runs; none where they are not."""
+    """Numbers of the hooks by which a block's weights are raised while it runs; none where they are not."""
     return _RAISING.get(module, frozenset())
 
 
 @dataclass(frozen=True)
-class _Part:
+class _SavedWeight:
     """A weight, or a view of one, as autograd keeps it for the way back: made again from the half-precision weight."""
 
     weight: Tensor
@@ -36,98 +36,95 @@ class _Part:
 
 
 @contextlib.contextmanager
-def raised(model: nn.Module) -> Iterator[None]:
-    """Let a model compute in float32, its half-precision weights raised while their module runs, one at a time.
+def raised(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Let a model compute in float32: its blocks' half-precision weights are raised while they run, one at a time.
 
-    Blocks are raised as they run, and whatever else owns weights by itself. Autograd would keep each float32 copy until
-    the way back; it is told to keep the half-precision weight instead.
+    What is not a block's (embeddings, head) is raised throughout, since models look at such weights from elsewhere.
+    Autograd would keep each block's float32 copy until the way back; it is told to keep the half-precision weight
+    instead. Within itself it does nothing more.
+
+    Args:
+        model: the model.
+        blocks: all of its blocks.
     """
-    kept = _Raised()
-    with contextlib.ExitStack() as stack:
-        for module, recurse in _units(model):
-            weights = [w for w in _tensors(module, recurse) if w.dtype in HALF]
-            if weights:
-                stack.enter_context(kept.while_running(module, weights))
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(kept.pack, _unpack))
+    if any(block in _RAISING for block in blocks):
         yield
+        return
+    inside = {id(weight) for block in blocks for weight in _half(block)}
+    outside = [weight for weight in _half(model) if id(weight) not in inside]
+    saved = [(weight, weight.data) for weight in outside]
+    try:
+        with contextlib.ExitStack() as stack:
+            for weight, data in saved:
+                weight.data = data.float()
+            for block in blocks:
+                stack.enter_context(_Raised(block).while_running())
+            yield
+    finally:
+        for weight, data in saved:
+            weight.data = data
 
 
 class _Raised:
-    """What is raised at the moment."""
+    """One block, whose weights are raised while it runs."""
 
-    def __init__(self) -> None:
-        # By the address of the copy, which nothing else can have while it is held.
-        self._held: dict[int, Tensor] = {}
+    def __init__(self, block: nn.Module) -> None:
+        self.block, self.weights = block, _half(block)
+        self.saved: list[tuple[Tensor, Tensor]] = []
+        self.held: dict[int, Tensor] = {}  # by the address of the copy, while it is there
+        self.keeping: contextlib.AbstractContextManager[Any] | None = None
 
     @contextlib.contextmanager
-    def while_running(self, module: nn.Module, weights: list[Tensor]) -> Iterator[None]:
-        """Raise these weights whenever a module runs."""
-        saved: list[tuple[Tensor, Tensor]] = []
-
-        def enter(_module: nn.Module, _args: Any) -> None:
-            if saved or "forward" in module.__dict__:  # it runs within itself, or something answers for it
-                return
-            for weight in weights:
-                saved.append((weight, weight.data))
-                weight.data = weight.data.float()
-                self._held[weight.untyped_storage().data_ptr()] = saved[-1][1]
-
-        def leave(*_: Any) -> None:
-            while saved:
-                weight, data = saved.pop()
-                del self._held[weight.untyped_storage().data_ptr()]
-                weight.data = data
-
+    def while_running(self) -> Iterator[None]:
+        """Hooks that raise the weights and put them back."""
         handles = (
-            module.register_forward_pre_hook(enter, prepend=True),
-            module.register_forward_hook(leave, always_call=True),
+            self.block.register_forward_pre_hook(self._enter, prepend=True),
+            self.block.register_forward_hook(self._leave, always_call=True),
         )
-        _RAISING[module] = frozenset(handle.id for handle in handles)
+        _RAISING[self.block] = frozenset(handle.id for handle in handles)
         try:
             yield
         finally:
-            del _RAISING[module]
-            leave()
             for handle in handles:
                 handle.remove()
+            _RAISING.pop(self.block, None)
+            self._leave()  # torch calls hooks after errors, and not after an interrupt
 
-    def pack(self, tensor: Tensor) -> "Tensor | _Part":
+    def _enter(self, *_: Any) -> None:
+        self._leave()  # what an interrupt left behind
+        if "forward" in self.block.__dict__:  # something answers for it
+            return
+        for weight in self.weights:
+            if weight.dtype in HALF:  # held by somebody else otherwise
+                self.saved.append((weight, weight.data))
+                weight.data = weight.data.float()
+                if weight.numel():
+                    self.held[weight.untyped_storage().data_ptr()] = self.saved[-1][1]
+        self.keeping = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        self.keeping.__enter__()
+
+    def _leave(self, *_: Any) -> None:
+        keeping, self.keeping = self.keeping, None
+        if keeping is not None:
+            keeping.__exit__(None, None, None)
+        self.held.clear()
+        while self.saved:
+            weight, data = self.saved.pop()
+            weight.data = data
+
+    def _pack(self, tensor: Tensor) -> "Tensor | _SavedWeight":
         """What autograd keeps of a tensor."""
-        weight = self._held.get(tensor.untyped_storage().data_ptr()) if self._held else None
+        weight = self.held.get(tensor.untyped_storage().data_ptr())
         if weight is None:
             return tensor
-        return _Part(weight, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+        return _SavedWeight(weight, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
-def _unpack(kept: "Tensor | _Part") -> Tensor:
-    return kept.made() if isinstance(kept, _Part) else kept
+def _unpack(kept: "Tensor | _SavedWeight") -> Tensor:
+    return kept.made() if isinstance(kept, _SavedWeight) else kept
 
 
-def _units(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
-    """Modules that are raised together, and whether with all they hold.
-
-    Members of lists are (blocks), and what holds no list (embedding, head; a bridge's components look at the weights of
-    those within them). Of what holds a list only what is its own is raised with it.
-    """
-    seen: set[int] = set()
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        if isinstance(module, nn.ModuleList):
-            members = [member for member in module if id(member) not in seen]
-            seen.update(id(member) for member in members)
-            yield from ((member, True) for member in members)
-        elif module is not model and not any(isinstance(part, nn.ModuleList) for part in module.modules()):
-            yield module, True
-        else:
-            yield module, False
-            waiting += module.children()
-
-
-def _tensors(module: nn.Module, recurse: bool) -> list[Tensor]:
-    """Weights and buffers, each once."""
-    found = [*module.parameters(recurse), *module.buffers(recurse)]
-    return list({id(tensor): tensor for tensor in found}.values())
+def _half(module: nn.Module) -> list[Tensor]:
+    """Half-precision weights and buffers, each once."""
+    found = [*module.parameters(), *module.buffers()]
+    return list({id(tensor): tensor for tensor in found if tensor.dtype in HALF}.values())

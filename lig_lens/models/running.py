@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lig_lens.errors import BoundaryError
-from lig_lens.hooked import HookedModel
+from lig_lens.hooked import HookedModel, lists_of_blocks
 from lig_lens.models.precision import HALF, raised
 
 Hook = Callable[[Tensor], Tensor | None]
@@ -130,7 +130,7 @@ def prepared(model: HookedModel, module: nn.Module | HookedModel) -> Iterator[No
     """Hold a block, or all of the model, ready for integration: weights frozen, half precision raised to float32.
 
     The integrand is evaluated in float32 at least, because differences of half-precision outputs are mostly
-    rounding. Of a whole model only what runs is raised, so that its weights are not held twice. The original
+    rounding. Of a whole model blocks are raised as they run, so that its weights are not held twice. The original
     parameters are put back untouched on the way out.
     """
     parameters = list(module.parameters()) + list(module.buffers())
@@ -145,8 +145,8 @@ def prepared(model: HookedModel, module: nn.Module | HookedModel) -> Iterator[No
                 p.requires_grad_(False)
         if dtype in HALF:
             cfg.dtype = torch.float32
-        raising = whole and any(p.dtype in HALF for p in parameters)
-        with raised(cast(nn.Module, model)) if raising else contextlib.nullcontext():
+        blocks = [block for blocks in lists_of_blocks(model).values() for block in blocks]
+        with raised(cast(nn.Module, model), blocks) if whole else contextlib.nullcontext():
             yield
     finally:
         for p, data, requires_grad in saved:
