@@ -348,3 +348,23 @@ def test_a_classifier_of_another_shape_is_named(tmp_path: Path) -> None:
 
 def test_names_of_transformer_lens_stand_for_hub_ids() -> None:
     assert _without_alias("gpt2-small") == "gpt2" and _without_alias("no/alias") == "no/alias"
+
+
+@pytest.mark.parametrize("kind, config", [("GPT2LMHeadModel", GPT2), ("LlamaForCausalLM", GQA)])
+def test_no_tokenizer_is_made_up(kind: str, config: dict[str, Any], tmp_path: Path) -> None:
+    """Of a folder without one, transformers makes a tokenizer that reads every text as special tokens, or refuses."""
+    saved(kind, tmp_path, **config)
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    model = ll.load_model(str(tmp_path), device="cpu")
+    with pytest.raises(InputError, match="has no tokenizer: pass the prompt as token ids"):
+        ll.attribute(model, "w1 w2", progress=False)
+    assert ll.attribute(model, IDS, maps="attn", layers=[0], progress=False).tokens == tuple(map(str, IDS))
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "conf_own.C"}}')
+    (tmp_path / "conf_own.py").write_text("print('it ran')")
+    with pytest.raises(InputError, match="code that comes with it, which is not run unasked"):
+        ll.load_model(str(tmp_path))
+    assert capfd.readouterr().out == ""

@@ -207,3 +207,39 @@ def test_a_metric_whose_gradient_is_nan_is_named(kind: str) -> None:
         lig_lens.scores(model, IDS, OTHER, metric)
     # Interventions need no gradient.
     assert bool(lig_lens.patching.patch(model, IDS, OTHER, metric, progress=False).values.isfinite().all())
+
+
+def test_an_interrupt_leaves_a_half_precision_model_as_it_was() -> None:
+    """Torch calls a module's hooks after errors, and not after Ctrl-C."""
+    model = tiny_bridge.__wrapped__("llama", torch.bfloat16)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    asked = {"corrupted": [5, 12, 11, 7], "target": lig_lens.logit_difference(9, 17), "progress": False}
+    expected, calls = lig_lens.attribute(model, [5, 12, 30, 7], **asked), []
+
+    def interrupt(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+
+    handle = model.blocks[1].mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        lig_lens.attribute(model, [5, 12, 30, 7], **asked)
+    handle.remove()
+    for name, weight in model.named_parameters():
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, before[name])
+    torch.testing.assert_close(lig_lens.attribute(model, [5, 12, 30, 7], **asked).attn, expected.attn)
+
+
+def test_a_metric_may_ask_for_another_attribution() -> None:
+    """Of the same half-precision model, while it is held in single."""
+    model = tiny_bridge.__wrapped__("llama", torch.bfloat16)
+
+    def nosy(logits: torch.Tensor) -> torch.Tensor:
+        lig_lens.attribute(model, [5, 12], corrupted=[5, 9], target=lig_lens.logit_difference(3, 4), progress=False)
+        return logits[0, -1, 9]
+
+    asked = {"corrupted": [5, 12, 11], "layers": [1], "tol": 0.5, "progress": False}
+    found = lig_lens.attribute(model, [5, 12, 30], target=lig_lens.metric(nosy), **asked)
+    expected = lig_lens.attribute(model, [5, 12, 30], target=lig_lens.metric(lambda x: x[0, -1, 9]), **asked)
+    torch.testing.assert_close(found.attn, expected.attn)
+    assert all(weight.dtype == torch.bfloat16 for weight in model.parameters())

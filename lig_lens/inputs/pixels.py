@@ -296,6 +296,10 @@ def _checked(values: Tensor, kind: ImageKind, what: str) -> Float[Tensor, "1 cha
     if not kind.takes(*shape[1:]):
         least = f" of at least a patch, {kind.patch[0]} by {kind.patch[1]}" if kind.any_size else ""
         raise InputError(f"The {what} has shape {shape}, and the model takes {kind.wanted}{least}: resize the image.")
+    values = values.detach()
+    if values.is_complex() or not bool(torch.isfinite(values).all()):
+        held = "complex numbers" if values.is_complex() else "NaN or infinite numbers"
+        raise InputError(f"The {what} holds {held}: give pixel values as the model takes them.")
     low, high = (float(end) for end in (values.min(), values.max()))
     whole = not values.is_floating_point() or (bool((values == values.round()).all()) and high > 1)
     if whole:

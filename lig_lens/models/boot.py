@@ -11,7 +11,7 @@ from lig_lens.errors import InputError, LigLensError
 from lig_lens.hooked import missing_parts
 from lig_lens.models.adapters import T5_ENCODERS
 from lig_lens.models.heads import listed, note_head
-from lig_lens.models.own_tokenizer import keep_own_tokenizer
+from lig_lens.models.own_tokenizer import keep_own_tokenizer, placeholder
 from lig_lens.models.packaged import quiet_transformers
 from lig_lens.models.plain import Loading, reason, try_out
 from lig_lens.models.served import served
@@ -35,7 +35,7 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
 
     with _named(source, name), quiet_transformers():
         how = served(source)
-        loading = Loading(how.kind, dtype)
+        loading, made_up = Loading(how.kind, dtype), placeholder(source)
         bridge = TransformerBridge.boot_transformers(
             source,
             device=device,
@@ -43,8 +43,12 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
             load_weights=load_weights,
             model_class=loading,
             hf_config_overrides={"original_architecture": how.architecture},
+            tokenizer=made_up,
         )
-        keep_own_tokenizer(bridge, source)
+        if made_up is None:
+            keep_own_tokenizer(bridge, source)
+        else:
+            bridge._tokenizer = None  # ids still do
     vars(bridge.original_model.config).pop("original_architecture", None)
     loaded = type(bridge.original_model).__name__
     if loading.of_body:
@@ -85,6 +89,11 @@ def _named(source: str, name: str) -> Iterator[None]:
     except (LigLensError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # adapters raise whatever comes up in them
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{name!r} is made of code that comes with it, which is not run unasked: if you trust it, load it with "
+                "TransformerBridge.boot_transformers(..., trust_remote_code=True) and pass that."
+            ) from error
         if Path(source).is_dir():
             raise InputError(f"The folder {name!r} holds no model that can be loaded: {reason(error)}") from error
         raise InputError(

@@ -1,10 +1,28 @@
 """Texts read as a model's own tokenizer reads them, where TransformerLens changes it."""
 
+from pathlib import Path
 from typing import Any
 
 from lig_lens.hooked import has_two_stacks
 
 _PROBE = "a"
+# Files of which a saved tokenizer has one.
+_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.bpe.codes")
+
+
+def placeholder(source: str) -> Any:
+    """A tokenizer to load a folder with in which none was saved; None for others.
+
+    transformers makes one up there that knows a few special tokens and reads every text as them.
+    """
+    folder = Path(source)
+    if not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in _FILES):
+        return None
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", pad_token="?")
 
 
 def keep_own_tokenizer(bridge: Any, source: str) -> None:
@@ -23,14 +41,14 @@ def keep_own_tokenizer(bridge: Any, source: str) -> None:
     if bridge.tokenizer is None:
         return
     if has_two_stacks(bridge):
-        own = AutoTokenizer.from_pretrained(source)
+        own = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if own(_PROBE)["input_ids"] != bridge.tokenizer(_PROBE)["input_ids"]:
             bridge._tokenizer = own  # the property would change it again
         return
     of_type = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(bridge.original_model.config.model_type, "")
     if not of_type.endswith("ForMaskedLM"):
         return
-    own = AutoTokenizer.from_pretrained(source)
+    own = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if own.cls_token_id is None or bridge.to_tokens(_PROBE)[0].tolist() == own(_PROBE)["input_ids"]:
         return
     bridge._tokenizer = own

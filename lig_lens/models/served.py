@@ -41,7 +41,8 @@ def served(source: str) -> Served:
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
     from transformer_lens.model_bridge.sources.transformers import get_hf_model_class_for_architecture
 
-    config = transformers.AutoConfig.from_pretrained(_without_alias(source))
+    # Not asked on the terminal, as transformers would.
+    config = transformers.AutoConfig.from_pretrained(_without_alias(source), trust_remote_code=False)
     saved = next(iter(getattr(config, "architectures", None) or [""]))
     _register_ours()
     if saved in IMAGES or saved in T5_ENCODERS:
