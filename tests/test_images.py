@@ -508,8 +508,6 @@ def test_half_precision_computes_in_single(kind: str, tmp_path: Path) -> None:
     assert float((half.attn - single.attn).abs().max()) <= 0.02 * float(single.attn.abs().max())
 
 
-def test_pixels_that_are_no_finite_numbers_are_named(classifier: Any) -> None:
-    for pixels in (torch.full((1, 12, 12), torch.inf), torch.full((1, 12, 12), torch.nan), torch.zeros(1, 12, 12) * 1j):
-        shaped = pixels.expand(3, -1, -1) if classifier.original_model.config.num_channels == 3 else pixels
-        with pytest.raises(InputError, match="holds (complex|NaN or infinite) numbers|is NaN|not finite"):
-            ll.attribute(classifier, shaped, progress=False)
+def test_complex_pixels_are_named(classifier: Any) -> None:
+    with pytest.raises(InputError, match="holds complex numbers: check how they were made"):
+        ll.attribute(classifier, image(0) * 1j, progress=False)

@@ -298,8 +298,8 @@ def _checked(values: Tensor, kind: ImageKind, what: str) -> Float[Tensor, "1 cha
         raise InputError(f"The {what} has shape {shape}, and the model takes {kind.wanted}{least}: resize the image.")
     values = values.detach()
     if values.is_complex() or not bool(torch.isfinite(values).all()):
-        held = "complex numbers" if values.is_complex() else "NaN or infinite numbers"
-        raise InputError(f"The {what} holds {held}: give pixel values as the model takes them.")
+        held = "complex numbers" if values.is_complex() else "NaN or infinite pixel values"
+        raise InputError(f"The {what} holds {held}: check how they were made.")
     low, high = (float(end) for end in (values.min(), values.max()))
     whole = not values.is_floating_point() or (bool((values == values.round()).all()) and high > 1)
     if whole:
@@ -307,8 +307,6 @@ def _checked(values: Tensor, kind: ImageKind, what: str) -> Float[Tensor, "1 cha
             f"The {what} holds whole numbers from {low:g} to {high:g} ({values.dtype}), as images are stored: divide "
             "by 255 and normalise as in the model's training (its image processor does, for an image of Pillow)."
         )
-    if not bool(values.isfinite().all()):
-        raise InputError(f"The {what} holds NaN or infinite pixel values: check how they were made.")
     return values[None] if values.dtype == torch.float64 else values[None].float()
 
 
