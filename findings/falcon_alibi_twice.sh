@@ -6,8 +6,8 @@
 # slope doubled, sdpa gives what eager gives.
 # Why it matters here: hooks need the pattern, so TransformerLens loads models with eager attention: the model explained
 # is not the one that sdpa, the default, runs.
-# What is done about it: lig_lens explains the model as it is loaded, both biases included: the formula of its attention
-# is fitted to what it does, not to its config (`tests/test_coverage.py`, kind 'falcon_alibi').
+# What is done about it: an adapter of this package adds it once (`lig_lens/models/adapters/falcon.py`;
+# `tests/test_families.py`). A bridge loaded otherwise is explained as it computes (`tests/test_coverage.py`).
 set -euo pipefail
 export HF_HUB_OFFLINE=1
 folder=$(mktemp -d)

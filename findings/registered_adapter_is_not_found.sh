@@ -5,8 +5,8 @@
 # the docstring says.
 # What happens: boot_transformers looks the names of a config up in the table SUPPORTED_ARCHITECTURES, of which the
 # factory holds a copy; register_adapter writes into the copy, so the name is not found and the model is refused.
-# Why it matters here: XLM-R, CamemBERT, ELECTRA and classifiers are served by adapters of this package.
-# What is done about it: they are entered in both (`lig_lens/models/boot.py`; `tests/test_families.py`).
+# Why it matters here: XLM-R, ALBERT, DeBERTa, DINOv2 and many more are served by adapters of this package.
+# What is done about it: they are entered in both (`lig_lens/models/served.py`; `tests/test_families.py`).
 set -euo pipefail
 export HF_HUB_OFFLINE=1
 folder=$(mktemp -d)

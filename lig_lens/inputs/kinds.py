@@ -1,4 +1,4 @@
-"""Which kind of inputs a model takes: found here, once, and asked nowhere else."""
+"""Which kind of inputs a model takes, and what reads them."""
 
 import functools
 from collections.abc import Callable

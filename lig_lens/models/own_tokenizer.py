@@ -26,7 +26,7 @@ def placeholder(source: str) -> Any:
 
 
 def keep_own_tokenizer(bridge: Any, source: str) -> None:
-    """Let encoders read texts as they do in transformers, between [CLS] and [SEP], and sources what ends them.
+    """Let encoders read texts as in transformers, between [CLS] and [SEP]; sources of encoder–decoders as well.
 
     TransformerLens loads every tokenizer with `add_bos_token=True`, for which transformers may take both off, and it
     takes off what ends a text, as [SEP] does where it is the end-of-text token too.
