@@ -92,10 +92,19 @@ class _Rules:
         self._found: dict[tuple[str, float], list[dict[str, Tensor]]] = {}
 
     def integrate(
-        self, integrand: Integrand, s0: Tensor, s1: Tensor, noise: Tensor, *, tol: float, max_nodes: int
+        self,
+        integrand: Integrand,
+        s0: Tensor,
+        s1: Tensor,
+        noise: Tensor,
+        *,
+        tol: float,
+        max_nodes: int,
+        all_layers_known: bool = False,
     ) -> Integral:
         """Stand in for `quadrature.integrate`, whose arguments and result these are."""
-        ours = {t: integrate(integrand, s0, s1, noise, tol=t, max_nodes=max_nodes) for t in self.tols}
+        asked: dict[str, Any] = {"max_nodes": max_nodes, "all_layers_known": all_layers_known}
+        ours = {t: integrate(integrand, s0, s1, noise, tol=t, **asked) for t in self.tols}
         total = ours[tol].total.cpu().double()
         moving = total.abs() > noise.cpu().double() / min(self.tols)
         self._left_out += int((~moving).sum())

@@ -71,7 +71,8 @@ def main(
         ],
         "apart: largest difference, relative to the largest contribution.",
     )
-    write_results(out, {"environment": environment(), "width": width, "tokens": tokens, "cells": cells})
+    settings = {"width": width, "tokens": tokens, "destinations": destinations, "repeats": repeats}
+    write_results(out, {"environment": environment(), "settings": settings, "cells": cells})
 
 
 def _model(config: Any) -> Any:
