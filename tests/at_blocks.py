@@ -9,9 +9,14 @@ from lig_lens.blocks.call import BlockCall
 from lig_lens.blocks.known import Blocks, Needs
 from lig_lens.blocks.recording import record_calls
 from lig_lens.blocks.values import Values
-from lig_lens.inputs.kinds import read_prompt
+from lig_lens.inputs.kinds import kind_of
 from lig_lens.inputs.token_ids import TokenIds
 from lig_lens.models.stack import stack_of
+
+
+def read_prompt(model: Any, prompt: Any, **options: Any) -> Any:
+    """One prompt, as the kind of model takes it."""
+    return kind_of(model).read(model, prompt, **options)
 
 
 def inputs_of(model: Any, ids: torch.Tensor | list[int]) -> TokenIds:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from family_oracle import Maps, gauss, maps_from_zero
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoEModelOutput
 
@@ -37,16 +38,6 @@ class Seen:
     logits: Tensor = field(init=False)
 
 
-@dataclass(frozen=True)
-class Maps:
-    """[head, src, dst], [head, dst], [dst] and [src, dst]."""
-
-    attn: Tensor
-    mlp: Tensor
-    skip: Tensor
-    block: Tensor
-
-
 class Plain:
     """A plain model in float64, one of its layers, and the linear map in it that is behind the heads asked about."""
 
@@ -67,14 +58,9 @@ class Plain:
         else:
             inputs["encoder_outputs"] = MoEModelOutput(last_hidden_state=encoded)
         with _hooked(self.layer, self.out, held, seen), torch.set_grad_enabled(grad):
-            seen.logits = self.output_of(inputs)
+            seen.logits = self.model(**inputs).logits
         seen.z = self.heads(seen.z)
         return seen
-
-    def output_of(self, inputs: dict[str, Any]) -> Tensor:
-        """What the model puts out."""
-        logits: Tensor = self.model(**inputs).logits
-        return logits
 
     def heads(self, z: Tensor) -> Tensor:
         """Head outputs one by one: [item, pos, head, d_head]."""
@@ -82,30 +68,8 @@ class Plain:
 
     def maps_from_zero(self) -> Maps:
         """Self-attention's maps."""
-        clean = self.run(grad=False)
-        resid, attn_out, z = clean.resid[0], clean.attn_out[0], clean.z[0]
-        a, n_pos = NODES[:, None, None], len(resid)
-        W_O = self.out.weight.detach().T.reshape(self.n_heads, -1, resid.shape[-1])
-        attn, block, mlp, skip = (
-            torch.zeros(*shape, dtype=torch.float64)
-            for shape in ((self.n_heads, n_pos, n_pos), (n_pos, n_pos), (self.n_heads, n_pos), (n_pos,))
-        )
-        x = (a * resid).requires_grad_()
-        zero, moved = self.run(Held(torch.zeros_like(resid)[None]), grad=False), self.run(Held(x))
-        for j in range(n_pos):
-            for h in range(self.n_heads):
-                (by_x,) = integrated((moved.z - zero.z)[:, j, h].norm(dim=-1), x)
-                attn[h, :, j] = (by_x * resid).sum(-1)
-            (by_x,) = integrated((moved.output - zero.output)[:, j].norm(dim=-1), x)
-            block[:, j] = (by_x * resid).sum(-1)
-        s, o = ((a * end).requires_grad_() for end in (resid, attn_out))
-        nothing = torch.zeros_like(resid)[None]
-        change = self.run(Held(s, o)).output - self.run(Held(nothing, nothing), grad=False).output
-        for j in range(n_pos):
-            by_s, by_o = integrated(change[:, j].norm(dim=-1), s, o)
-            skip[j] = by_s[j] @ resid[j]
-            mlp[:, j] = torch.einsum("m,hem,he->h", by_o[j], W_O, z[j])
-        return Maps(attn, mlp, skip, block)
+        prompt = {"input_ids": self.source, "decoder_input_ids": self.target}
+        return maps_from_zero(self.model, self.layer, self.out, self.n_heads, **prompt)
 
     def across(self, start: Tensor | None = None) -> Tensor:
         """What the encoder's output contributes to the heads that `out` is behind, [head, src, dst].
@@ -150,32 +114,15 @@ class Plain:
         return heads, torch.einsum("n,npm,pm->p", EVEN_WEIGHTS, by_x, step)
 
 
-class EncoderAlone(Plain):
-    """A model without a decoder."""
-
-    def output_of(self, inputs: dict[str, Any]) -> Tensor:
-        """What the model puts out."""
-        vectors: Tensor = self.model(input_ids=inputs["input_ids"]).last_hidden_state
-        return vectors
-
-
 def integrated(scalars: Tensor, *ends: Tensor) -> list[Tensor]:
     """Integrals of the gradients of one scalar at every point of the path."""
     found = torch.autograd.grad(scalars.sum(), ends, retain_graph=True, materialize_grads=True)
     return [torch.einsum("n,npm->pm", WEIGHTS, one) for one in found]
 
 
-def _nodes(edges: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Gauss nodes on panels between these edges."""
-    x, w = np.polynomial.legendre.leggauss(8)
-    nodes = np.concatenate([(b - a) / 2 * x + (a + b) / 2 for a, b in itertools.pairwise(edges)])
-    weights = np.concatenate([(b - a) / 2 * w for a, b in itertools.pairwise(edges)])
-    return torch.tensor(nodes), torch.tensor(weights)
-
-
 # Panels that get smaller towards the start, where one norm after the other turns on; and such as are all alike.
-NODES, WEIGHTS = _nodes(np.concatenate([[0.0], np.logspace(-8, 0, 33)]))
-EVEN_NODES, EVEN_WEIGHTS = _nodes(np.linspace(0.0, 1.0, 65))
+NODES, WEIGHTS = gauss(np.concatenate([[0.0], np.logspace(-8, 0, 33)]), 8)
+EVEN_NODES, EVEN_WEIGHTS = gauss(np.linspace(0.0, 1.0, 65), 8)
 
 
 @contextmanager

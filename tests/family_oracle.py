@@ -79,9 +79,13 @@ def missed(flow: Any, expected: Maps, allowed: float, row: int = 0) -> float:
 
 
 def _nodes() -> tuple[Tensor, Tensor]:
-    """Gauss nodes on panels that get smaller towards the start, where norms turn on: several in a row at 1e-12."""
-    edges = np.concatenate([[0.0], np.logspace(-18, 0, 49)])
-    x, w = np.polynomial.legendre.leggauss(10)
+    """Panels that get smaller towards the start, where norms turn on: several in a row at 1e-12."""
+    return gauss(np.concatenate([[0.0], np.logspace(-18, 0, 49)]), 10)
+
+
+def gauss(edges: np.ndarray, n_nodes: int) -> tuple[Tensor, Tensor]:
+    """Gauss nodes on panels between these edges, and their weights."""
+    x, w = np.polynomial.legendre.leggauss(n_nodes)
     nodes = np.concatenate([(b - a) / 2 * x + (a + b) / 2 for a, b in itertools.pairwise(edges)])
     weights = np.concatenate([(b - a) / 2 * w for a, b in itertools.pairwise(edges)])
     return torch.tensor(nodes), torch.tensor(weights)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from at_blocks import read_prompt
 from family_oracle import maps_from_zero, missed
 from PIL import Image
 from recorded import held
@@ -17,7 +18,6 @@ from recorded import held
 import lig_lens as ll
 from lig_lens.cli.main import run
 from lig_lens.errors import InputError
-from lig_lens.inputs.kinds import read_prompt
 from lig_lens.models.adapters import IMAGES
 from lig_lens.models.plain import _run
 

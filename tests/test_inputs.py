@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from at_blocks import read_prompt
 from tiny_models import tiny_bridge
 
 import lig_lens
-from lig_lens.inputs.kinds import read_prompt
 from lig_lens.inputs.pairs import read_pairs
 
 

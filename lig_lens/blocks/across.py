@@ -14,8 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lig_lens.blocks.call import BlockCall
-from lig_lens.blocks.formula import ALLOWED, PATTERN_PATH, QKV_PATHS, per_query_head
+from lig_lens.blocks.formula import ALLOWED, PATTERN_PATH, QKV_PATHS, per_query_head, products
 from lig_lens.blocks.inside import Inside, by_position, relative
+from lig_lens.blocks.score import Score
+from lig_lens.blocks.score_fit import fit_scale
 from lig_lens.models.running import Hook
 
 _NOT_READABLE = "the pattern, queries, keys and values of cross-attention cannot be read"
@@ -36,7 +38,7 @@ class AcrossFormula:
         q, k, v = heads
         if pattern.shape != (*q.shape[:2], k.shape[1]):
             return None
-        pattern, dots = pattern.to(z), _products(self.scale, q, k)
+        pattern, dots = pattern.to(z), self.scale * products(None, q, k)
         bias = torch.zeros_like(dots)
         if bool((pattern > 0).all()):
             bias = pattern.log() - dots
@@ -61,7 +63,7 @@ class AcrossValues:
 
     def dots(self, k: Float[Tensor, "kv_head src d_head"]) -> Float[Tensor, "head dst src"]:
         """Scores of these keys without their bias."""
-        return _products(self.formula.scale, self.q, k)
+        return self.formula.scale * products(None, self.q, k)
 
     def pattern(self, k: Float[Tensor, "kv_head src d_head"]) -> Float[Tensor, "head dst src"]:
         """The attention pattern of these keys."""
@@ -99,7 +101,9 @@ def find_across(inside: Inside) -> AcrossFormula | str:
         shown = [pattern.to(x) for pattern in (*read[PATTERN_PATH], at_end[PATTERN_PATH])]
         if any(pattern.shape != (*q.shape[:2], k.shape[1]) for pattern in shown):
             return _NOT_READABLE
-        formula = AcrossFormula(paths, _fit_scale(q, (first[0], k), (shown[0], shown[2])))
+        dots = torch.stack([products(None, q, keys) for keys in (first[0], k)])
+        usual = Score(q.shape[-1] ** -0.5)
+        formula = AcrossFormula(paths, fit_scale(usual, dots, torch.stack([shown[0], shown[2]]))[0].scale)
         found = formula.on(at_end, inside.z)
         if found is None:
             return "head outputs of cross-attention are not pattern times values"
@@ -107,33 +111,6 @@ def find_across(inside: Inside) -> AcrossFormula | str:
             if not float((found.pattern(keys) - pattern).abs().max()) <= ALLOWED:
                 return "the pattern of cross-attention is not a softmax of scaled q.k plus a fixed bias"
     return formula
-
-
-def _fit_scale(
-    q: Float[Tensor, "head dst d_head"],
-    keys: tuple[Float[Tensor, "kv_head src d_head"], Float[Tensor, "kv_head src d_head"]],
-    patterns: tuple[Float[Tensor, "head dst src"], Float[Tensor, "head dst src"]],
-) -> float:
-    """What scores are scaled by, from how products and patterns change between two runs; rows may shift."""
-    clear = (patterns[0] > 1e-20) & (patterns[1] > 1e-20)  # logarithms of what is about to underflow have few digits
-
-    def by_row(change: Tensor) -> Tensor:
-        kept = torch.where(clear, change, 0.0)
-        return torch.where(clear, kept - kept.sum(-1, keepdim=True) / clear.sum(-1, keepdim=True).clamp(min=1), 0.0)
-
-    rise = by_row(patterns[1].log() - patterns[0].log()).cpu().double()
-    run = by_row(_products(1.0, q, keys[1]) - _products(1.0, q, keys[0])).cpu().double()
-    size = float(run.square().sum())
-    scale = float((rise * run).sum()) / size if size > 1e-8 else q.shape[-1] ** -0.5
-    # Scales are 1 / sqrt(n) in practice, and then exactly so.
-    n = round(scale**-2) if 1 / 32 < scale <= 1.01 else 0
-    return n**-0.5 if n and abs(scale * n**0.5 - 1) < 1e-4 else scale
-
-
-def _products(
-    scale: float, q: Float[Tensor, "head dst d_head"], k: Float[Tensor, "kv_head src d_head"]
-) -> Float[Tensor, "head dst src"]:
-    return scale * q @ per_query_head(k, len(q)).mT
 
 
 def _read(call: BlockCall, encoded: Float[Tensor, "run src d_model"], paths: tuple[str, ...]) -> dict[str, Tensor]:

@@ -89,7 +89,9 @@ def read_head_norms(
     return ShownNorms(q, k, (read.get(_PATHS[0]), read.get(_PATHS[1])))
 
 
-def near_zero(x: Float[Tensor, "pos d_model"], norm: str, eps: float, own: SeenAttention) -> Tensor:
+def near_zero(
+    x: Float[Tensor, "pos d_model"], norm: str, eps: float, own: SeenAttention
+) -> Float[Tensor, "pos d_model"]:
     """A prompt's residual vectors made so small that queries and keys show what a norm adds to their mean square."""
     # How long queries and keys are before anything divides, on average at each position.
     size = (torch.cat([own.q, own.k]).square().mean((0, -1)).sqrt()[:, None] * sigma(norm, eps, x)).clamp(min=1e-12)
@@ -108,7 +110,7 @@ def find_head_norms(
     """
     if shown is None:
         return HeadNorms(None, None, None, biases)
-    pairs = [(vectors, out) for vectors, out in zip((shown.q, shown.k), shown.outputs, strict=True)]
+    pairs = list(zip((shown.q, shown.k), shown.outputs, strict=True))
     if any(out is not None and bool(bias.any()) for (_, out), bias in zip(pairs, biases, strict=False)):
         return _BIASED
     before = [None if out is None else _fit(vectors, out, None) for vectors, out in pairs]

@@ -52,6 +52,38 @@ def fit_scores(
     return score, bias[:1].clone() if bool((bias == bias[:1]).all()) else bias
 
 
+def fit_scale(
+    start: Score, dots: Float[Tensor, "2 head dst src"], patterns: Float[Tensor, "2 head dst src"]
+) -> tuple[Score, Bool[Tensor, "head dst src"]]:
+    """The scale, from how products of queries and keys and patterns change between two runs; rows may shift.
+
+    Returns:
+        the score with its scale; and where both patterns are large enough to tell.
+    """
+    clear = (patterns > 1e-20).all(0)  # logarithms of what is about to underflow have few digits
+
+    def between(values: Tensor) -> Tensor:
+        kept = torch.where(clear, values[0] - values[1], 0.0)
+        mean = kept.sum(-1, keepdim=True) / clear.sum(-1, keepdim=True).clamp(min=1)
+        return torch.where(clear, kept - mean, 0.0).cpu().double()
+
+    score, rise = start, between(patterns.log())
+    for _ in range(1 if start.cap is None else _GAUSS_NEWTON_STEPS):
+        capped = score.capped(score.scale * dots)
+        steepness = score.steepness(capped)
+        run = between(dots if steepness is None else dots * steepness)
+        size = float(run.square().sum())
+        if size > 1e-8:
+            missing = rise - between(capped)
+            score = replace(score, scale=score.scale + float((missing * run).sum()) / size)
+    # Scales are 1 / sqrt(n) in practice, and then exactly so.
+    scale, usual = score.scale, round(start.scale**-2)
+    for n in (usual, round(scale**-2) if 1 / 32 < scale <= 1.01 else 0):
+        if n and abs(scale * n**0.5 - 1) < 1e-4:
+            return replace(score, scale=n**-0.5), clear
+    return score, clear
+
+
 def _sink(score: Score, rotary: Rotary | None, own: SeenAttention, bias: Tensor) -> Float[Tensor, "head"] | None:
     """What the rows of a pattern lose, as the score of a source that is not there; the same in all rows of a head."""
     lost = 1 - own.pattern.double().sum(-1)
@@ -115,33 +147,9 @@ def _fit_rows(
         ),
         torch.stack([own.pattern[:, rows], other.pattern[0][:, rows]]),
     )
-    clear = (patterns > 1e-20).all(0)  # logarithms of what is about to underflow have few digits
-    logs = patterns.log()
-
-    def by_row(values: Tensor) -> Tensor:
-        kept = torch.where(clear, values, 0.0)
-        return torch.where(clear, kept - kept.sum(-1, keepdim=True) / clear.sum(-1, keepdim=True).clamp(min=1), 0.0)
-
-    def between(values: Tensor) -> Tensor:
-        return by_row(values[0] - values[1]).cpu().double()
-
-    score, rise = start, between(logs)
-    for _ in range(1 if start.cap is None else _GAUSS_NEWTON_STEPS):
-        capped = score.capped(score.scale * dots)
-        steepness = score.steepness(capped)
-        run = between(dots if steepness is None else dots * steepness)
-        size = float(run.square().sum())
-        if size > 1e-8:
-            missing = rise - between(capped)
-            score = replace(score, scale=score.scale + float((missing * run).sum()) / size)
-    # Scales are 1 / sqrt(n) in practice, and then exactly so.
-    scale = score.scale
-    for n in (own.q.shape[-1], round(scale**-2) if 1 / 32 < scale <= 1 else 0):
-        if n and abs(scale * n**0.5 - 1) < 1e-4:
-            score = replace(score, scale=n**-0.5)
-            break
+    score, clear = fit_scale(start, dots, patterns)
     visible = (patterns > 0).any(0)
-    biases = logs - score.capped(score.scale * dots)
+    biases = patterns.log() - score.capped(score.scale * dots)
     # One row's two versions differ by a number, which the visible entries that both know give.
     biases = biases - torch.where(clear, biases, -torch.inf).amax(-1, keepdim=True)
     bias = torch.where(patterns[1] >= patterns[0], biases[1], biases[0])

@@ -17,7 +17,7 @@ class Kind:
     """A kind of inputs.
 
     Attributes:
-        read: a prompt as users give it, with the options of `read_prompt`.
+        read: a prompt as users give it, with the options of `read_ids`.
         arbitrary: some prompt that a model takes.
     """
 
@@ -33,10 +33,3 @@ def kind_of(model: HookedModel, stream: str | None = None) -> Kind:
     if stream is not None:
         return Kind(functools.partial(read_source_and_target, stream=stream), arbitrary_source_and_target)
     return PIXELS if takes_pixels(model) else IDS
-
-
-def read_prompt(
-    model: HookedModel, prompt: Any, *, prepend_bos: Any = None, attention_mask: Any = None, what: str = "prompt"
-) -> Inputs:
-    """Read a prompt as what a model takes; arguments and errors as in `read_ids` and `read_image`."""
-    return kind_of(model).read(model, prompt, prepend_bos=prepend_bos, attention_mask=attention_mask, what=what)

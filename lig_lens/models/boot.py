@@ -9,7 +9,6 @@ import torch
 
 from lig_lens.errors import InputError, LigLensError
 from lig_lens.hooked import missing_parts
-from lig_lens.models.adapters import T5_ENCODERS
 from lig_lens.models.heads import listed, note_head
 from lig_lens.models.own_tokenizer import keep_own_tokenizer, placeholder
 from lig_lens.models.packaged import quiet_transformers
@@ -62,8 +61,6 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
             f"The layers of a {loaded} are neither in one row nor in an encoder's and a decoder's, and lig_lens has no "
             "maps for that: load a model of another family."
         )
-    if how.architecture in T5_ENCODERS:  # else what ends a text would be put in front of it
-        bridge.cfg.default_prepend_bos, bridge.cfg.tokenizer_appends_eos = bridge.cfg.tokenizer_prepends_bos, False
     if load_weights:
         bare = loading.run is not None and not loading.run.has_head
         note_head(bridge, how.saved, loaded, loading.of_head, bare)

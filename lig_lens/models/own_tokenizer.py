@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lig_lens.hooked import has_two_stacks
+from lig_lens.models.adapters import T5_ENCODERS
 
 _PROBE = "a"
 # Files of which a saved tokenizer has one.
@@ -45,6 +46,10 @@ def keep_own_tokenizer(bridge: Any, source: str) -> None:
         if own(_PROBE)["input_ids"] != bridge.tokenizer(_PROBE)["input_ids"]:
             bridge._tokenizer = own  # the property would change it again
         return
+    cfg = bridge.cfg
+    if type(bridge.original_model).__name__ in T5_ENCODERS:  # else what ends a text would be put in front of it
+        cfg.default_prepend_bos, cfg.tokenizer_appends_eos = cfg.tokenizer_prepends_bos, False
+        return
     of_type = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(bridge.original_model.config.model_type, "")
     if not of_type.endswith("ForMaskedLM"):
         return
@@ -52,4 +57,4 @@ def keep_own_tokenizer(bridge: Any, source: str) -> None:
     if own.cls_token_id is None or bridge.to_tokens(_PROBE)[0].tolist() == own(_PROBE)["input_ids"]:
         return
     bridge._tokenizer = own
-    bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = True, False
+    cfg.tokenizer_prepends_bos, cfg.tokenizer_appends_eos = True, False

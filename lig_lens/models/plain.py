@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def _prompt(model: Any) -> dict[str, Tensor]:
     if model.main_input_name == "pixel_values":
         return image_arguments(model)
     prompt = {"input_ids": torch.tensor([_PROBE])}
-    if getattr(model.config, "is_encoder_decoder", False) and not type(model).__name__.endswith("EncoderModel"):
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         # Left out, a decoder gets one thing here and another in a bridge.
         prompt["decoder_input_ids"] = torch.tensor([_PROBE[::-1]])
     return prompt
