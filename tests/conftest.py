@@ -10,10 +10,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+from typing import Any
+
 import pytest
 import torch
+import transformers
 from browser_pages import Page, launched
 from hypothesis import HealthCheck, settings
+from image_models import load, saved
 
 from lig_lens.show.explorer import write_explorer
 
@@ -70,3 +74,13 @@ def open_page(browser, tmp_path):
     for page in opened:
         page.page.close()
         assert page.wrong == []
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A ViT with a head and an image processor."""
+    folder = tmp_path_factory.mktemp("vit")
+    saved("ViTForImageClassification", folder)
+    processor = transformers.ViTImageProcessorPil(size={"height": 12, "width": 12})
+    processor.save_pretrained(folder)
+    return load(folder)
