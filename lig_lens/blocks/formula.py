@@ -274,8 +274,8 @@ def mixture(
 
 def products(
     rotary: Rotary | None,
-    q: Float[Tensor, "head pos d_head"],
-    k: Float[Tensor, "kv_head pos d_head"],
+    q: Float[Tensor, "head dst d_head"],
+    k: Float[Tensor, "kv_head src d_head"],
     rows: Int[Tensor, "row"] | slice = _ALL,
     weight: Float[Tensor, "head 1 d_head"] | None = None,
 ) -> Float[Tensor, "head row src"]:
