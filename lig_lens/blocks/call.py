@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lig_lens.errors import BoundaryError
-from lig_lens.models.routes import Routes, has_experts, routes_held, routes_seen
+from lig_lens.models.experts import Routes, has_experts, routes_held, routes_seen
 from lig_lens.models.running import Hook, Stop, first_tensor, map_tensors, module_hooks, stop, torch_hooks
 from lig_lens.models.stack import Stack
 
