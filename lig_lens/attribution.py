@@ -30,8 +30,8 @@ from lig_lens.integrate.to_metric import Downstream
 from lig_lens.maps import MAPS, METRIC_MAPS
 from lig_lens.maps.job import Job
 from lig_lens.maps.map import Map
-from lig_lens.models.loading import check_evaluating, describe_processing, model_name
 from lig_lens.models.experts import has_experts
+from lig_lens.models.loading import check_evaluating, describe_processing, model_name
 from lig_lens.models.running import one_at_a_time, prepared
 from lig_lens.models.stack import Forward, Stack, check_stream, stack_of
 from lig_lens.paths.baseline import Baseline, chosen_baseline, describe_baseline
