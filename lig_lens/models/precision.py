@@ -2,15 +2,19 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 HALF = (torch.float16, torch.bfloat16)
-
+# How many numbers of a weight outside blocks are raised at a time: few enough to be used while in the cache.
+_AT_A_TIME = 2**21
 
 # Blocks whose weights are raised while they run, and the numbers of the hooks that do it.
 _RAISING: "weakref.WeakKeyDictionary[nn.Module, frozenset[int]]" = weakref.WeakKeyDictionary()
@@ -39,30 +43,100 @@ class _SavedWeight:
 def raised(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Let a model compute in float32: its blocks' half-precision weights are raised while they run, one at a time.
 
-    What is not a block's (embeddings, head) is raised throughout, since models look at such weights from elsewhere.
-    Autograd would keep each block's float32 copy until the way back; it is told to keep the half-precision weight
-    instead. Within itself it does nothing more.
+    What is not a block's (embeddings, head) looks like float32 throughout, since models ask such weights for their
+    dtype from elsewhere, and is raised where it is used. Autograd would keep each block's float32 copy until the way
+    back; it is told to keep the half-precision weight instead. Within itself it does nothing more.
 
     Args:
         model: the model.
         blocks: all of its blocks.
     """
-    if any(block in _RAISING for block in blocks):
+    if any(block in _RAISING for block in blocks) or not _half(model):
         yield
         return
     inside = {id(weight) for block in blocks for weight in _half(block)}
     outside = [weight for weight in _half(model) if id(weight) not in inside]
     saved = [(weight, weight.data) for weight in outside]
+    large = {id(weight): data for weight, data in saved if weight.ndim > 1}
     try:
         with contextlib.ExitStack() as stack:
             for weight, data in saved:
-                weight.data = data.float()
+                weight.data = _empty(data) if id(weight) in large else data.float()
             for block in blocks:
                 stack.enter_context(_Raised(block).while_running())
+            if large:
+                stack.enter_context(_RaisedInUse(large))
             yield
     finally:
         for weight, data in saved:
             weight.data = data
+
+
+def _empty(data: Tensor) -> Tensor:
+    """What looks like a raised weight and takes no memory; whoever computes with it gets nan."""
+    return torch.full((1,) * data.ndim, torch.nan, device=data.device).expand(data.shape)
+
+
+class _RaisedInUse(TorchFunctionMode):
+    """Lets torch's functions have weights in float32 that are kept in half precision, by the weights' ids.
+
+    Rows that an embedding looks up are raised alone, and a linear map's some at a time.
+    """
+
+    def __init__(self, kept: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self._has_kept([*args, *kwargs.values()]):
+            return func(*args, **kwargs)
+        if getattr(func, "__name__", "") == "__get__" and not isinstance(found := func(*args), Tensor):
+            return found  # a dtype, a shape
+        if func is functional.embedding:
+            half = {name: self.kept.get(id(value), value) for name, value in kwargs.items()}
+            return func(*(self.kept.get(id(one), one) for one in args), **half).float()
+        if func is functional.linear and len(args) > 1 and id(args[1]) in self.kept and not self._has_kept(args[:1]):
+            made = _linear(args[0], self.kept[id(args[1])])
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            return made if bias is None else made + bias
+        return func(*self._raised(args), **{name: self._raised(value) for name, value in kwargs.items()})
+
+    def _has_kept(self, values: Any) -> bool:
+        return any(self._has_kept(one) if isinstance(one, (list, tuple)) else id(one) in self.kept for one in values)
+
+    def _raised(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._raised(one) for one in value)
+        return self.kept[id(value)].float() if id(value) in self.kept else value
+
+
+def _linear(x: Tensor, weight: Float[Tensor, "out in"], transposed: bool = False) -> Tensor:
+    """`x W^T`, or `x W`, in float32 of a weight in half precision."""
+    made: Tensor = _Linear.apply(x, weight, transposed)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _Linear(torch.autograd.Function):
+    """A linear map whose weight is raised some rows at a time, and again on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Float[Tensor, "out in"], transposed: bool) -> Tensor:
+        """See `_linear`."""
+        ctx.weight, ctx.transposed = weight, transposed
+        rows = max(1, _AT_A_TIME // weight.shape[1])
+        pieces = torch.split(weight, rows)
+        if not transposed:
+            return torch.cat([functional.linear(x, piece.float()) for piece in pieces], -1)
+        result = x.new_zeros(*x.shape[:-1], weight.shape[1])
+        for given, piece in zip(torch.split(x, rows, -1), pieces, strict=True):
+            result += given @ piece.float()
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The same map the other way."""
+        return _linear(gradient, ctx.weight, not ctx.transposed), None, None
 
 
 class _Raised:
@@ -116,7 +190,7 @@ class _Raised:
         """What autograd keeps of a tensor."""
         weight = self.held.get(tensor.untyped_storage().data_ptr())
         if weight is None:
-            return tensor
+            return tensor.detach()  # an operation's own output would hold what holds it, and never be freed
         return _SavedWeight(weight, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
