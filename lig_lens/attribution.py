@@ -289,7 +289,7 @@ class _Run:
                             put(f"{cell}.{one.name}", index, getattr(columns, cell))
                         done[one.name].append(columns.cells_only())
         routed = any(has_experts(values.call.block) for values in job.values.values())
-        _warn(self.settings, done, routed and self.settings.experts == "free")
+        _warn(self.settings, done, routed and self.settings.experts == "free", _rounds_below_its_weights(job))
 
     def _shapes(self, job: Job) -> dict[str, tuple[int, ...]]:
         """Shapes of a Flow's tensors, under the names that they have in a Flow file."""
@@ -353,13 +353,22 @@ class _Run:
         }
 
 
-def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]], routed: bool) -> None:
+def _rounds_below_its_weights(job: Job) -> bool:
+    """Whether a float64 model computes some steps in float32, as norms and softmax of transformers do."""
+    return any(
+        one.resid_pre.dtype is torch.float64 and one.block.rounding >= torch.finfo(torch.float32).eps
+        for one in job.values.values()
+    )
+
+
+def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]], routed: bool, single: bool) -> None:
     """Say how many cells missed the tolerance, pointing at the code that called into this package.
 
     Args:
         settings: what was asked.
         done: by map, the columns of each layer.
         routed: whether routers chose experts anew along the paths.
+        single: whether the model's weights are float64 and some of its steps are not.
     """
     flat = {
         name: {key: torch.cat([getattr(one, key).flatten() for one in layers]) for key in _CELLS}
@@ -382,6 +391,11 @@ def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]], routed: boo
         if rounded
         else ""
     )
+    if single:
+        limited = (
+            " The model's weights are float64, but some of its steps round to float32 (norms, softmax): what is near "
+            "that rounding, which paths through norms enlarge, a larger tol alone cures."
+        )
     if routed and not settings.per_metric:
         limited += " Contributions jump where a router chooses other experts along a path: experts='held' keeps those."
     # Past wrappers that others put around our functions.

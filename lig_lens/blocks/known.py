@@ -22,7 +22,7 @@ from lig_lens.blocks.find import check_finite, find_block, inside_of, replay
 from lig_lens.blocks.formula import PATTERN_PATH
 from lig_lens.blocks.inside import Inside, relative
 from lig_lens.blocks.layouts.layout import SumLayout
-from lig_lens.blocks.messages import messages_of
+from lig_lens.blocks.messages import ROWS_MISS, messages_of
 from lig_lens.blocks.recording import Recording, record_calls
 from lig_lens.blocks.values import HeadValues, Values
 from lig_lens.errors import BoundaryError, NonFiniteError
@@ -215,6 +215,8 @@ def _at_heads(nodes: AttentionNodes, inside: Inside, needs: Needs, fresh: bool) 
         pattern = _pattern(values.get(PATTERN_PATH), z)
     if needs.messages or needs.v_path:
         messages = messages_of(z, pattern, values)
+    if pattern is not None and not bool((pattern.sum(-1) >= 1 - ROWS_MISS).all()):
+        pattern = None  # a sink has some of it, and shares of a row are not what they are called
     return HeadValues(
         nodes,
         z,
@@ -229,11 +231,11 @@ def _at_heads(nodes: AttentionNodes, inside: Inside, needs: Needs, fresh: bool) 
 
 
 def _pattern(pattern: Tensor | None, z: Tensor) -> Tensor | None:
-    """The attention pattern, if that is what the hook shows: rows over sources that add up to 1."""
+    """The attention pattern, if that is what the hook shows: rows that add up to 1, or less where a sink takes part."""
     if pattern is None or pattern.shape != (z.shape[1], z.shape[0], z.shape[0]):
         return None
     pattern = pattern.to(z.dtype)
-    return pattern if bool(((pattern.sum(-1) - 1).abs() <= 1e-3).all()) else None
+    return pattern if bool((pattern >= 0).all() and (pattern.sum(-1) <= 1 + ROWS_MISS).all()) else None
 
 
 def _stamp(module: nn.Module, layer: int, config: tuple[tuple[str, Any], ...]) -> _Stamp:
