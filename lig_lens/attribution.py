@@ -3,8 +3,6 @@
 import importlib.metadata
 import itertools
 import os
-import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,7 +15,7 @@ from lig_lens import __version__
 from lig_lens.blocks.known import Blocks, Needs
 from lig_lens.blocks.values import Values
 from lig_lens.choose import Selection, chosen_numbers
-from lig_lens.errors import ConvergenceWarning, InputError
+from lig_lens.errors import ConvergenceWarning, InputError, warn_caller
 from lig_lens.files import check_writable
 from lig_lens.flow import file as flow_io
 from lig_lens.flow.flow import Flow
@@ -43,7 +41,6 @@ from lig_lens.targets.resolve import as_target
 from lig_lens.targets.target import DestinationTarget, Target
 
 _CELLS = ("converged", "gap", "error", "nodes")
-_OUR_FRAMES = ("lig_lens", "torch", "jaxtyping", "beartype")
 
 
 @torch.inference_mode(False)  # gradients are needed, whatever mode the caller is in
@@ -398,14 +395,9 @@ def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]], routed: boo
         )
     if routed and not settings.per_metric:
         limited += " Contributions jump where a router chooses other experts along a path: experts='held' keeps those."
-    # Past wrappers that others put around our functions.
-    frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _OUR_FRAMES:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(
+    warn_caller(
         f"{sum(int((~cells['converged']).sum()) for cells in missed.values())} of "
         f"{sum(len(cells['converged']) for cells in flat.values())} cells missed tol={settings.tol:g} within "
         f"max_nodes={settings.max_nodes}: {listed}. See flow.gap and flow.converged; raise max_nodes or tol.{limited}",
         ConvergenceWarning,
-        stacklevel=level,
     )

@@ -1,21 +1,20 @@
 """A checkpoint in, a bridge out: as the class that it was saved as, and with what its loading found missing."""
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lig_lens.errors import BridgeWarning, InputError, LigLensError
+from lig_lens.errors import BridgeWarning, InputError, LigLensError, warn_caller
 from lig_lens.hooked import missing_parts
 from lig_lens.inputs.pixels import note_no_processor, takes_pixels
-from lig_lens.models.checkpoint import broken_json, cannot_load
+from lig_lens.models.checkpoint import broken_json, cannot_load, reason
 from lig_lens.models.heads import listed, note_head
 from lig_lens.models.own_tokenizer import keep_own_tokenizer, placeholder
 from lig_lens.models.packaged import quiet_transformers
-from lig_lens.models.plain import Loading, reason, try_out
+from lig_lens.models.plain import Loading, try_out
 from lig_lens.models.served import served
 
 # Files in which image processors are saved.
@@ -73,12 +72,11 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
     if getattr(bridge.adapter, "supports_compatibility_mode", True):
         bridge.enable_compatibility_mode(disable_warnings=True, no_processing=True)
     if loading.odd is not None and loading.odd.beyond:
-        warnings.warn(
+        warn_caller(
             f"The files of {name!r} hold more layers than its config says ({listed(loading.odd.beyond)}): they are "
             "left out, and contributions are to a model without them. Take the config.json that was saved with the "
             "weights.",
             BridgeWarning,
-            stacklevel=3,  # the caller of load_model
         )
     try_out(bridge, loading, name)
     return bridge
@@ -119,7 +117,7 @@ def _named(source: str, name: str) -> Iterator[None]:
                 "TransformerBridge.boot_transformers(..., trust_remote_code=True) and pass that."
             ) from error
         if Path(source).is_dir():
-            raise InputError(cannot_load(Path(source), name, reason(error))) from error
+            raise InputError(cannot_load(Path(source), name, error)) from error
         raise InputError(
             f"{name!r} is neither a local folder nor a model that can be fetched now ({reason(error)}): give a folder "
             "saved with save_pretrained, 'minilm', 'smollm2', or a hub id while online (HF_HUB_OFFLINE unset)."

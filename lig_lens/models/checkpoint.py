@@ -16,13 +16,13 @@ _POOLER = "pooler."  # of a model without a head: what it gives beside its vecto
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "*.gguf", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 
-def cannot_load(folder: Path, name: str, why: str) -> str:
+def cannot_load(folder: Path, name: str, error: Exception) -> str:
     """What is to be said of a folder that no model can be loaded from.
 
     Args:
         folder: it has a config.json.
         name: how the user called it.
-        why: what the libraries say.
+        error: what the libraries raised.
     """
     broken = broken_json(folder)
     if broken:
@@ -30,13 +30,21 @@ def cannot_load(folder: Path, name: str, why: str) -> str:
             f"The folder {name!r} holds no model that can be loaded: {broken}. Write it anew, or leave it out if it is "
             "not needed."
         )
-    if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+    if isinstance(error, OSError) and not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         return (
             f"The folder {name!r} has a config.json and no weights: put them beside it (save_pretrained does), or take "
             "random ones with load_model(..., load_weights=False), describe_boundaries(..., config_only=True) or "
             "lig-lens boundaries --config-only."
         )
-    return f"The folder {name!r} holds no model that can be loaded: {why}"
+    return f"The folder {name!r} holds no model that can be loaded: {reason(error)}"
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an error says, with its kind where that says little by itself."""
+    first, *more = str(error).strip().splitlines() or [""]
+    text = (f"{first} {more[0].strip()}" if first.endswith(":") and more else first)[:200]
+    plain = isinstance(error, (OSError, ValueError, RuntimeError)) and text
+    return text if plain else f"{type(error).__name__}: {text}"
 
 
 def broken_json(folder: Path, names: str = "*.json") -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import inspect
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lig_lens.errors import BridgeWarning, InputError
+from lig_lens.errors import BridgeWarning, InputError, warn_caller
 from lig_lens.models.adapters.images import image_arguments
-from lig_lens.models.checkpoint import Odd, check_weights
+from lig_lens.models.checkpoint import Odd, check_weights, reason
 from lig_lens.models.precision import HALF
 from lig_lens.models.running import first_tensor, module_hooks, submodules
 from lig_lens.models.served import Served
@@ -169,18 +168,9 @@ def try_out(bridge: Any, loading: Loading, name: str) -> None:
     spread = float((plain - plain.mean(-1, keepdim=True)).abs().max())
     apart = float((found - plain).abs().max()) / max(spread, 1e-30) if found.shape == plain.shape else float("inf")
     if not apart <= (_HALF_APART if bridge.cfg.dtype in HALF else _APART):
-        warnings.warn(
+        warn_caller(
             f"TransformerLens' bridge of {name!r} gives other {'logits' if run.has_head else 'vectors'} than the plain "
             f"{type(model).__name__} as transformers runs it (apart by {apart:.1e} of their spread): contributions are "
             "to what the bridge computes. Try another version of TransformerLens or transformers.",
             BridgeWarning,
-            stacklevel=4,  # the caller of load_model
         )
-
-
-def reason(error: Exception) -> str:
-    """The first line of what an error says, with its kind where that says little by itself."""
-    first, *more = str(error).strip().splitlines() or [""]
-    text = (f"{first} {more[0].strip()}" if first.endswith(":") and more else first)[:200]
-    plain = isinstance(error, (OSError, ValueError, RuntimeError)) and text
-    return text if plain else f"{type(error).__name__}: {text}"
