@@ -262,7 +262,7 @@ def _tensor(prompt: Any, kind: ImageKind, what: str) -> Tensor:
         shown = prompt if len(prompt) <= 40 else prompt[:39] + "…"
         raise InputError(
             f"The {what} is the text {shown!r}, and this model takes images: {_remedy(kind)} (PIL.Image.open reads a "
-            "file)."
+            "file, and lig-lens explain --image takes one)."
         )
     if not hasattr(prompt, "ndim"):
         raise InputError(f"The {what} is of type {type(prompt).__name__}: {_remedy(kind)}.")
