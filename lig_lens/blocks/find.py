@@ -112,10 +112,12 @@ def _whole_block(call: BlockCall, seen: Seen) -> Block:
 def inside_of(call: BlockCall, seen: Seen) -> Inside | None:
     """Attention's nodes, where a block shows them and the W_O between them."""
     paths = next((p for p in _Z_PATHS if p[0] in seen.values and p[1] in seen.values), None)
+    if paths is None:
+        return None
     W_O = None
     with contextlib.suppress(ValueError):  # of a bridge that takes heads to have another size than they have
-        W_O = getattr(call.modules.get("attn"), "W_O", None)
-    if paths is None or not isinstance(W_O, Tensor) or W_O.ndim != 3:
+        W_O = _output_map(call, seen.values[paths[0]])
+    if not isinstance(W_O, Tensor) or W_O.ndim != 3:
         return None
     W_O = W_O.detach().to(seen.output.dtype)
     z = seen.values[paths[0]].reshape(-1, *W_O.shape[:2])
@@ -202,6 +204,17 @@ def _joined(
         across,
     )
     return replace(block, boundaries=boundaries, attention=nodes)
+
+
+def _output_map(call: BlockCall, z: Tensor) -> Any:
+    """W_O; where it cannot be read, as of quantised weights, what its module makes of unit vectors."""
+    try:
+        return getattr(call.modules.get("attn"), "W_O", None)
+    except NotImplementedError:
+        width, n_heads = z[0].numel(), int(call.stack.model.cfg.n_heads)
+        units = torch.eye(width, dtype=z.dtype, device=z.device)
+        made, nothing = (call.modules["attn.o"](one[None])[0] for one in (units, units[:1] * 0))
+        return (made - nothing).reshape(n_heads, width // n_heads, -1)
 
 
 def _ends_with(attn_out_path: str, values: Mapping[str, Tensor]) -> bool:

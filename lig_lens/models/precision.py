@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -114,6 +115,8 @@ class _Raised:
 
     def _pack(self, tensor: Tensor) -> "Tensor | _SavedWeight":
         """What autograd keeps of a tensor."""
+        if is_traceable_wrapper_subclass(tensor):  # such as a quantised weight, which has no storage of its own
+            return tensor
         weight = self.held.get(tensor.untyped_storage().data_ptr())
         if weight is None:
             return tensor
