@@ -298,8 +298,8 @@ def test_settings_that_are_absent_stay_absent():
 def test_boundaries_prints_one_row_per_block(capsys, monkeypatch):
     seen = []
 
-    def describe_boundaries(model, config_only=False):
-        seen.append((model, config_only))
+    def describe_boundaries(model, config_only=False, stream=None):
+        seen.append((model, config_only, stream))
         fields = {"layout": "pre_ln", "hook_z": "blocks.0.attn.hook_z", "resid_mid": None}
         fields |= {"resid_pre": "blocks.0.hook_resid_pre", "resid_post": "blocks.0.hook_resid_post"}
         heads = {"engine": "hooks", "n_heads": 9, "n_key_value_heads": 3, "d_head": 64, "norms": ("RMSNorm",)}
@@ -311,7 +311,7 @@ def test_boundaries_prints_one_row_per_block(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lig_lens.models.loading", loading)
     assert run(["boundaries", "x"]) == 0
     assert run(["boundaries", "x", "--config-only"]) == 0
-    assert seen == [("loaded x", False), ("x", True)]
+    assert seen == [("loaded x", False, None), ("x", True, None)]
     row = capsys.readouterr().out.splitlines()[3]
     assert row.split() == [
         *("0", "pre_ln", "9", "(3", "kv)", "64", "RMSNorm", "hooks"),

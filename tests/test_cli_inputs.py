@@ -149,3 +149,11 @@ def test_prompts_of_another_kind_than_the_model_takes(
     assert "--target-text TEXT, what the decoder has written" in _error(capsys, "w1 w2", "--model", bart)
     assert "is an image, and this model takes text" in _error(capsys, "--image", photos[0], "--model", llama)
     assert "lig-lens explain --image takes one" in _error(capsys, "a cat", "--model", vit)
+
+
+def test_boundaries_of_a_stream(bart: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for stream in ("encoder", "decoder", "cross"):
+        assert run(["boundaries", bart, "--stream", stream]) == 0
+        assert "post_ln" in capsys.readouterr().out
+    assert run(["boundaries", bart, "--stream", "crosss"]) == 2
+    assert "Did you mean 'cross'?" in capsys.readouterr().err
