@@ -49,7 +49,7 @@ def test_a_renormalised_knock_out_leaves_the_sink_its_share(
     """Against the plain model in whose scores the source cannot be seen."""
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float64)
     plain.set_experts_implementation("eager")
-    layer, head, src, dst = edge = (1, 2, 3, 4)
+    layer, head, src, dst = edge = (1, 2, 4, 5)
     effects = ll.patching.knock_out(model, IDS, METRIC, edges=[edge], renormalise=True, progress=False)
     softmax, calls = torch.nn.functional.softmax, [0]
 

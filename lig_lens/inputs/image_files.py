@@ -20,7 +20,7 @@ def open_image(path: "str | os.PathLike[str]", what: str = "image") -> Any:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise missing_package("pillow", "Reading an image file", "pip install pillow") from error
+        raise missing_package("pillow", "Reading an image file", "pip install 'lig-lens[pictures]'") from error
     shown = os.fspath(path)
     try:
         with Image.open(path) as picture:
