@@ -152,8 +152,8 @@ def test_prompts_of_another_kind_than_the_model_takes(
 
 
 def test_boundaries_of_a_stream(bart: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for stream in ("encoder", "decoder", "cross"):
+    for stream, hook in (("encoder", "attn.hook_z"), ("decoder", "self_attn.hook_z"), ("cross", "cross_attn.hook_z")):
         assert run(["boundaries", bart, "--stream", stream]) == 0
-        assert "post_ln" in capsys.readouterr().out
+        assert f" {hook} " in capsys.readouterr().out
     assert run(["boundaries", bart, "--stream", "crosss"]) == 2
     assert "Did you mean 'cross'?" in capsys.readouterr().err

@@ -61,8 +61,8 @@ def supported(name: str = "") -> list[SupportedFamily]:
     Raises:
         InputError: no family has it; names the nearest ones.
 
-    >>> [one.family for one in supported("gpt_neox-for")]
-    ['GPTNeoXForCausalLM']
+    >>> [one.family for one in supported("xlm-roberta-xl")]
+    ['XLMRobertaXLForMaskedLM']
     """
     if not isinstance(name, str):
         raise InputError(f"supported: name={name!r}: give a class of transformers or a model_type, as text.")
