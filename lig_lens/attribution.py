@@ -3,8 +3,6 @@
 import importlib.metadata
 import itertools
 import os
-import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,7 +15,7 @@ from lig_lens import __version__
 from lig_lens.blocks.known import Blocks, Needs
 from lig_lens.blocks.values import Values
 from lig_lens.choose import Selection, chosen_numbers
-from lig_lens.errors import ConvergenceWarning, InputError
+from lig_lens.errors import ConvergenceWarning, InputError, warn_caller
 from lig_lens.files import check_writable
 from lig_lens.flow import file as flow_io
 from lig_lens.flow.flow import Flow
@@ -43,7 +41,6 @@ from lig_lens.targets.resolve import as_target
 from lig_lens.targets.target import DestinationTarget, Target
 
 _CELLS = ("converged", "gap", "error", "nodes")
-_OUR_FRAMES = ("lig_lens", "torch", "jaxtyping", "beartype")
 
 
 @torch.inference_mode(False)  # gradients are needed, whatever mode the caller is in
@@ -289,7 +286,7 @@ class _Run:
                             put(f"{cell}.{one.name}", index, getattr(columns, cell))
                         done[one.name].append(columns.cells_only())
         routed = any(has_experts(values.call.block) for values in job.values.values())
-        _warn(self.settings, done, routed and self.settings.experts == "free")
+        _warn(self.settings, done, routed and self.settings.experts == "free", _rounds_below_its_weights(job))
 
     def _shapes(self, job: Job) -> dict[str, tuple[int, ...]]:
         """Shapes of a Flow's tensors, under the names that they have in a Flow file."""
@@ -353,13 +350,22 @@ class _Run:
         }
 
 
-def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]], routed: bool) -> None:
+def _rounds_below_its_weights(job: Job) -> bool:
+    """Whether a float64 model computes some steps in float32, as norms and softmax of transformers do."""
+    return any(
+        one.resid_pre.dtype is torch.float64 and one.block.rounding >= torch.finfo(torch.float32).eps
+        for one in job.values.values()
+    )
+
+
+def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]], routed: bool, single: bool) -> None:
     """Say how many cells missed the tolerance, pointing at the code that called into this package.
 
     Args:
         settings: what was asked.
         done: by map, the columns of each layer.
         routed: whether routers chose experts anew along the paths.
+        single: whether the model's weights are float64 and some of its steps are not.
     """
     flat = {
         name: {key: torch.cat([getattr(one, key).flatten() for one in layers]) for key in _CELLS}
@@ -382,16 +388,16 @@ def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]], routed: boo
         if rounded
         else ""
     )
+    if single:
+        limited = (
+            " The model's weights are float64, but some of its steps round to float32 (norms, softmax): what is near "
+            "that rounding, which paths through norms enlarge, a larger tol alone cures."
+        )
     if routed and not settings.per_metric:
         limited += " Contributions jump where a router chooses other experts along a path: experts='held' keeps those."
-    # Past wrappers that others put around our functions.
-    frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _OUR_FRAMES:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(
+    warn_caller(
         f"{sum(int((~cells['converged']).sum()) for cells in missed.values())} of "
         f"{sum(len(cells['converged']) for cells in flat.values())} cells missed tol={settings.tol:g} within "
         f"max_nodes={settings.max_nodes}: {listed}. See flow.gap and flow.converged; raise max_nodes or tol.{limited}",
         ConvergenceWarning,
-        stacklevel=level,
     )

@@ -3,6 +3,8 @@
 import difflib
 import importlib
 import operator
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +54,18 @@ class BridgeWarning(UserWarning):
 
 class CollapseWarning(UserWarning):
     """Shares were multiplied through layers until all destinations are made of the same tokens."""
+
+
+# Wrappers that others put around functions of this package.
+_NOT_THE_CALLER = ("lig_lens", "torch", "transformers", "transformer_lens", "jaxtyping", "beartype")
+
+
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """Warn, pointing at the code that called into this package."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_CALLER:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def check_choice(what: str, value: object, valid: Sequence[str]) -> str:

@@ -117,6 +117,10 @@ class Attribution(Asked):
     corrupted: StrictStr | None = Field(
         None, description="Second prompt of the same length, for the corrupted baselines."
     )
+    stream: Annotated[StrictStr | None, Flag(choices=lambda: STREAMS)] = Field(
+        None,
+        description=f"Of an encoder and a decoder, whose attention is explained: {', '.join(STREAMS)}.",
+    )
     engine: Annotated[StrictStr, Flag(Section.ACCURACY, choices=lambda: ENGINES)] = "auto"
     max_nodes: Annotated[Nodes, Flag(Section.ACCURACY, wrong=f"is too few: give at least {FEWEST_NODES}")] = Field(
         MAX_NODES, description="Integration nodes spent on one cell at most."
@@ -142,7 +146,26 @@ class Attribution(Asked):
     @property
     def crosses(self) -> bool:
         """Whether contributions go from an encoder's output to a decoder."""
-        return getattr(self, "stream", None) == "cross"
+        return self.stream == "cross"
+
+    def check_together(self) -> None:
+        """See the base class; also what cross-attention goes with."""
+        if self.crosses:
+            self._check_across()
+        super().check_together()
+
+    def _check_across(self) -> None:
+        if self.maps != ("attn",):
+            raise InputError(
+                f"maps={self.maps}: for stream='cross' there is the attn map alone, from the encoder's output to the "
+                "heads of cross-attention: use maps='attn', or leave maps out."
+            )
+        if isinstance(self.attn_baseline, str) and not self.baseline_fact("attn", "shared"):
+            raise InputError(
+                f"attn_baseline={self.attn_baseline!r} starts where sources are like the destination, and for "
+                "stream='cross' they are tokens of another text: use 'zero', 'corrupted' with another source, or a "
+                "tensor."
+            )
 
     def baseline_of(self, map_name: str) -> Any:
         """Where a map's path starts: a name, or a tensor."""
@@ -174,9 +197,6 @@ class Settings(Attribution):
 
     target: Annotated[Any, Flag(choices=TARGETS.names)] = Field("l2", description="What contributions add up to.")
     split: Annotated[StrictStr, Flag(choices=lambda: SPLITS)] = "source"
-    stream: Annotated[StrictStr | None, Flag(choices=lambda: STREAMS)] = Field(
-        None, description="Of a model with an encoder and a decoder: whose attention is explained."
-    )
     experts: Annotated[StrictStr, Flag(choices=lambda: EXPERTS)] = "free"
     prepend_bos: Any = Field(None, description="Handed to the model's tokenizer.")
     attention_mask: Any = Field(None, description="For token ids, 0 marks padding.")
@@ -236,8 +256,13 @@ class Settings(Attribution):
 
     def check_together(self) -> None:
         """See the base class; also what a metric goes with, and baselines without their second prompt."""
-        if self.crosses:
-            self._check_across()
+        if self.crosses and self.per_metric:
+            raise InputError(
+                f"stream='cross' goes with a target of each destination's vector, not with a metric "
+                f"({self.target.name}): the encoder's output enters every block, so no block's part of it adds up to "
+                "the change of the metric. Use stream='encoder' or 'decoder'."
+            )
+        super().check_together()
         if self.per_metric:
             self._check_metric()
             if self.experts != "free":
@@ -263,26 +288,6 @@ class Settings(Attribution):
         if self.per_metric and self.destinations is not None:
             raise InputError(
                 f"destinations={self.destinations}: contributions to a metric add up over all of them: leave it out."
-            )
-        super().check_together()
-
-    def _check_across(self) -> None:
-        if self.per_metric:
-            raise InputError(
-                f"stream='cross' goes with a target of each destination's vector, not with a metric "
-                f"({self.target.name}): the encoder's output enters every block, so no block's part of it adds up to "
-                "the change of the metric. Use stream='encoder' or 'decoder'."
-            )
-        if self.maps != ("attn",):
-            raise InputError(
-                f"maps={self.maps}: for stream='cross' there is the attn map alone, from the encoder's output to the "
-                "heads of cross-attention: use maps='attn', or leave maps out."
-            )
-        if isinstance(self.attn_baseline, str) and not self.baseline_fact("attn", "shared"):
-            raise InputError(
-                f"attn_baseline={self.attn_baseline!r} starts where sources are like the destination, and for "
-                "stream='cross' they are tokens of another text: use 'zero', 'corrupted' with another source, or a "
-                "tensor."
             )
 
     def _check_metric(self) -> None:

@@ -226,7 +226,7 @@ FAMILIES: dict[str, Family] = {
     "Qwen3MoeForCausalLM": _layout({**_HEADS, **_EXPERTS}),
     "OlmoeForCausalLM": _layout({**GQA, **_EXPERTS}),
     "FlexOlmoForCausalLM": _layout({**GQA, **_EXPERTS}, "pre_post_ln"),
-    "GptOssForCausalLM": Family({**_HEADS, **_EXPERTS, "sliding_window": 3}, knock_outs=False),  # sinks
+    "GptOssForCausalLM": Family({**_HEADS, **_EXPERTS, "sliding_window": 3}),  # sinks
     "Glm4MoeForCausalLM": Family({**_HEADS, **_EXPERTS, "first_k_dense_replace": 1, "n_shared_experts": 1}),
     "Ernie4_5_MoeForCausalLM": Family({**GQA, **_EXPERTS}),
     "GraniteMoeForCausalLM": Family(

@@ -86,6 +86,7 @@ def test_flags_reach_the_attribution(core, capsys):
         "mlp_baseline": "att_itb_a0",
         "block_baseline": "itb",
         "corrupted": "c d",
+        "stream": None,
         "tol": 0.01,
         "max_nodes": 64,
         "max_batch_tokens": 128,
@@ -140,7 +141,7 @@ def test_files_are_written_and_named_last(core, capsys, tmp_path):
 
 BAD_FLAGS = [
     ([], "Missing command"),
-    (["explain"], "Missing argument"),
+    (["explain"], "There is no prompt: give TEXT, or --image FILE"),
     (["explain", " "], "TEXT is empty (' '): give a prompt"),
     (["explain", "a", "--nope"], "No such option: --nope"),
     (["explain", "a", "--attn-baseline", "itbb"], "Unknown attn baseline 'itbb': use one of 'zero', 'itb'"),
@@ -164,6 +165,12 @@ BAD_FLAGS = [
     (["explain", "a", "--out", "none/f"], "--out: cannot write 'none/f': the folder 'none' does not exist"),
     (["explain", "a", "--html", "."], "--html: '.' is a folder: give the name of a file in it"),
     (["explain", "a", "--out", "f", "--json", "./f"], "Two of --out, --json, --html name one path"),
+    (["explain", "a", "--image", "a.png"], "TEXT goes with models of text, and --image 'a.png' is given"),
+    (["explain", "--image", "a.png", "--target-text", "b"], "--target-text goes with models of text"),
+    (["explain", "--image", "none.png"], "--image: there is no file 'none.png': give the path of an image"),
+    (["explain", "a", "--stream", "crosss"], "Unknown stream 'crosss': use one of 'decoder', 'encoder', 'cross'."),
+    (["explain", "a", "--stream", "cross"], "--stream cross needs a target: add --target-text TEXT"),
+    (["explain", "a", "--stream", "cross", "--target-text", "b", "--maps", "mlp"], "there is the attn map alone"),
     (["boundaries"], "Missing argument"),
 ]
 
@@ -230,7 +237,7 @@ def test_a_baseline_of_ones_own_is_taken(core, tmp_path):
 BAD_YAML = [
     ("atn_baseline: itb", "unknown key 'atn_baseline'. Did you mean 'attn_baseline'?"),
     ("attn-baseline: itb", "unknown key 'attn-baseline'. Did you mean 'attn_baseline'?"),
-    ("xyzzy: 1", "unknown key 'xyzzy'. Valid keys: model, layers"),
+    ("xyzzy: 1", "unknown key 'xyzzy'. Valid keys: text, target_text, image, model, layers"),
     ("attn_baseline: itbb", "attn_baseline: Unknown attn baseline 'itbb'"),
     ("tol: '0.1'", "tol: Input should be a valid number, not '0.1'"),
     ("tol: true", "tol: Input should be a valid number, not True"),
@@ -291,8 +298,8 @@ def test_settings_that_are_absent_stay_absent():
 def test_boundaries_prints_one_row_per_block(capsys, monkeypatch):
     seen = []
 
-    def describe_boundaries(model, config_only=False):
-        seen.append((model, config_only))
+    def describe_boundaries(model, config_only=False, stream=None):
+        seen.append((model, config_only, stream))
         fields = {"layout": "pre_ln", "hook_z": "blocks.0.attn.hook_z", "resid_mid": None}
         fields |= {"resid_pre": "blocks.0.hook_resid_pre", "resid_post": "blocks.0.hook_resid_post"}
         heads = {"engine": "hooks", "n_heads": 9, "n_key_value_heads": 3, "d_head": 64, "norms": ("RMSNorm",)}
@@ -304,7 +311,7 @@ def test_boundaries_prints_one_row_per_block(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lig_lens.models.loading", loading)
     assert run(["boundaries", "x"]) == 0
     assert run(["boundaries", "x", "--config-only"]) == 0
-    assert seen == [("loaded x", False), ("x", True)]
+    assert seen == [("loaded x", False, None), ("x", True, None)]
     row = capsys.readouterr().out.splitlines()[3]
     assert row.split() == [
         *("0", "pre_ln", "9", "(3", "kv)", "64", "RMSNorm", "hooks"),

@@ -1,7 +1,10 @@
 """Images as prompts: what is read of them, what is refused, and what a Flow keeps."""
 
 import base64
+import copy
 import io
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from image_models import (
     saved,
 )
 from PIL import Image
+from transformers import ViTImageProcessor
 
 import lig_lens as ll
 from lig_lens.cli.main import run
@@ -77,6 +81,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "NaN": (_spoilt(float("nan")), "holds NaN or infinite pixel values"),
     "infinite": (_spoilt(float("inf")), "holds NaN or infinite pixel values"),
     "booleans": (image() > 0, "whole numbers from 0 to 1 .*bool"),
+    "no pixels": (torch.empty(3, 0, 0, dtype=torch.uint8), r"has no pixels \(\[3, 0, 0\]\): give an image of Pillow"),
+    "no rows": (Image.new("RGB", (5, 0)), r"has no pixels \(5 by 0\)"),
     "words": (np.array([["a"]]), "holds no numbers"),
     "nothing": (None, "is of type NoneType: give an image of Pillow"),
 }
@@ -99,6 +105,42 @@ def test_bytes_without_a_processor_are_refused(tmp_path: Path) -> None:
         ll.attribute(model, picture, progress=False)
     with pytest.raises(InputError, match=r"whole numbers from 0 to 9 \(torch.uint8\)"):
         ll.attribute(model, np.full((3, 12, 12), 9, dtype=np.uint8) * (np.arange(12) > 3), progress=False)
+
+
+def test_a_processor_for_another_size_is_named(tmp_path: Path) -> None:
+    """The remedy is taken from the message."""
+    saved("ViTForImageClassification", tmp_path)
+    ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(tmp_path)
+    model, picture = load(tmp_path), _photo()
+    with pytest.raises(InputError, match="makes images of 24 by 24, and the model takes 12 by 12") as caught:
+        ll.attribute(model, picture, progress=False)
+    remedy = re.search(r"set (model\.processor\.size = \{.*?\})", str(caught.value))
+    assert remedy is not None
+    exec(remedy[1])
+    assert read_prompt(model, picture).values.shape == (1, 3, 12, 12)
+
+
+def test_a_broken_processor_is_named(tmp_path: Path) -> None:
+    saved("ViTForImageClassification", tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": ')
+    model = load(tmp_path)
+    for one in (model, copy.deepcopy(model)):
+        with pytest.raises(
+            InputError, match=r"could be loaded with the model: its preprocessor_config\.json is broken"
+        ):
+            ll.attribute(one, _photo(), progress=False)
+    ll.attribute(model, image(), maps="attn", layers=[0], progress=False)  # pixel values need none
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "NoSuchProcessor"}')
+    with pytest.raises(InputError, match=r"no image processor could be loaded with the model: .+"):
+        ll.attribute(load(tmp_path), _photo(), progress=False)
+
+
+def test_pixels_with_a_gradient_are_taken_without_it(classifier: Any) -> None:
+    asked = {"maps": "attn", "layers": [0], "progress": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flow = ll.attribute(classifier, image().requires_grad_(), **asked)
+    assert torch.equal(flow.attn, ll.attribute(classifier, image(), **asked).attn)
 
 
 @pytest.mark.parametrize("name, value", [("attention_mask", torch.ones(10)), ("prepend_bos", True)])

@@ -65,10 +65,9 @@ def test_the_signature_is_the_model() -> None:
 def test_every_setting_has_a_flag_and_a_key(command: str, tmp_path: Path) -> None:
     kind = COMMANDS[command]
     parameters = {one.name: one for one in get_command(app).commands[command].params}  # type: ignore[attr-defined]
-    own = {"text"} if command == "explain" else set()
     # A file may serve both commands on circuits; `patch` has no flag for what it would not use.
     fields = {key: field for key, field in fields_of(kind).items() if command != "patch" or key not in ("tol", "edges")}
-    assert set(parameters) == {*fields, "config", *own}
+    assert set(parameters) == {*fields, "config"}
     for key, field in fields.items():
         assert help_of(field) and parameters[key].help == help_of(field), key
         if flag_of(field).argument is None:

@@ -26,3 +26,30 @@ def test_the_command_lists_and_searches(capsys: pytest.CaptureFixture[str]) -> N
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0].split()[0] == "family" and lines[1].split()[0] == "Qwen3ForCausalLM"
     assert run(["models", "nobody"]) == 2 and "No family with 'nobody'" in capsys.readouterr().err
+    assert run(["models", "lama"]) == 0 and run(["models", "Llamma"]) == 2
+    assert "Did you mean 'Llama'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, family",
+    [
+        ("gpt_neox", "GPTNeoXForCausalLM"),
+        ("GPTNEOX", "GPTNeoXForCausalLM"),
+        ("xlm-roberta", "XLMRobertaForMaskedLM"),
+        ("deberta-v2", "DebertaV2ForMaskedLM"),
+        ("gpt_oss", "GptOssForCausalLM"),
+        ("vit_mae", "ViTMAEForPreTraining"),
+        ("LlamaForCausalLM", "LlamaForCausalLM"),
+    ],
+)
+def test_classes_and_model_types_are_found(name: str, family: str) -> None:
+    assert family in [one.family.split(",")[0] for one in ll.supported(name)]
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [("qwin3", "Qwen3"), ("mistrel", "Mistral"), ("BertForMaskLM", "BertForMaskedLM"), ("dinov3", "Dinov2")],
+)
+def test_the_nearest_names_are_given(name: str, near: str) -> None:
+    with pytest.raises(ll.InputError, match=rf"No family with '{name}' .*Did you mean .*'{near}"):
+        ll.supported(name)

@@ -112,10 +112,12 @@ def _whole_block(call: BlockCall, seen: Seen) -> Block:
 def inside_of(call: BlockCall, seen: Seen) -> Inside | None:
     """Attention's nodes, where a block shows them and the W_O between them."""
     paths = next((p for p in _Z_PATHS if p[0] in seen.values and p[1] in seen.values), None)
+    if paths is None:
+        return None
     W_O = None
     with contextlib.suppress(ValueError):  # of a bridge that takes heads to have another size than they have
-        W_O = getattr(call.modules.get("attn"), "W_O", None)
-    if paths is None or not isinstance(W_O, Tensor) or W_O.ndim != 3:
+        W_O = _output_map(call, seen.values[paths[0]])
+    if not isinstance(W_O, Tensor) or W_O.ndim != 3:
         return None
     W_O = W_O.detach().to(seen.output.dtype)
     z = seen.values[paths[0]].reshape(-1, *W_O.shape[:2])
@@ -204,6 +206,17 @@ def _joined(
     return replace(block, boundaries=boundaries, attention=nodes)
 
 
+def _output_map(call: BlockCall, z: Tensor) -> Any:
+    """W_O; where it cannot be read, as of quantised weights, what its module makes of unit vectors."""
+    try:
+        return getattr(call.modules.get("attn"), "W_O", None)
+    except NotImplementedError:
+        width, n_heads = z[0].numel(), int(call.stack.model.cfg.n_heads)
+        units = torch.eye(width, dtype=z.dtype, device=z.device)
+        made, nothing = (call.modules["attn.o"](one[None])[0] for one in (units, units[:1] * 0))
+        return (made - nothing).reshape(n_heads, width // n_heads, -1)
+
+
 def _ends_with(attn_out_path: str, values: Mapping[str, Tensor]) -> bool:
     """Whether what attention returns is the attention output, with nothing done to it."""
     if attn_out_path == "attn":
@@ -213,14 +226,18 @@ def _ends_with(attn_out_path: str, values: Mapping[str, Tensor]) -> bool:
 
 
 def _rounding(call: BlockCall, output: Tensor) -> float:
-    """Relative rounding error of a block, measured: Hugging Face norms cast to float32 whatever the dtype is."""
+    """Relative rounding error of a block, measured: Hugging Face norms cast to float32 whatever the dtype is.
+
+    Steps near float32's are small enough for a block to be straight, if it is in float64. One that rounds to float32
+    inside goes by stairs there, whatever its skip connection adds.
+    """
     single, double = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
     if output.dtype != torch.float64:
         return single
-    nudged = call.run(call.resid_pre[None] * (1 + 1e-10))
-    moved = relative(nudged[0] - output, output)
-    # A block in float64 follows the nudge; one that rounds to float32 inside jumps by its eps, or not at all.
-    return double if 1e-13 < moved < 1e-8 else single
+    step = 2e-8 * call.resid_pre
+    step[..., ::2] *= -1  # a norm would not see one factor for all
+    once, twice = (call.run((call.resid_pre + count * step)[None])[0] for count in (1, 2))
+    return double if relative(twice - 2 * once + output, output) <= 1e-10 else single
 
 
 def _norm_kind(module: Any) -> str:

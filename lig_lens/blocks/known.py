@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lig_lens.blocks.block import AttentionNodes, Block
 from lig_lens.blocks.call import BlockCall, Seen
@@ -22,10 +23,10 @@ from lig_lens.blocks.find import check_finite, find_block, inside_of, replay
 from lig_lens.blocks.formula import PATTERN_PATH
 from lig_lens.blocks.inside import Inside, relative
 from lig_lens.blocks.layouts.layout import SumLayout
-from lig_lens.blocks.messages import messages_of
+from lig_lens.blocks.messages import ROWS_MISS, messages_of
 from lig_lens.blocks.recording import Recording, record_calls
 from lig_lens.blocks.values import HeadValues, Values
-from lig_lens.errors import BoundaryError, NonFiniteError
+from lig_lens.errors import BoundaryError, InputError, NonFiniteError
 from lig_lens.inputs.inputs import Inputs
 from lig_lens.models.precision import HALF, raising_hooks
 from lig_lens.models.running import prepared
@@ -86,6 +87,7 @@ class Blocks:
 
         Raises:
             NonFiniteError: a weight is NaN or infinite.
+            InputError: a weight is quantised, and what it stands for cannot be read.
         """
         self.stack, self.layers = stack, tuple(layers)
         config = _config(stack)
@@ -215,6 +217,8 @@ def _at_heads(nodes: AttentionNodes, inside: Inside, needs: Needs, fresh: bool) 
         pattern = _pattern(values.get(PATTERN_PATH), z)
     if needs.messages or needs.v_path:
         messages = messages_of(z, pattern, values)
+    if pattern is not None and not bool((pattern.sum(-1) >= 1 - ROWS_MISS).all()):
+        pattern = None  # a sink has some of it, and shares of a row are not what they are called
     return HeadValues(
         nodes,
         z,
@@ -229,11 +233,11 @@ def _at_heads(nodes: AttentionNodes, inside: Inside, needs: Needs, fresh: bool) 
 
 
 def _pattern(pattern: Tensor | None, z: Tensor) -> Tensor | None:
-    """The attention pattern, if that is what the hook shows: rows over sources that add up to 1."""
+    """The attention pattern, if that is what the hook shows: rows that add up to 1, or less where a sink takes part."""
     if pattern is None or pattern.shape != (z.shape[1], z.shape[0], z.shape[0]):
         return None
     pattern = pattern.to(z.dtype)
-    return pattern if bool(((pattern.sum(-1) - 1).abs() <= 1e-3).all()) else None
+    return pattern if bool((pattern >= 0).all() and (pattern.sum(-1) <= 1 + ROWS_MISS).all()) else None
 
 
 def _stamp(module: nn.Module, layer: int, config: tuple[tuple[str, Any], ...]) -> _Stamp:
@@ -242,14 +246,35 @@ def _stamp(module: nn.Module, layer: int, config: tuple[tuple[str, Any], ...]) -
     A HookedTransformer turns NaN patterns into 0, and a bad weight would show nowhere.
     """
     named = list(module.named_parameters())
+    _check_unpacked(named, layer)
     # One sum is several times cheaper than a look at every number; where it overflows, look.
-    sums = torch.stack([w.detach().sum(dtype=torch.float32) for _, w in named]).tolist() if named else []
+    sums = torch.stack([_sum(w.detach()) for _, w in named]).tolist() if named else []
     for (name, weight), total in zip(named, sums, strict=True):
         if not abs(total) < float("inf") and not bool(torch.isfinite(weight).all()):
             shown = name.replace("_original_component.", "")
             raise NonFiniteError(f"NaN or infinite values in the weight {shown!r} of block {layer}: reload the model.")
     device = named[0][1].device if named else None
     return _Stamp(tuple(sums), tuple(w.dtype for _, w in named), device, (("training", module.training), *config))
+
+
+def _check_unpacked(named: Sequence[tuple[str, Tensor]], layer: int) -> None:
+    """Raise InputError if weights are codes of a quantisation, whose products round on the way."""
+    for name, weight in named:
+        if not weight.is_floating_point() or weight.dtype.itemsize < torch.float16.itemsize:
+            shown = name.replace("_original_component.", "")
+            raise InputError(
+                f"The weight {shown!r} of block {layer} is quantised ({type(weight).__name__}, {weight.dtype}): its "
+                "codes cannot be read as numbers, and products with them round on the way. Load the model with "
+                "transformers, and save and load model.dequantize(dtype=torch.float32)."
+            )
+
+
+def _sum(weight: Tensor) -> Tensor:
+    """Sum of a weight's numbers; of one that wraps others, such as a quantised one, of those."""
+    if is_traceable_wrapper_subclass(weight):
+        inner, _ = weight.__tensor_flatten__()
+        return torch.stack([_sum(getattr(weight, name)) for name in inner]).sum()
+    return weight.sum(dtype=torch.float32)
 
 
 def _dtype(stamp: _Stamp, module: nn.Module) -> torch.dtype | None:

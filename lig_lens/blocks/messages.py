@@ -10,6 +10,9 @@ from lig_lens.blocks.formula import QKV_PATHS, per_query_head
 from lig_lens.blocks.inside import by_position
 from lig_lens.blocks.values import Messages
 
+# How far rounding may take a row of a pattern from 1, in half precision too.
+ROWS_MISS = 1e-3
+
 
 def by_head(values: Tensor, *shape: int) -> Float[Tensor, "..."]:
     """Values of key-value heads, as a hook shows them, repeated for the heads that share them.

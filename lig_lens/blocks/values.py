@@ -17,7 +17,10 @@ from lig_lens.models.running import Hook
 
 @dataclass(frozen=True)
 class Messages:
-    """Pattern and values of attention, `z = pattern @ values` head by head: what a source sends is `p_ji v_i`."""
+    """Pattern and values of attention, `z = pattern @ values` head by head: what a source sends is `p_ji v_i`.
+
+    Rows of a pattern add up to 1, but for what a sink takes.
+    """
 
     pattern: Float[Tensor, "head dst src"] = field(repr=False)
     values: Float[Tensor, "src head d_head"] = field(repr=False)

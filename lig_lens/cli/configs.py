@@ -33,6 +33,10 @@ class RunConfig(Asked):
         """Paths of the files to write, under their flags."""
         return {f"--{key}": getattr(self, name) for key, name in _files(type(self)).items()}
 
+    def files_read(self) -> dict[str, str | None]:
+        """Paths of files that are read beside the config, under what messages call them."""
+        return {}
+
     def check_together(self) -> None:
         """See the base class; also two outputs with one path."""
         super().check_together()
@@ -56,6 +60,15 @@ def _files(kind: type[RunConfig]) -> dict[str, str]:
 class ExplainConfig(RunConfig, Attribution):
     """Settings of one `lig-lens explain` run."""
 
+    text: Annotated[StrictStr | None, Flag(Section.QUESTION, argument="TEXT")] = Field(
+        None, description="The prompt; of an encoder and a decoder, the source."
+    )
+    target_text: Annotated[StrictStr | None, Flag(Section.QUESTION)] = Field(
+        None, description="Of a decoder beside an encoder, what it has written so far; '' for nothing yet."
+    )
+    image: Annotated[StrictStr | None, Flag(Section.QUESTION)] = Field(
+        None, description="Image file in place of TEXT, for models of images; --corrupted is another then."
+    )
     # `json` is a name of BaseModel's
     json_path: Annotated[StrictStr | None, Flag(Section.FILES)] = Field(
         None, alias="json", description="Write the Flow here, as JSON."
@@ -78,6 +91,41 @@ class ExplainConfig(RunConfig, Attribution):
                 f"{', '.join(self.maps)} is 'corrupted': add for example --attn-baseline corrupted."
             )
         super().check_together()
+
+    def check_prompt(self) -> None:
+        """Check that there is one prompt, and what it goes with.
+
+        Raises:
+            InputError: none, or more than one.
+        """
+        if self.image is not None:
+            for name in ("text", "target_text", "stream"):
+                if getattr(self, name) is not None:
+                    shown = "TEXT" if name == "text" else f"--{name.replace('_', '-')}"
+                    raise InputError(
+                        f"{shown} goes with models of text, and --image {self.image!r} is given: drop one."
+                    )
+        elif self.text is None:
+            raise InputError("There is no prompt: give TEXT, or --image FILE for a model of images.")
+        elif not self.text.strip():
+            raise InputError(f"TEXT is empty ({self.text!r}): give a prompt, such as 'The cat sat on the mat.'")
+        elif self.stream not in (None, "encoder") and self.target_text is None:
+            raise InputError(
+                f"--stream {self.stream} needs a target: add --target-text TEXT, what the decoder has written so far, "
+                "'' for nothing yet."
+            )
+
+    def files_read(self) -> dict[str, str | None]:
+        """See the base class."""
+        other = None if self.image is None else self.corrupted
+        return {"the image to be explained": self.image, "the second image": other}
+
+    @property
+    def title(self) -> str:
+        """The prompt in a line."""
+        if self.image is not None:
+            return Path(self.image).name
+        return f"{self.text} → {self.target_text}" if self.target_text else str(self.text)
 
 
 class CircuitConfig(RunConfig):

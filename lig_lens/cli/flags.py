@@ -61,7 +61,7 @@ def read_settings(kind: type[_Config], config: str | None, flags: dict[str, Any]
     for flag, path in settings.files().items():
         if path is not None:
             check_writable(path, flag)
-            check_apart(path, flag, {"the config that was read": config})
+            check_apart(path, flag, {"the config that was read": config, **settings.files_read()})
     return settings
 
 

@@ -13,6 +13,7 @@ from lig_lens.errors import InputError
 from lig_lens.fields import help_of
 from lig_lens.files import check_apart, check_writable
 from lig_lens.models.supported import supported
+from lig_lens.settings import Attribution
 from lig_lens.show.families import families_table
 
 
@@ -24,32 +25,27 @@ def boundaries(
     config_only: Annotated[
         bool, typer.Option("--config-only", help="Build the architecture with random weights, load none.")
     ] = False,
+    stream: Annotated[str | None, option("--stream", help=help_of(Attribution.model_fields["stream"]))] = None,
 ) -> None:
     """Print where the nodes of each block are: layout, heads, norms, engine and hooks, checked on MODEL."""
     from lig_lens.blocks.describe import describe_boundaries
     from lig_lens.models.loading import load_model
     from lig_lens.show.summary import boundaries_table
 
-    if config_only:
-        blocks = describe_boundaries(model, config_only=True)
-    else:
-        blocks = describe_boundaries(load_model(model))
+    blocks = describe_boundaries(model if config_only else load_model(model), config_only=config_only, stream=stream)
     typer.echo(boundaries_table(model, blocks, terminal_width()))
 
 
 def models(
     name: Annotated[
-        str, typer.Argument(metavar="[NAME]", help="Show families with this in their name; all by default.")
+        str,
+        typer.Argument(
+            metavar="[NAME]", help="A class of transformers or a model_type, or part of one; all by default."
+        ),
     ] = "",
 ) -> None:
     """Print which families of models were held against the plain model: their layout, maps, engine and versions."""
-    rows = [one for one in supported() if name.lower() in one.family.lower()]
-    if not rows:
-        raise InputError(
-            f"No family with {name!r} in its name was tested: load_model may take it all the same, and then says "
-            "whether it computes what the plain model does. See lig-lens models for those that were."
-        )
-    typer.echo(families_table(rows, terminal_width()))
+    typer.echo(families_table(supported(name), terminal_width()))
 
 
 def view(

@@ -7,7 +7,6 @@ Across blocks the weights of each destination are divided by their sum and multi
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lig_lens.choose import Words, find_places
-from lig_lens.errors import CancellationWarning, CollapseWarning, InputError, check_whole
+from lig_lens.errors import CancellationWarning, CollapseWarning, InputError, check_whole, warn_caller
 from lig_lens.flow import rules
 from lig_lens.flow.data import FlowData
 from lig_lens.flow.rules import Edges
@@ -74,11 +73,10 @@ def shares(flow: FlowData, rule: str = "conserving", rows: Sequence[int] | None 
     _warn_of_cancelling(flow, sums.times, used)
     divided = _divided(found, sums)
     if _alike(divided, flow, used):
-        warnings.warn(
+        warn_caller(
             f"Through {len(used)} layers all destinations come to be made of the same tokens: their columns of the "
             f"rollout differ by less than {ALIKE:.0%}. {_remedy(found, used, rule)[0]}.",
             CollapseWarning,
-            stacklevel=5,  # the caller of Flow.rollout, Flow.paths or Flow.graph
         )
     return divided
 
@@ -153,7 +151,7 @@ def _warn_of_cancelling(flow: FlowData, times: Float[Tensor, "layer dst"], rows:
     row, column = divmod(int(times.argmax()), times.shape[1])
     where = flow.destinations[column]
     used = {name: flow.settings.get(name) for name in ("attn_baseline", "mlp_baseline")}
-    warnings.warn(
+    warn_caller(
         f"In {count} of {times.numel()} steps to a destination what its sources contribute nearly cancels; most of "
         f"all in layer {flow.layers[rows[row]]} at {flow.tokens[where]!r} ({where}), where its size is "
         f"{float(times.max()):.0f} times the sum. Shares there, and of what passes through, are large and of both "
@@ -161,7 +159,6 @@ def _warn_of_cancelling(flow: FlowData, times: Float[Tensor, "layer dst"], rows:
         "rule='sizes', which knows no signs"
         + ("." if used["attn_baseline"] == "itb_map_ratio" else "; less with attn_baseline='itb_map_ratio'."),
         CancellationWarning,
-        stacklevel=6,  # the caller of Flow.rollout, Flow.paths or Flow.graph
     )
 
 

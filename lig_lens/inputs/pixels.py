@@ -18,6 +18,7 @@ from lig_lens.inputs.inputs import Inputs
 from lig_lens.inputs.pictures import picture_of
 from lig_lens.names import patch_name
 
+_NO_PROCESSOR = "_lig_lens_no_processor"  # on the bridge itself, so that copies have it
 _FEW = 3  # patches each way that are enough to see what a model does, where it takes images of any size
 
 
@@ -186,6 +187,11 @@ def takes_pixels(model: HookedModel) -> bool:
     return bool(getattr(model.cfg, "is_visual_model", False))
 
 
+def note_no_processor(model: torch.nn.Module, why: str) -> None:
+    """Note why a model of images has no image processor; nothing if none was saved with it."""
+    vars(model)[_NO_PROCESSOR] = why
+
+
 def image_kind(model: HookedModel) -> ImageKind:
     """Which images a model takes.
 
@@ -224,7 +230,12 @@ def read_image(
             raise InputError(f"{name} goes with text: this model takes images, leave it out.")
     processor = getattr(model, "processor", None)
     values = _tensor(prompt, kind, what) if not _is_pil(prompt) else None
+    if 0 in (values.shape if values is not None else prompt.size):
+        shape = list(values.shape) if values is not None else f"{prompt.width} by {prompt.height}"
+        raise InputError(f"The {what} has no pixels ({shape}): {_remedy(kind)}.")
     if values is None or (values.dtype == torch.uint8 and processor is not None):
+        if processor is None:
+            raise InputError(_no_processor(vars(model).get(_NO_PROCESSOR), kind, what))
         values = _processed(processor, prompt if values is None else values, kind, what)
     values = _checked(values, kind, what)
     return Pixels(values.detach().to(model.cfg.device), kind, _look(processor, kind))
@@ -251,7 +262,7 @@ def _tensor(prompt: Any, kind: ImageKind, what: str) -> Tensor:
         shown = prompt if len(prompt) <= 40 else prompt[:39] + "…"
         raise InputError(
             f"The {what} is the text {shown!r}, and this model takes images: {_remedy(kind)} (PIL.Image.open reads a "
-            "file)."
+            "file, and lig-lens explain --image takes one)."
         )
     if not hasattr(prompt, "ndim"):
         raise InputError(f"The {what} is of type {type(prompt).__name__}: {_remedy(kind)}.")
@@ -264,16 +275,12 @@ def _tensor(prompt: Any, kind: ImageKind, what: str) -> Tensor:
             f"The {what} has shape {list(values.shape)}, a batch of {len(values)}: pass a list of images to get a list "
             "of Flows."
         )
+    values = values.detach()
     return values[0] if values.ndim == 4 else values
 
 
 def _processed(processor: Any, image: Any, kind: ImageKind, what: str) -> Tensor:
     """Pixel values that the model's own image processor makes."""
-    if processor is None:
-        raise InputError(
-            f"The {what} is an image, and no image processor was saved with the model: save one beside it "
-            f"(AutoImageProcessor), or give pixel values {kind.wanted} as the model takes them."
-        )
     if _is_pil(image):
         image = image.convert({1: "L", 4: "RGBA"}.get(kind.channels, "RGB"))
     try:
@@ -283,7 +290,26 @@ def _processed(processor: Any, image: Any, kind: ImageKind, what: str) -> Tensor
             f"The model's {type(processor).__name__} cannot process the {what} ({str(error).splitlines()[0][:160]}): "
             f"{_remedy(kind)}."
         ) from error
+    if values.ndim == 3 and not kind.takes(*values.shape[1:]):
+        made, size = f"{values.shape[1]} by {values.shape[2]}", dict(zip(("height", "width"), kind.size, strict=True))
+        name = "crop_size" if getattr(processor, "do_center_crop", False) else "size"
+        raise InputError(
+            f"The model's {type(processor).__name__} makes images of {made}, and the model takes {kind.size[0]} by "
+            f"{kind.size[1]}: set model.processor.{name} = {size} if that is how it was trained, and save the "
+            f"processor so, or give pixel values {kind.wanted} as the model takes them."
+        )
     return values
+
+
+def _no_processor(why: str | None, kind: ImageKind, what: str) -> str:
+    """What is to be said of an image that nothing can process."""
+    saved, remedy = "was saved with the model", "save one beside it (AutoImageProcessor)"
+    if why:
+        saved, remedy = f"could be loaded with the model: {why}", "mend that"
+    return (
+        f"The {what} is an image, and no image processor {saved}: {remedy}, or give pixel values {kind.wanted} as the "
+        "model takes them."
+    )
 
 
 def _checked(values: Tensor, kind: ImageKind, what: str) -> Float[Tensor, "1 channel height width"]:
@@ -296,7 +322,6 @@ def _checked(values: Tensor, kind: ImageKind, what: str) -> Float[Tensor, "1 cha
     if not kind.takes(*shape[1:]):
         least = f" of at least a patch, {kind.patch[0]} by {kind.patch[1]}" if kind.any_size else ""
         raise InputError(f"The {what} has shape {shape}, and the model takes {kind.wanted}{least}: resize the image.")
-    values = values.detach()
     if values.is_complex() or not bool(torch.isfinite(values).all()):
         held = "complex numbers" if values.is_complex() else "NaN or infinite pixel values"
         raise InputError(f"The {what} holds {held}: check how they were made.")

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lig_lens.blocks.known import Needs
+from lig_lens.blocks.messages import ROWS_MISS
 from lig_lens.blocks.values import Messages, Values
 from lig_lens.choose import Selection, chosen_numbers
 from lig_lens.errors import InputError
@@ -96,7 +97,10 @@ class KnockOut(Intervention):
 
 @dataclass(frozen=True)
 class RenormalisedKnockOut(KnockOut):
-    """What is left of the pattern's row adds up to 1 again; a row's only edge stays, with effect 0."""
+    """As if the source could not be seen: what is left of the pattern's row adds up to 1 again, with what a sink has.
+
+    A row's only edge stays, with effect 0.
+    """
 
     @property
     def name(self) -> str:
@@ -112,7 +116,7 @@ class RenormalisedKnockOut(KnockOut):
         """See the base class."""
         messages = _messages(into)
         row = _row_without(messages, at)
-        rest = row.sum(-1, keepdim=True)
+        rest = row.sum(-1, keepdim=True) + _of_sink(messages)[at.head, at.dst][:, None]
         return torch.where(rest > 0, _sent(messages, row, at) / rest.clamp(min=1e-30), into.heads.z[at.dst, at.head])
 
 
@@ -159,6 +163,12 @@ def _messages(values: Values) -> Messages:
 def _row_without(messages: Messages, at: Places) -> Float[Tensor, "run src"]:
     """Rows of the pattern without the edges."""
     return messages.pattern[at.head, at.dst].scatter(1, at.src[:, None], 0.0)
+
+
+def _of_sink(messages: Messages) -> Float[Tensor, "head dst"]:
+    """What a sink has of each row; 0 in heads without one, whose rows miss 1 by rounding alone."""
+    lost = (1 - messages.pattern.sum(-1)).clamp(min=0)
+    return lost * (lost > ROWS_MISS).any(-1, keepdim=True)
 
 
 def _sent(messages: Messages, row: Float[Tensor, "run src"], at: Places) -> Float[Tensor, "run d_head"]:

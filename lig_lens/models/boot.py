@@ -7,13 +7,18 @@ from typing import Any
 
 import torch
 
-from lig_lens.errors import InputError, LigLensError
+from lig_lens.errors import BridgeWarning, InputError, LigLensError, warn_caller
 from lig_lens.hooked import missing_parts
+from lig_lens.inputs.pixels import note_no_processor, takes_pixels
+from lig_lens.models.checkpoint import broken_json, cannot_load, reason
 from lig_lens.models.heads import listed, note_head
 from lig_lens.models.own_tokenizer import keep_own_tokenizer, placeholder
 from lig_lens.models.packaged import quiet_transformers
-from lig_lens.models.plain import Loading, reason, try_out
+from lig_lens.models.plain import Loading, try_out
 from lig_lens.models.served import served
+
+# Files in which image processors are saved.
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 def boot(source: str, name: str, device: "str | torch.device | None", dtype: torch.dtype, load_weights: bool) -> Any:
@@ -27,14 +32,14 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
         load_weights: False makes them at random.
 
     Raises:
-        InputError: no model there, one that lacks weights below its head, an architecture that is not served, or a
+        InputError: no model there, files that do not hold it whole, an architecture that is not served, or a
             bridge that cannot run.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
     with _named(source, name), quiet_transformers():
         how = served(source)
-        loading, made_up = Loading(how.kind, dtype), placeholder(source)
+        loading, made_up = Loading(name, how, dtype), placeholder(source)
         bridge = TransformerBridge.boot_transformers(
             source,
             device=device,
@@ -48,30 +53,50 @@ def boot(source: str, name: str, device: "str | torch.device | None", dtype: tor
             keep_own_tokenizer(bridge, source)
         else:
             bridge._tokenizer = None  # ids still do
+        if takes_pixels(bridge) and bridge.processor is None:
+            note_no_processor(bridge, _why_no_processor(source))
     vars(bridge.original_model.config).pop("original_architecture", None)
     loaded = type(bridge.original_model).__name__
-    if loading.of_body:
-        raise InputError(
-            f"{name!r} lacks weights of its blocks: {listed(loading.of_body)} stand in no file of it, and random ones "
-            f"would be explained. It was saved as {how.saved or 'an unknown class'} and loaded as {loaded}: take a "
-            "model that was saved whole."
-        )
     if missing_parts(bridge):
         raise InputError(
             f"The layers of a {loaded} are neither in one row nor in an encoder's and a decoder's, and lig_lens has no "
             "maps for that: load a model of another family."
         )
-    if load_weights:
+    if loading.odd is not None:
         bare = loading.run is not None and not loading.run.has_head
-        note_head(bridge, how.saved, loaded, loading.of_head, bare)
+        note_head(bridge, how.saved, loaded, loading.odd.of_head, bare)
     else:
         with contextlib.redirect_stdout(None):  # TransformerLens prints the dtype
             bridge.to(dtype)
         bridge.eval()
     if getattr(bridge.adapter, "supports_compatibility_mode", True):
         bridge.enable_compatibility_mode(disable_warnings=True, no_processing=True)
+    if loading.odd is not None and loading.odd.beyond:
+        warn_caller(
+            f"The files of {name!r} hold more layers than its config says ({listed(loading.odd.beyond)}): they are "
+            "left out, and contributions are to a model without them. Take the config.json that was saved with the "
+            "weights.",
+            BridgeWarning,
+        )
     try_out(bridge, loading, name)
     return bridge
+
+
+def _why_no_processor(source: str) -> str:
+    """Why the image processor of a model, which TransformerLens passes over, is not there; empty if none was saved."""
+    folder = Path(source)
+    if folder.is_dir() and not any(any(folder.glob(name)) for name in _PROCESSORS):
+        return ""
+    broken = next(filter(None, (broken_json(folder, name) for name in _PROCESSORS)), "")
+    if broken:
+        return broken
+    from transformers import AutoImageProcessor
+
+    try:
+        AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # whatever comes up in it
+        return reason(error)
+    return "TransformerLens did not load it"
 
 
 @contextlib.contextmanager
@@ -92,7 +117,7 @@ def _named(source: str, name: str) -> Iterator[None]:
                 "TransformerBridge.boot_transformers(..., trust_remote_code=True) and pass that."
             ) from error
         if Path(source).is_dir():
-            raise InputError(f"The folder {name!r} holds no model that can be loaded: {reason(error)}") from error
+            raise InputError(cannot_load(Path(source), name, error)) from error
         raise InputError(
             f"{name!r} is neither a local folder nor a model that can be fetched now ({reason(error)}): give a folder "
             "saved with save_pretrained, 'minilm', 'smollm2', or a hub id while online (HF_HUB_OFFLINE unset)."

@@ -12,6 +12,7 @@ from lig_lens.errors import InputError
 
 # Endings of classes whose head a language model's class takes over.
 _LANGUAGE = ("LM", "LMHeadModel", "Model", "ForPreTraining", "ForConditionalGeneration")
+SERVED_HEADS = "served are those of language models, masked ones too, and of classifiers of sequences and of images"
 _NOTE = "_lig_lens_head"  # on the bridge itself, so that copies have it
 _SAMPLE = 64
 
@@ -35,7 +36,12 @@ class Head:
     @property
     def left_out(self) -> bool:
         """Whether the model was saved with a head that was not loaded."""
-        return bool(self.saved) and self.saved != self.loaded and not self.saved.endswith(_LANGUAGE)
+        return left_out(self.saved, self.loaded)
+
+
+def left_out(saved: str, loaded: str) -> bool:
+    """Whether a model that was saved as one class has a head that is not that of the class it was loaded as."""
+    return bool(saved) and saved != loaded and not saved.endswith(_LANGUAGE)
 
 
 def note_head(bridge: Any, saved: str, loaded: str, missing: Sequence[tuple[str, Tensor]], bare: bool = False) -> None:
@@ -67,20 +73,21 @@ def check_head(model: object, of_logits: bool) -> None:
             "metric takes logits. Load a model with a head, explain vectors (target='l2'), or give metric() a function "
             "of the vectors."
         )
+    if head.left_out:
+        raise InputError(
+            f"The model was saved as {head.saved}, whose head lig_lens does not serve ({SERVED_HEADS}), and is loaded "
+            f"as {head.loaded}: its logits are not that model's. Explain vectors instead (target='l2')."
+        )
     held = {id(weight) for weight in model.parameters()}
     # A bias of zeros says nothing of where it comes from.
     telling = [one for one in head.missing if bool((one[2] != one[2][0]).any())] or head.missing
     random = [name for name, weight, made in telling if id(weight) in held and _same(_sample(weight), made)]
     if random:
         raise InputError(
-            f"The model's logits come from random weights: {listed(random)} stand in no file of it (saved as "
+            f"The model's logits come from random weights: {listed(random)} "
+            f"{'stands' if len(random) == 1 else 'stand'} in no file of it (saved as "
             f"{head.saved or 'an unknown class'}, loaded as {head.loaded}). Take a model with a head, or put trained "
             "weights in."
-        )
-    if head.left_out:
-        raise InputError(
-            f"The model was saved as {head.saved}, whose head cannot be loaded here, and is loaded as {head.loaded}: "
-            "its logits are not that model's. Explain vectors instead (target='l2')."
         )
 
 

@@ -1,5 +1,6 @@
 """A name, a folder or a model in, a hooked model out."""
 
+import contextlib
 import weakref
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,9 @@ def describe_processing(model: HookedModel) -> dict[str, Any]:
     # A bridge says nothing of processing; a HookedTransformer's untrained norms are constant too.
     is_bridge = hasattr(model, "original_model")
     folded = kind.endswith("Pre") or (is_bridge and _is_constant(getattr(first, "ln1", None)))
-    W_O = getattr(getattr(first, "attn", None), "W_O", None)
+    W_O = None
+    with contextlib.suppress(NotImplementedError):  # of quantised weights
+        W_O = getattr(getattr(first, "attn", None), "W_O", None)
     centred = None
     if isinstance(W_O, Tensor):
         centred = bool(W_O.float().mean(-1).abs().max() <= 1e-4 * W_O.float().abs().max())

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import inspect
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lig_lens.errors import BridgeWarning, InputError
+from lig_lens.errors import BridgeWarning, InputError, warn_caller
 from lig_lens.models.adapters.images import image_arguments
+from lig_lens.models.checkpoint import Odd, check_weights, reason
 from lig_lens.models.precision import HALF
 from lig_lens.models.running import first_tensor, module_hooks, submodules
+from lig_lens.models.served import Served
 
-_POOLER = "pooler."  # of a model without a head: what it gives beside its vectors
 # A prompt that every vocabulary has, and how far logits on it may be apart, relative to their spread: rounding in
 # single and in half precision.
 _PROBE = (5, 9, 7, 11)
@@ -43,35 +43,30 @@ class Loading:
     """A class of transformers as the bridge asks for it, which notes what its loading did not find.
 
     Attributes:
-        of_head: weights that stand in no file and belong to the head, by name.
-        of_body: names of other such weights.
+        odd: about the weights that its files hold; None where none are loaded.
         run: of the plain model, if it can run.
         why_none: why it cannot.
     """
 
-    def __init__(self, kind: Any, dtype: torch.dtype) -> None:
-        self.kind, self.__name__, self.dtype = kind, kind.__name__, dtype
-        self.of_head: list[tuple[str, Tensor]] = []
-        self.of_body: list[str] = []
+    def __init__(self, name: str, how: Served, dtype: torch.dtype) -> None:
+        self.name, self.how, self.dtype = name, how, dtype
+        self.kind, self.__name__ = how.kind, how.kind.__name__
+        self.odd: Odd | None = None
         self.run: PlainRun | None = None
         self.why_none = ""
 
     def from_pretrained(self, source: str, **options: Any) -> Any:
-        """Load the model, and note weights that are in no file: those of its body, and those of its head."""
+        """Load the model, and note what is odd about its files.
+
+        Raises:
+            InputError: the files do not hold the model, see `check_weights`.
+        """
         if Path(source).is_dir():
             options.pop("use_safetensors", None)  # some adapters know in which format a hub has their models
-        model, info = self.kind.from_pretrained(source, output_loading_info=True, **options)
-        weights = dict(model.named_parameters())
-        prefix = f"{model.base_model_prefix}."
-        has_body = prefix != "." and hasattr(model, model.base_model_prefix)
-        unembed = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        of_unembed = {id(weight) for weight in unembed.parameters()} if isinstance(unembed, torch.nn.Module) else set()
-        for name in sorted(info["missing_keys"] & weights.keys()):
-            past_body = name.startswith(_POOLER) or (has_body and not name.startswith(prefix))
-            if id(weights[name]) in of_unembed or past_body:
-                self.of_head.append((name, weights[name]))
-            else:
-                self.of_body.append(name)
+        # Shapes that disagree are told by name here, and by the loading with a report that nobody sees.
+        asked = {**options, "ignore_mismatched_sizes": True}
+        model, info = self.kind.from_pretrained(source, output_loading_info=True, **asked)
+        self.odd = check_weights(model, info, self.name, self.how)
         self._settle(model)
         try:
             self.run = _run(model, lambda: self._again(source, **options))
@@ -173,17 +168,9 @@ def try_out(bridge: Any, loading: Loading, name: str) -> None:
     spread = float((plain - plain.mean(-1, keepdim=True)).abs().max())
     apart = float((found - plain).abs().max()) / max(spread, 1e-30) if found.shape == plain.shape else float("inf")
     if not apart <= (_HALF_APART if bridge.cfg.dtype in HALF else _APART):
-        warnings.warn(
+        warn_caller(
             f"TransformerLens' bridge of {name!r} gives other {'logits' if run.has_head else 'vectors'} than the plain "
             f"{type(model).__name__} as transformers runs it (apart by {apart:.1e} of their spread): contributions are "
             "to what the bridge computes. Try another version of TransformerLens or transformers.",
             BridgeWarning,
-            stacklevel=4,  # the caller of load_model
         )
-
-
-def reason(error: Exception) -> str:
-    """The first line of what an error says, with its kind where that says little by itself."""
-    text = (str(error).strip().splitlines() or [""])[0][:200]
-    plain = isinstance(error, (OSError, ValueError, RuntimeError)) and text
-    return text if plain else f"{type(error).__name__}: {text}"

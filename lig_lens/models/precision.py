@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 HALF = (torch.float16, torch.bfloat16)
 # How many numbers of a weight outside blocks are raised at a time: few enough to be used while in the cache.
@@ -57,7 +58,7 @@ def raised(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
     inside = {id(weight) for block in blocks for weight in _half(block)}
     outside = [weight for weight in _half(model) if id(weight) not in inside]
     saved = [(weight, weight.data) for weight in outside]
-    large = {id(weight): data for weight, data in saved if weight.ndim > 1}
+    large = {id(weight): data for weight, data in saved if weight.ndim > 1 and not is_traceable_wrapper_subclass(data)}
     try:
         with contextlib.ExitStack() as stack:
             for weight, data in saved:
@@ -188,6 +189,8 @@ class _Raised:
 
     def _pack(self, tensor: Tensor) -> "Tensor | _SavedWeight":
         """What autograd keeps of a tensor."""
+        if is_traceable_wrapper_subclass(tensor):  # such as a quantised weight, which has no storage of its own
+            return tensor
         weight = self.held.get(tensor.untyped_storage().data_ptr())
         if weight is None:
             return tensor.detach()  # an operation's own output would hold what holds it, and never be freed

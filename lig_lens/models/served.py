@@ -11,6 +11,7 @@ from lig_lens.models.adapters.classifiers import classifier_adapter
 from lig_lens.models.adapters.encoders import encoder_adapter
 from lig_lens.models.adapters.images import image_adapter
 from lig_lens.models.adapters.t5_encoder import t5_encoder_adapter
+from lig_lens.models.heads import left_out
 
 _CLASSIFIER = "ForSequenceClassification"
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
@@ -29,6 +30,10 @@ class Served:
     architecture: str
     saved: str
     kind: Any
+
+    def other_head(self, loaded: str) -> bool:
+        """Whether the model was saved with a head that the class that it was loaded as has not."""
+        return left_out(self.saved, loaded)
 
 
 def served(source: str) -> Served:

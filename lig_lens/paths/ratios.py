@@ -61,8 +61,9 @@ def _pattern(values: Values) -> Float[Tensor, "head dst src"]:
     pattern = values.heads.pattern
     if pattern is None:
         raise InputError(
-            f"attn_baseline='itb_map_ratio' needs the attention pattern, which block {values.layer} does not show "
-            "(attn.hook_pattern): use 'itb_zero_ratio', or load the model with eager attention."
+            f"attn_baseline='itb_map_ratio' needs an attention pattern whose rows add up to 1, which block "
+            f"{values.layer} does not show (attn.hook_pattern; a sink may take part of them): use 'itb_zero_ratio', or "
+            "load the model with eager attention."
         )
     return pattern
 
