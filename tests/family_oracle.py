@@ -1,4 +1,4 @@
-"""The maps from `zero` by naive autograd through a plain transformers model: no hook of TransformerLens, none of ours.
+"""The maps by naive autograd through a plain transformers model: no hook of TransformerLens, none of ours.
 
 The model runs whole, in float64, with the vectors that enter one of its layers, and what the linear map after its heads
 puts out, replaced by points of the path.
@@ -25,7 +25,7 @@ class Maps:
 
 
 def maps_from_zero(model: nn.Module, layer: nn.Module, out: nn.Linear, n_heads: int, **prompt: Tensor) -> Maps:
-    """All maps of one layer.
+    """All maps of one layer, from `zero`.
 
     Args:
         model: a plain model in float64.
@@ -67,15 +67,43 @@ def maps_from_zero(model: nn.Module, layer: nn.Module, out: nn.Linear, n_heads: 
     return Maps(attn, mlp, skip, block)
 
 
+def block_map(model: nn.Module, layer: nn.Module, baseline: str, **prompt: Tensor) -> Tensor:
+    """The block map alone, [src, dst], of a layer that need not have heads.
+
+    Args:
+        model, layer, prompt: as above.
+        baseline: `zero`, or `itb`, which has a path for each destination.
+    """
+    run = _Run(model, layer, None, 0, prompt)
+    resid, _ = run.seen()
+    # Besides, what is normed may turn round anywhere on the way (keys of a delta rule).
+    a, weights = gauss(np.concatenate([[0.0], np.logspace(-18, -2, 129), np.linspace(0.01, 1, 200)[1:]]), 10)
+    result = torch.zeros(len(resid), len(resid), dtype=torch.float64)
+    for j in range(len(resid)):
+        start = torch.zeros_like(resid) if baseline == "zero" else resid[j].expand_as(resid)
+        x = (start + a[:, None, None] * (resid - start)).requires_grad_()
+        moved = (run.at(x)[1] - run.at(start[None])[1])[:, j]
+        (by_x,) = torch.autograd.grad(moved.norm(dim=-1).sum(), x)
+        result[:, j] = torch.einsum("n,npm,pm->p", weights, by_x, resid - start)
+        with torch.no_grad():
+            total = (run.at(resid[None])[1] - run.at(start[None])[1])[0, j].norm()
+        assert float((result[:, j].sum() - total).abs()) <= 2e-5 * float(total), "more nodes"
+    return result
+
+
 def missed(flow: Any, expected: Maps, allowed: float, row: int = 0) -> float:
     """How far a Flow's maps are from these, relative to the largest of each; the worst, which is `allowed` at most."""
     worst = 0.0
     for name in (*flow.maps, *(("skip",) if "mlp" in flow.maps else ())):
-        found, wanted = getattr(flow, name)[row].double(), getattr(expected, name)
-        one = float((found - wanted).abs().max()) / float(wanted.abs().max())
-        assert one <= allowed, (name, one)
-        worst = max(worst, one)
+        worst = max(worst, apart(getattr(flow, name)[row], getattr(expected, name), allowed, name))
     return worst
+
+
+def apart(found: Tensor, wanted: Tensor, allowed: float, name: str) -> float:
+    """How far a tensor is from what it should be, relative to the largest number there; `allowed` at most."""
+    one = float((found.double() - wanted).abs().max()) / (float(wanted.abs().max()) or 1.0)
+    assert one <= allowed, (name, one)
+    return one
 
 
 def _nodes() -> tuple[Tensor, Tensor]:
@@ -93,24 +121,27 @@ def gauss(edges: np.ndarray, n_nodes: int) -> tuple[Tensor, Tensor]:
 
 class _Run:
     def __init__(
-        self, model: nn.Module, layer: nn.Module, out: nn.Module, n_heads: int, prompt: dict[str, Tensor]
+        self, model: nn.Module, layer: nn.Module, out: nn.Module | None, n_heads: int, prompt: dict[str, Tensor]
     ) -> None:
         self.model, self.layer, self.out, self.n_heads, self.prompt = model, layer, out, n_heads, prompt
 
-    def seen(self) -> tuple[Tensor, Tensor]:
-        """What enters the layer, and its head outputs."""
+    def seen(self) -> tuple[Tensor, Tensor | None]:
+        """What enters the layer, and its head outputs, if it has any."""
         kept: dict[str, Tensor] = {}
         with torch.no_grad(), _hooked(self.layer, self.out, kept):
             self._model(1)
-        self.attn_out, self.n_pos = kept["attn_out"][0].detach(), kept["resid"].shape[1]
+        self.n_pos = kept["resid"].shape[1]
+        if self.out is None:
+            return kept["resid"][0].detach(), None
+        self.attn_out = kept["attn_out"][0].detach()
         return kept["resid"][0].detach(), self._heads(kept["z"])[0]
 
-    def at(self, resid: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, resid: Tensor) -> tuple[Tensor | None, Tensor]:
         """Head outputs and the layer's output, when these vectors [point, pos, d_model] enter it."""
         kept: dict[str, Tensor] = {}
         with _hooked(self.layer, self.out, kept, resid=resid):
             self._model(len(resid))
-        return self._heads(kept["z"]), kept["output"]
+        return None if self.out is None else self._heads(kept["z"]), kept["output"]
 
     def tail(self, skip: Tensor, attn_out: Tensor) -> Tensor:
         """The layer's output, when `skip` enters it and its heads' map puts this out."""
@@ -129,7 +160,7 @@ class _Run:
 @contextmanager
 def _hooked(
     layer: nn.Module,
-    out: nn.Module,
+    out: nn.Module | None,
     kept: dict[str, Tensor],
     resid: Tensor | None = None,
     attn_out: Tensor | None = None,
@@ -147,11 +178,9 @@ def _hooked(
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         kept["output"] = output[0] if isinstance(output, (tuple, list)) else output
 
-    handles = [
-        layer.register_forward_pre_hook(enter, with_kwargs=True),
-        out.register_forward_hook(through),
-        layer.register_forward_hook(leave),
-    ]
+    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True), layer.register_forward_hook(leave)]
+    if out is not None:
+        handles.append(out.register_forward_hook(through))
     try:
         yield
     finally:

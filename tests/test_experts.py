@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "GptOssForCausalLM": {"head_dim": 8, "sliding_window": 3},
     "GraniteMoeForCausalLM": {"residual_multiplier": 0.3},
     "DeepseekV3ForCausalLM": LATENT,
+    "PhimoeForCausalLM": {},
 }
 ASKED = {"attn_baseline": "zero", "mlp_baseline": "zero", "block_baseline": "zero", "progress": False}
 
@@ -147,10 +148,14 @@ def test_a_block_without_experts_is_the_same(tmp_path: Path) -> None:
 
 
 def test_a_choice_of_another_kind_is_refused(tmp_path: Path) -> None:
-    """PhiMoE's router looks for one expert after the other."""
-    _, model = pair("PhimoeForCausalLM", tmp_path)
+    """Switch Transformers' routers take the number of the largest alone."""
+    sizes = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2}
+    config = transformers.SwitchTransformersConfig(**sizes, num_experts=4, num_sparse_encoder_layers=2)
+    transformers.SwitchTransformersForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny_tokenizer("gpt2").save_pretrained(tmp_path)
+    model = ll.load_model(str(tmp_path), device="cpu")
     with pytest.raises(BoundaryError, match="does not choose its experts by the k largest scores"):
-        ll.attribute(model, IDS, layers=[1], experts="held", **ASKED)
+        ll.attribute(model, (IDS, IDS), stream="encoder", experts="held", **ASKED)
 
 
 def test_a_metric_takes_none() -> None:
