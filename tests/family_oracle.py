@@ -5,6 +5,7 @@ puts out, replaced by points of the path.
 """
 
 import itertools
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,28 @@ def block_map(model: nn.Module, layer: nn.Module, baseline: str, **prompt: Tenso
     return result
 
 
+def metric_by_source(
+    model: nn.Module, layer: nn.Module, metric: Callable[[Tensor], Tensor], clean: Tensor, corrupted: Tensor
+) -> tuple[Tensor, float]:
+    """What each position's residual vector before a layer contributes to a metric, and what the metric changes by.
+
+    Args:
+        model, layer: as above.
+        metric: of a batch of logits.
+        clean, corrupted: prompts, [1, pos].
+    """
+    runs = [_Run(model, layer, None, 0, {"input_ids": prompt}) for prompt in (corrupted, clean)]
+    start, end = (run.seen()[0] for run in runs)
+    a, weights = gauss(np.linspace(0, 1, 41), 10)
+    x = (start + a[:, None, None] * (end - start)).requires_grad_()
+    with _hooked(layer, None, {}, resid=x):
+        values = metric(runs[1].model_output(len(x)).logits)
+    (by_x,) = torch.autograd.grad(values.sum(), x)
+    with torch.no_grad():
+        before, after = (float(metric(model(input_ids=prompt).logits)) for prompt in (corrupted, clean))
+    return torch.einsum("n,npm,pm->p", weights, by_x, end - start), after - before
+
+
 def missed(flow: Any, expected: Maps, allowed: float, row: int = 0) -> float:
     """How far a Flow's maps are from these, relative to the largest of each; the worst, which is `allowed` at most."""
     worst = 0.0
@@ -129,7 +152,7 @@ class _Run:
         """What enters the layer, and its head outputs, if it has any."""
         kept: dict[str, Tensor] = {}
         with torch.no_grad(), _hooked(self.layer, self.out, kept):
-            self._model(1)
+            self.model_output(1)
         self.n_pos = kept["resid"].shape[1]
         if self.out is None:
             return kept["resid"][0].detach(), None
@@ -140,18 +163,19 @@ class _Run:
         """Head outputs and the layer's output, when these vectors [point, pos, d_model] enter it."""
         kept: dict[str, Tensor] = {}
         with _hooked(self.layer, self.out, kept, resid=resid):
-            self._model(len(resid))
+            self.model_output(len(resid))
         return None if self.out is None else self._heads(kept["z"]), kept["output"]
 
     def tail(self, skip: Tensor, attn_out: Tensor) -> Tensor:
         """The layer's output, when `skip` enters it and its heads' map puts this out."""
         kept: dict[str, Tensor] = {}
         with _hooked(self.layer, self.out, kept, resid=skip, attn_out=attn_out):
-            self._model(len(skip))
+            self.model_output(len(skip))
         return kept["output"]
 
-    def _model(self, batch: int) -> None:
-        self.model(**{name: value.expand(batch, *value.shape[1:]) for name, value in self.prompt.items()})
+    def model_output(self, batch: int) -> Any:
+        """The model on this many copies of the prompt, under whatever hooks are on it."""
+        return self.model(**{name: value.expand(batch, *value.shape[1:]) for name, value in self.prompt.items()})
 
     def _heads(self, z: Tensor) -> Tensor:
         return z.reshape(-1, self.n_pos, self.n_heads, z.shape[-1] // self.n_heads)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -174,6 +175,24 @@ def test_runs_share_no_state(loaded: Loaded) -> None:
     assert torch.equal(batch[0].block, batch[1].block)
     assert float((batch[0].block - alone.block).abs().max()) <= 1e-5 * float(alone.block.abs().max())
     torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_maps_that_a_block_lacks_are_refused(loaded: Loaded) -> None:
+    """With the reason, and the map that it has."""
+    if loaded.row.layout != "block_only":
+        pytest.skip("it has all")
+    layer = loaded.row.layer
+    described = ll.describe_boundaries(loaded.model)[layer]
+    assert described.layout == "block_only" and described.hook_z is None
+    reason = r"no attention with separable heads|after attention it mixes positions"
+    assert re.search(reason, described.why_hooks)
+    for maps in (("attn",), ("mlp", "block")):
+        with pytest.raises((InputError, BoundaryError), match=rf"Block {layer}.*({reason}).*use maps=\('block',\)"):
+            ll.attribute(loaded.model, IDS, layers=[layer], maps=maps, progress=False)
+    with pytest.raises((InputError, BoundaryError), match=rf"Block {layer}.*({reason})"):
+        ll.attribute(
+            loaded.model, IDS, corrupted=OTHER, target=ll.metric(curved), layers=[layer], progress=False
+        )
 
 
 def test_edges_are_knocked_out_as_by_hand(loaded: Loaded) -> None:
@@ -370,10 +389,18 @@ def test_blocks_that_were_never_loaded_are_named(tmp_path: Path) -> None:
         ll.load_model(str(tmp_path))
 
 
-def test_a_family_that_is_not_served_is_named(tmp_path: Path) -> None:
-    config = transformers.FunnelConfig(vocab_size=VOCAB, d_model=32, n_head=4, d_head=8, d_inner=48, block_sizes=[1, 1])
-    transformers.FunnelModel(config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"FunnelModel \(model_type 'funnel'\) is served neither by"):
+@pytest.mark.parametrize(
+    "kind, config",
+    [
+        ("FunnelModel", {"vocab_size": VOCAB, "d_model": 32, "n_head": 4, "d_head": 8, "block_sizes": [1, 1]}),
+        ("xLSTMForCausalLM", {"vocab_size": VOCAB, "hidden_size": 32, "num_blocks": 2, "num_heads": 4}),
+        ("MiniMaxForCausalLM", {**GQA, "head_dim": 8, "num_local_experts": 2}),
+    ],
+)
+def test_a_family_that_is_not_served_is_named(kind: str, config: dict[str, Any], tmp_path: Path) -> None:
+    model_class = getattr(transformers, kind)
+    model_class(model_class.config_class(**config)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=rf"{kind} \(model_type '\w+'\) is served neither by"):
         ll.load_model(str(tmp_path))
 
 
