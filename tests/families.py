@@ -147,7 +147,8 @@ FAMILIES: dict[str, Family] = {
         "self_attn.out_proj",
     ),
     "XGLMForCausalLM": Family(
-        {"vocab_size": VOCAB, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48}, out="self_attn.out_proj"
+        {"vocab_size": VOCAB, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48},
+        out="self_attn.out_proj",
     ),
     "OPTForCausalLM, norms after": Family(
         {

@@ -190,17 +190,22 @@ def test_maps_that_a_block_lacks_are_refused(loaded: Loaded) -> None:
         with pytest.raises((InputError, BoundaryError), match=rf"Block {layer}.*({reason}).*use maps=\('block',\)"):
             ll.attribute(loaded.model, IDS, layers=[layer], maps=maps, progress=False)
     with pytest.raises((InputError, BoundaryError), match=rf"Block {layer}.*({reason})"):
-        ll.attribute(
-            loaded.model, IDS, corrupted=OTHER, target=ll.metric(curved), layers=[layer], progress=False
-        )
+        ll.attribute(loaded.model, IDS, corrupted=OTHER, target=ll.metric(curved), layers=[layer], progress=False)
 
 
 def test_edges_are_knocked_out_as_by_hand(loaded: Loaded) -> None:
     """Against the plain model with eager attention, in whose softmax the edge is put to 0."""
     if not loaded.row.knock_outs:
-        with pytest.raises((InputError, BoundaryError), match=r"cannot be read|no attention with separable heads|mixes positions"):
+        with pytest.raises(
+            (InputError, BoundaryError), match=r"cannot be read|no attention with separable heads|mixes positions"
+        ):
             ll.patching.knock_out(
-                loaded.model, IDS, curved, layers=[loaded.row.layer], edges=[(loaded.row.layer, 1, 2, 3)], progress=False
+                loaded.model,
+                IDS,
+                curved,
+                layers=[loaded.row.layer],
+                edges=[(loaded.row.layer, 1, 2, 3)],
+                progress=False,
             )
         return
     if "ALiBi" in loaded.name:

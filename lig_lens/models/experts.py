@@ -2,9 +2,9 @@
 
 A router takes the k largest of its scores, so what a block with experts puts out jumps where the choice changes. Held,
 it chooses what it chose on the prompt at each position, and weighs the experts by its scores on the vectors at hand.
-Whatever a model's routers look like, they choose with `topk`, or with `max` along an axis and `masked_fill` (PhiMoE, whose
-routers take one expert after the other, and weigh it against those that come near it). Others use these functions too,
-so the latter two are looked at within routers alone; attention may choose which tokens it looks at, and is left alone.
+Whatever a model's routers look like, they choose with `topk`, or with `max` along an axis and `masked_fill` (PhiMoE's
+take one expert after the other, and weigh it against those that come near it). The latter two are looked at within
+routers alone, since others use them as well; attention may choose which tokens it looks at, and is left alone.
 """
 
 import contextlib
