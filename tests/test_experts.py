@@ -35,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "GraniteMoeForCausalLM": {"residual_multiplier": 0.3},
     "DeepseekV3ForCausalLM": LATENT,
     "PhimoeForCausalLM": {},
+    "JetMoeForCausalLM": {"kv_channels": 8, "activation_function": "silu"},
 }
 ASKED = {"attn_baseline": "zero", "mlp_baseline": "zero", "block_baseline": "zero", "progress": False}
 
@@ -68,12 +69,13 @@ def close(found: Tensor, wanted: Tensor) -> None:
 def test_held_experts_converge_and_add_up(kind: str, tmp_path: Path) -> None:
     """Without the choice held the same nodes do not suffice."""
     _, model = pair(kind, tmp_path)
+    maps = ("block",) if kind == "JetMoeForCausalLM" else ("mlp", "block")
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
-        held = ll.attribute(model, IDS, layers=[1], maps=("mlp", "block"), experts="held", tol=1e-4, **ASKED)
+        held = ll.attribute(model, IDS, layers=[1], maps=maps, experts="held", tol=1e-4, **ASKED)
     assert held.settings["experts"] == "held"
     with pytest.warns(ConvergenceWarning, match="experts='held' keeps those"):
-        free = ll.attribute(model, IDS, layers=[1], maps=("mlp", "block"), tol=1e-4, max_nodes=400, **ASKED)
+        free = ll.attribute(model, IDS, layers=[1], maps=maps, tol=1e-4, max_nodes=400, **ASKED)
     assert "experts" not in free.settings and not all(bool(free.converged[name].all()) for name in free.maps)
 
 

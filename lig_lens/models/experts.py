@@ -4,7 +4,8 @@ A router takes the k largest of its scores, so what a block with experts puts ou
 it chooses what it chose on the prompt at each position, and weighs the experts by its scores on the vectors at hand.
 Whatever a model's routers look like, they choose with `topk`, or with `max` along an axis and `masked_fill` (PhiMoE's
 take one expert after the other, and weigh it against those that come near it). The latter two are looked at within
-routers alone, since others use them as well; attention may choose which tokens it looks at, and is left alone.
+routers alone, since others use them as well. Attention may choose which tokens it looks at, and is left alone, but for
+routers of its own (JetMoE, whose heads are experts).
 """
 
 import contextlib
@@ -35,7 +36,7 @@ class _Choices(TorchFunctionMode):
     """Sees the choices of routers, or makes them.
 
     Attributes:
-        paused: while it looks away.
+        paused: while attention runs.
         routers: how many routers are running, one within another.
     """
 
@@ -46,7 +47,7 @@ class _Choices(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         found = func(*args, **kwargs)
-        if self.paused:
+        if self.paused and not self.routers:
             return found
         if func in _TOP_K or (self.routers and func in _MAX and _keeps_axes(found, args[0])):
             held = self.choice(found.indices)
