@@ -270,7 +270,7 @@ FAMILIES: dict[str, Family] = {
         {**GQA, **_EXPERTS, "residual_multiplier": 0.22, "attention_multiplier": 0.3}, layout="scaled_pre_ln"
     ),
     # An expert is weighed against those alone that come near it, which jumps; the noise says how near.
-    "PhimoeForCausalLM": Family(
+    "PhimoeForCausalLM, experts held": Family(
         {**GQA, "num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.3}, experts="held"
     ),
     "MiniMaxM2ForCausalLM": _layout({**_HEADS, **_EXPERTS, "rotary_dim": 4}),
