@@ -143,6 +143,15 @@ def test_held_experts_are_those_of_plain_torch(tmp_path: Path) -> None:
         close(flow.mlp[0, :, j], heads)
 
 
+def test_routers_within_attention_are_held_too(tmp_path: Path) -> None:
+    """JetMoE's heads are experts; from `zero` and `itb` those of the destination rest, so from another prompt."""
+    _, model = pair("JetMoeForCausalLM", tmp_path)
+    asked = {**ASKED, "block_baseline": "corrupted", "corrupted": [9, 3, 17, 28, 2], "maps": "block", "layers": [1]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        ll.attribute(model, IDS, experts="held", tol=1e-4, **asked)
+
+
 def test_a_block_without_experts_is_the_same(tmp_path: Path) -> None:
     model = ll.load_model("induction")
     free, held = (ll.attribute(model, IDS, layers=[1], experts=how, progress=False) for how in ("free", "held"))
