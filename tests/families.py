@@ -21,7 +21,31 @@ _DELTA = {
     **_HEADS, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
 }  # fmt: skip
-_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+# Chunks of Mamba 2 that are shorter than the prompt.
+_MAMBA = {
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 3,
+}  # fmt: skip
+_JAMBA = {
+    **GQA, **_EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4,
+    "use_mamba_kernels": False,
+}  # fmt: skip
+_BAMBA = {**GQA, **_MAMBA, "attn_layer_indices": [1]}
+_GRANITE_HYBRID = {**GQA, **_EXPERTS, **_MAMBA, "shared_intermediate_size": 24}
+_LFM2 = {**GQA, "layer_types": ["conv", "full_attention"], "block_ff_dim": 48}
+_NEMOTRON_H = {
+    **_HEADS, **_EXPERTS, "layers_block_type": ["mamba", "attention", "mlp", "moe"], "num_hidden_layers": 4,
+    "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "chunk_size": 3,
+    "moe_shared_expert_intermediate_size": 24, "mlp_hidden_act": "gelu",
+}  # fmt: skip
+_RECURRENT_GEMMA = {
+    **_HEADS, "lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 16,
+}  # fmt: skip
+_RWKV = {**SMALL, "context_length": 64}
+_ZAMBA2 = {
+    **SMALL, "num_key_value_heads": 4, "layers_block_type": ["mamba", "hybrid"], "mamba_d_state": 8,
+    "n_mamba_heads": 4, "mamba_ngroups": 2, "mamba_headdim": 16, "mamba_expand": 2, "chunk_size": 3,
+    "use_mem_rope": True, "adapter_rank": 4, "num_mem_blocks": 1, "attention_head_dim": 16, "pad_token_id": 0,
+}  # fmt: skip
 _FALCON = {**SMALL, "multi_query": False, "parallel_attn": False, "new_decoder_architecture": False}
 _GROUPED = {"new_decoder_architecture": True, "parallel_attn": True, "num_kv_heads": 2}
 _CAPPED = {**_HEADS, "sliding_window": 3, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
@@ -35,9 +59,11 @@ class Family:
         config: of a tiny model.
         layers: where the plain model has its layers.
         out: in each of them, the linear map after the heads.
-        layout: of its second block.
+        layout: of the block that is held, by default the second.
         engine: that `engine="auto"` takes there.
         knock_outs: whether edges can be taken out of its pattern.
+        layer: that block.
+        experts: whether its routers choose anew along paths.
         wrong_on: beginning of versions of TransformerLens whose bridge computes something else, or cannot run.
     """
 
@@ -47,6 +73,8 @@ class Family:
     layout: str = "pre_ln"
     engine: str = "closed_form"
     knock_outs: bool = True
+    layer: int = 1
+    experts: str = "free"
     wrong_on: str = "none"
 
 
@@ -67,6 +95,11 @@ def _hooks(config: dict[str, Any], layout: str = "pre_ln", **more: Any) -> Famil
 def _no_messages(config: dict[str, Any], layout: str = "pre_ln", **more: Any) -> Family:
     """The same, where head outputs are not pattern times values that a hook shows: gates, latent values."""
     return replace(_hooks(config, layout, **more), knock_outs=False)
+
+
+def _mixer(config: dict[str, Any], layers: str = "model.layers", layer: int = 0, **more: Any) -> Family:
+    """A block that mixes positions by something else than attention with separable heads."""
+    return Family(config, layers, "", "block_only", "hooks", knock_outs=False, layer=layer, **more)
 
 
 def _falcon(layout: str = "parallel", **config: Any) -> Family:
@@ -112,6 +145,10 @@ FAMILIES: dict[str, Family] = {
         {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32, "activation_function": "gelu"},
         "model.decoder.layers",
         "self_attn.out_proj",
+    ),
+    "XGLMForCausalLM": Family(
+        {"vocab_size": VOCAB, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48},
+        out="self_attn.out_proj",
     ),
     "OPTForCausalLM, norms after": Family(
         {
@@ -232,24 +269,20 @@ FAMILIES: dict[str, Family] = {
     "GraniteMoeForCausalLM": Family(
         {**GQA, **_EXPERTS, "residual_multiplier": 0.22, "attention_multiplier": 0.3}, layout="scaled_pre_ln"
     ),
+    # An expert is weighed against those alone that come near it, which jumps; the noise says how near.
+    "PhimoeForCausalLM, experts held": Family(
+        {**GQA, "num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.3}, experts="held"
+    ),
     "MiniMaxM2ForCausalLM": _layout({**_HEADS, **_EXPERTS, "rotary_dim": 4}),
     "AfmoeForCausalLM": _no_messages({**_HEADS, **_EXPERTS}, "pre_post_ln"),
     "LagunaForCausalLM": _no_messages({**_HEADS, **_EXPERTS}),
-    # Attention in some blocks only; the second has it.
-    "JambaForCausalLM": Family(
-        {
-            **GQA,
-            **_EXPERTS,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "mamba_d_state": 4,
-            "mamba_dt_rank": 4,
-            "use_mamba_kernels": False,
-        }
-    ),
-    "GraniteMoeHybridForCausalLM": Family(
-        {**GQA, **_EXPERTS, **_MAMBA, "layer_types": ["attention"] * 2, "shared_intermediate_size": 24}
-    ),
+    # Attention in some blocks only, which are held like any others, and what stands in its place in the others.
+    "JambaForCausalLM": Family(_JAMBA),
+    "JambaForCausalLM, Mamba": _mixer(_JAMBA),
+    "BambaForCausalLM": Family(_BAMBA),
+    "BambaForCausalLM, Mamba 2": _mixer(_BAMBA),
+    "GraniteMoeHybridForCausalLM": Family({**_GRANITE_HYBRID, "layer_types": ["attention"] * 2}),
+    "GraniteMoeHybridForCausalLM, Mamba 2": _mixer({**_GRANITE_HYBRID, "layer_types": ["mamba", "attention"]}),
     "GraniteMoeHybridForCausalLM, rotary": Family(
         {
             **GQA,
@@ -262,24 +295,38 @@ FAMILIES: dict[str, Family] = {
         },
         layout="scaled_pre_ln",
     ),
-    "Lfm2ForCausalLM": _layout(
-        {**GQA, "layer_types": ["conv", "full_attention"], "block_ff_dim": 48}, out="self_attn.out_proj"
-    ),
+    "Lfm2ForCausalLM": _layout(_LFM2, out="self_attn.out_proj"),
+    "Lfm2ForCausalLM, convolution": _mixer(_LFM2),
+    "Lfm2MoeForCausalLM": _layout({**_LFM2, **_EXPERTS, "num_dense_layers": 1}, out="self_attn.out_proj"),
+    "NemotronHForCausalLM": Family(_NEMOTRON_H, out="mixer.o_proj"),
+    "NemotronHForCausalLM, Mamba 2": _mixer(_NEMOTRON_H),
+    "NemotronHForCausalLM, MLP": _mixer(_NEMOTRON_H, layer=2),
+    "NemotronHForCausalLM, experts": _mixer(_NEMOTRON_H, layer=3),
     "OlmoHybridForCausalLM": _layout({**_DELTA, "linear_num_key_heads": 4}, "pre_post_ln"),
-    "Qwen3_5ForCausalLM": _no_messages(_DELTA, wrong_on="3."),  # cannot run there
+    "OlmoHybridForCausalLM, delta rule": _mixer({**_DELTA, "linear_num_key_heads": 4}),
+    # Of these TransformerLens 3.9 cannot run the other blocks.
+    "Qwen3_5ForCausalLM": _no_messages(_DELTA, wrong_on="3."),
+    "Qwen3_5ForCausalLM, delta rule": _mixer(_DELTA, wrong_on="3."),
+    "Qwen3_5MoeForCausalLM": _no_messages({**_DELTA, **_EXPERTS}, wrong_on="3."),
     "Qwen3NextForCausalLM": _no_messages({**_DELTA, **_EXPERTS}, wrong_on="3."),
-    # No attention with separable heads.
-    "RecurrentGemmaForCausalLM": _no_messages(
-        {
-            **_HEADS,
-            "lru_width": 32,
-            "block_types": ["recurrent", "attention"],
-            "attention_window_size": 16,
-        },
-        "block_only",
-        out="temporal_block.o_proj",
+    "Qwen3NextForCausalLM, delta rule": _mixer({**_DELTA, **_EXPERTS}, wrong_on="3."),
+    "RecurrentGemmaForCausalLM": Family(_RECURRENT_GEMMA, out="temporal_block.o_proj"),
+    "RecurrentGemmaForCausalLM, RG-LRU": _mixer(_RECURRENT_GEMMA),
+    # No block with separable heads: none at all, experts with heads of their own (JetMoE), a recurrence beside them
+    # (Falcon-H1) or behind them (Zamba 2).
+    "MambaForCausalLM": _mixer({**SMALL, "state_size": 4}, "backbone.layers", layer=1),
+    "FalconMambaForCausalLM": _mixer({**SMALL, "state_size": 4}, "backbone.layers", layer=1),
+    "Mamba2ForCausalLM": _mixer(
+        {**SMALL, "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 2, "chunk_size": 3},
+        "backbone.layers",
+        layer=1,
     ),
-    "MambaForCausalLM": _no_messages(
-        {**SMALL, "state_size": 4}, "block_only", layers="backbone.layers", out="mixer.out_proj"
+    "RwkvForCausalLM": _mixer({**_RWKV, "rescale_every": 1}, "rwkv.blocks", layer=1),
+    "RwkvForCausalLM, first block": _mixer(_RWKV, "rwkv.blocks"),
+    "JetMoeForCausalLM": _mixer(
+        {**SMALL, **_EXPERTS, "num_key_value_heads": 2, "kv_channels": 8, "activation_function": "silu"}, layer=1
     ),
+    "FalconH1ForCausalLM": _mixer({**_HEADS, **_MAMBA, "mamba_d_ssm": 64}, layer=1),
+    "Zamba2ForCausalLM": _mixer(_ZAMBA2, layer=1),
+    "Zamba2ForCausalLM, Mamba 2": _mixer(_ZAMBA2),
 }

@@ -1,10 +1,11 @@
-"""The maps from `zero` by naive autograd through a plain transformers model: no hook of TransformerLens, none of ours.
+"""The maps by naive autograd through a plain transformers model: no hook of TransformerLens, none of ours.
 
 The model runs whole, in float64, with the vectors that enter one of its layers, and what the linear map after its heads
 puts out, replaced by points of the path.
 """
 
 import itertools
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ class Maps:
 
 
 def maps_from_zero(model: nn.Module, layer: nn.Module, out: nn.Linear, n_heads: int, **prompt: Tensor) -> Maps:
-    """All maps of one layer.
+    """All maps of one layer, from `zero`.
 
     Args:
         model: a plain model in float64.
@@ -67,15 +68,65 @@ def maps_from_zero(model: nn.Module, layer: nn.Module, out: nn.Linear, n_heads: 
     return Maps(attn, mlp, skip, block)
 
 
+def block_map(model: nn.Module, layer: nn.Module, baseline: str, **prompt: Tensor) -> Tensor:
+    """The block map alone, [src, dst], of a layer that need not have heads.
+
+    Args:
+        model, layer, prompt: as above.
+        baseline: `zero`, or `itb`, which has a path for each destination.
+    """
+    run = _Run(model, layer, None, 0, prompt)
+    resid, _ = run.seen()
+    # Besides, what is normed may turn round anywhere on the way (keys of a delta rule).
+    a, weights = gauss(np.concatenate([[0.0], np.logspace(-18, -2, 129), np.linspace(0.01, 1, 200)[1:]]), 10)
+    result = torch.zeros(len(resid), len(resid), dtype=torch.float64)
+    for j in range(len(resid)):
+        start = torch.zeros_like(resid) if baseline == "zero" else resid[j].expand_as(resid)
+        x = (start + a[:, None, None] * (resid - start)).requires_grad_()
+        moved = (run.at(x)[1] - run.at(start[None])[1])[:, j]
+        (by_x,) = torch.autograd.grad(moved.norm(dim=-1).sum(), x)
+        result[:, j] = torch.einsum("n,npm,pm->p", weights, by_x, resid - start)
+        with torch.no_grad():
+            total = (run.at(resid[None])[1] - run.at(start[None])[1])[0, j].norm()
+        assert float((result[:, j].sum() - total).abs()) <= 2e-5 * float(total), "more nodes"
+    return result
+
+
+def metric_by_source(
+    model: nn.Module, layer: nn.Module, metric: Callable[[Tensor], Tensor], clean: Tensor, corrupted: Tensor
+) -> tuple[Tensor, float]:
+    """What each position's residual vector before a layer contributes to a metric, and what the metric changes by.
+
+    Args:
+        model, layer: as above.
+        metric: of a batch of logits.
+        clean, corrupted: prompts, [1, pos].
+    """
+    runs = [_Run(model, layer, None, 0, {"input_ids": prompt}) for prompt in (corrupted, clean)]
+    start, end = (run.seen()[0] for run in runs)
+    a, weights = gauss(np.linspace(0, 1, 41), 10)
+    x = (start + a[:, None, None] * (end - start)).requires_grad_()
+    with _hooked(layer, None, {}, resid=x):
+        values = metric(runs[1].model_output(len(x)).logits)
+    (by_x,) = torch.autograd.grad(values.sum(), x)
+    with torch.no_grad():
+        before, after = (float(metric(model(input_ids=prompt).logits)) for prompt in (corrupted, clean))
+    return torch.einsum("n,npm,pm->p", weights, by_x, end - start), after - before
+
+
 def missed(flow: Any, expected: Maps, allowed: float, row: int = 0) -> float:
     """How far a Flow's maps are from these, relative to the largest of each; the worst, which is `allowed` at most."""
     worst = 0.0
     for name in (*flow.maps, *(("skip",) if "mlp" in flow.maps else ())):
-        found, wanted = getattr(flow, name)[row].double(), getattr(expected, name)
-        one = float((found - wanted).abs().max()) / float(wanted.abs().max())
-        assert one <= allowed, (name, one)
-        worst = max(worst, one)
+        worst = max(worst, apart(getattr(flow, name)[row], getattr(expected, name), allowed, name))
     return worst
+
+
+def apart(found: Tensor, wanted: Tensor, allowed: float, name: str) -> float:
+    """How far a tensor is from what it should be, relative to the largest number there; `allowed` at most."""
+    one = float((found.double() - wanted).abs().max()) / (float(wanted.abs().max()) or 1.0)
+    assert one <= allowed, (name, one)
+    return one
 
 
 def _nodes() -> tuple[Tensor, Tensor]:
@@ -93,34 +144,38 @@ def gauss(edges: np.ndarray, n_nodes: int) -> tuple[Tensor, Tensor]:
 
 class _Run:
     def __init__(
-        self, model: nn.Module, layer: nn.Module, out: nn.Module, n_heads: int, prompt: dict[str, Tensor]
+        self, model: nn.Module, layer: nn.Module, out: nn.Module | None, n_heads: int, prompt: dict[str, Tensor]
     ) -> None:
         self.model, self.layer, self.out, self.n_heads, self.prompt = model, layer, out, n_heads, prompt
 
-    def seen(self) -> tuple[Tensor, Tensor]:
-        """What enters the layer, and its head outputs."""
+    def seen(self) -> tuple[Tensor, Tensor | None]:
+        """What enters the layer, and its head outputs, if it has any."""
         kept: dict[str, Tensor] = {}
         with torch.no_grad(), _hooked(self.layer, self.out, kept):
-            self._model(1)
-        self.attn_out, self.n_pos = kept["attn_out"][0].detach(), kept["resid"].shape[1]
+            self.model_output(1)
+        self.n_pos = kept["resid"].shape[1]
+        if self.out is None:
+            return kept["resid"][0].detach(), None
+        self.attn_out = kept["attn_out"][0].detach()
         return kept["resid"][0].detach(), self._heads(kept["z"])[0]
 
-    def at(self, resid: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, resid: Tensor) -> tuple[Tensor | None, Tensor]:
         """Head outputs and the layer's output, when these vectors [point, pos, d_model] enter it."""
         kept: dict[str, Tensor] = {}
         with _hooked(self.layer, self.out, kept, resid=resid):
-            self._model(len(resid))
-        return self._heads(kept["z"]), kept["output"]
+            self.model_output(len(resid))
+        return None if self.out is None else self._heads(kept["z"]), kept["output"]
 
     def tail(self, skip: Tensor, attn_out: Tensor) -> Tensor:
         """The layer's output, when `skip` enters it and its heads' map puts this out."""
         kept: dict[str, Tensor] = {}
         with _hooked(self.layer, self.out, kept, resid=skip, attn_out=attn_out):
-            self._model(len(skip))
+            self.model_output(len(skip))
         return kept["output"]
 
-    def _model(self, batch: int) -> None:
-        self.model(**{name: value.expand(batch, *value.shape[1:]) for name, value in self.prompt.items()})
+    def model_output(self, batch: int) -> Any:
+        """The model on this many copies of the prompt, under whatever hooks are on it."""
+        return self.model(**{name: value.expand(batch, *value.shape[1:]) for name, value in self.prompt.items()})
 
     def _heads(self, z: Tensor) -> Tensor:
         return z.reshape(-1, self.n_pos, self.n_heads, z.shape[-1] // self.n_heads)
@@ -129,7 +184,7 @@ class _Run:
 @contextmanager
 def _hooked(
     layer: nn.Module,
-    out: nn.Module,
+    out: nn.Module | None,
     kept: dict[str, Tensor],
     resid: Tensor | None = None,
     attn_out: Tensor | None = None,
@@ -147,11 +202,9 @@ def _hooked(
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         kept["output"] = output[0] if isinstance(output, (tuple, list)) else output
 
-    handles = [
-        layer.register_forward_pre_hook(enter, with_kwargs=True),
-        out.register_forward_hook(through),
-        layer.register_forward_hook(leave),
-    ]
+    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True), layer.register_forward_hook(leave)]
+    if out is not None:
+        handles.append(out.register_forward_hook(through))
     try:
         yield
     finally:

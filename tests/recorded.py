@@ -25,7 +25,8 @@ Every row was held against naive float64 autograd through the plain transformers
 
 Others may work as well: `ll.load_model` takes what TransformerLens' bridge takes and says where that computes something
 else than the plain model, and `ll.describe_boundaries(model)` finds the nodes of every block numerically. A family that
-cannot be served is named on loading; a block whose attention has no separable heads has the `block` map alone.
+cannot be served is named on loading; a block whose attention has no separable heads has the `block` map alone,
+which is then held from `zero` and from `itb`.
 
 `difference` is the largest difference from the oracle, relative to the largest contribution; `engine` is what
 `engine="auto"` takes for `attn` and `block`.

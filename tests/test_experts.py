@@ -34,6 +34,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "GptOssForCausalLM": {"head_dim": 8, "sliding_window": 3},
     "GraniteMoeForCausalLM": {"residual_multiplier": 0.3},
     "DeepseekV3ForCausalLM": LATENT,
+    "PhimoeForCausalLM": {},
+    "JetMoeForCausalLM": {"kv_channels": 8, "activation_function": "silu"},
 }
 ASKED = {"attn_baseline": "zero", "mlp_baseline": "zero", "block_baseline": "zero", "progress": False}
 
@@ -67,12 +69,13 @@ def close(found: Tensor, wanted: Tensor) -> None:
 def test_held_experts_converge_and_add_up(kind: str, tmp_path: Path) -> None:
     """Without the choice held the same nodes do not suffice."""
     _, model = pair(kind, tmp_path)
+    maps = ("block",) if kind == "JetMoeForCausalLM" else ("mlp", "block")
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
-        held = ll.attribute(model, IDS, layers=[1], maps=("mlp", "block"), experts="held", tol=1e-4, **ASKED)
+        held = ll.attribute(model, IDS, layers=[1], maps=maps, experts="held", tol=1e-4, **ASKED)
     assert held.settings["experts"] == "held"
     with pytest.warns(ConvergenceWarning, match="experts='held' keeps those"):
-        free = ll.attribute(model, IDS, layers=[1], maps=("mlp", "block"), tol=1e-4, max_nodes=400, **ASKED)
+        free = ll.attribute(model, IDS, layers=[1], maps=maps, tol=1e-4, max_nodes=400, **ASKED)
     assert "experts" not in free.settings and not all(bool(free.converged[name].all()) for name in free.maps)
 
 
@@ -140,6 +143,15 @@ def test_held_experts_are_those_of_plain_torch(tmp_path: Path) -> None:
         close(flow.mlp[0, :, j], heads)
 
 
+def test_routers_within_attention_are_held_too(tmp_path: Path) -> None:
+    """JetMoE's heads are experts; from `zero` and `itb` those of the destination rest, so from another prompt."""
+    _, model = pair("JetMoeForCausalLM", tmp_path)
+    asked = {**ASKED, "block_baseline": "corrupted", "corrupted": [9, 3, 17, 28, 2], "maps": "block", "layers": [1]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        ll.attribute(model, IDS, experts="held", tol=1e-4, **asked)
+
+
 def test_a_block_without_experts_is_the_same(tmp_path: Path) -> None:
     model = ll.load_model("induction")
     free, held = (ll.attribute(model, IDS, layers=[1], experts=how, progress=False) for how in ("free", "held"))
@@ -147,10 +159,14 @@ def test_a_block_without_experts_is_the_same(tmp_path: Path) -> None:
 
 
 def test_a_choice_of_another_kind_is_refused(tmp_path: Path) -> None:
-    """PhiMoE's router looks for one expert after the other."""
-    _, model = pair("PhimoeForCausalLM", tmp_path)
+    """Switch Transformers' routers take the number of the largest alone."""
+    sizes = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2}
+    config = transformers.SwitchTransformersConfig(**sizes, num_experts=4, num_sparse_encoder_layers=2)
+    transformers.SwitchTransformersForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny_tokenizer("gpt2").save_pretrained(tmp_path)
+    model = ll.load_model(str(tmp_path), device="cpu")
     with pytest.raises(BoundaryError, match="does not choose its experts by the k largest scores"):
-        ll.attribute(model, IDS, layers=[1], experts="held", **ASKED)
+        ll.attribute(model, (IDS, IDS), stream="encoder", experts="held", **ASKED)
 
 
 def test_a_metric_takes_none() -> None:

@@ -1,8 +1,11 @@
 """Families of models as checkpoints, loaded as a user would: their logits, their maps, and what is refused."""
 
+import contextlib
 import copy
+import re
 import shutil
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +18,7 @@ import transformers
 from checkpoints import GPT2, GQA, IDS, OTHER, SMALL, saved
 from families import FAMILIES, Family
 from family_knock_outs import knocked_out
-from family_oracle import maps_from_zero, missed
+from family_oracle import apart, block_map, maps_from_zero, missed
 from recorded import held
 from tiny_models import VOCAB
 from transformer_lens.model_bridge import TransformerBridge
@@ -44,7 +47,6 @@ CLASSIFIERS = {
 
 
 T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4}
-XGLM = {"vocab_size": VOCAB, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48}
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if not hasattr(transformers, kind):
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     plain = saved(kind, folder, **row.config).double()
-    one_by_one(plain)
+    ready(plain)
     if version("transformer_lens").startswith(row.wrong_on):
         with pytest.warns(ll.BridgeWarning) if "HunYuan" in kind else pytest.raises(BoundaryError, match="run alone"):
             ll.describe_boundaries(ll.load_model(str(folder), device="cpu", dtype="float64"))
@@ -79,34 +81,137 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         return Loaded(name, row, plain, ll.load_model(str(folder), device="cpu", dtype="float64"), folder)
 
 
-def one_by_one(plain: Any) -> None:
-    """Let a model's experts run one by one: their joint product of matrices knows no float64."""
+def ready(plain: Any) -> None:
+    """Let a plain model run in float64, with gradients."""
+    plain.config.use_cache = False  # RWKV writes its states in place
     if hasattr(plain, "set_experts_implementation"):
-        plain.set_experts_implementation("eager")
+        plain.set_experts_implementation("eager")  # the joint product of matrices knows no float64
+    if "XGLM" in type(plain).__name__:
+        plain.forward = in_double(plain.forward)
+
+
+def in_double(run: Callable[..., Any]) -> Callable[..., Any]:
+    """XGLM's own attention makes a number of PyTorch's default dtype of the smallest float64."""
+
+    def ran(*args: Any, **kwargs: Any) -> Any:
+        torch.set_default_dtype(torch.float64)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return ran
 
 
 def test_maps_are_those_of_the_plain_model(loaded: Loaded) -> None:
     """Against autograd through the plain transformers model, in float64."""
-    row, plain = loaded.row, loaded.plain
-    layer = plain.get_submodule(row.layers)[1]
-    expected = maps_from_zero(plain, layer, layer.get_submodule(row.out), 4, input_ids=torch.tensor([IDS[:4]]))
-    asked = {"attn_baseline": "zero", "mlp_baseline": "zero", "block_baseline": "zero", "maps": loaded.maps}
-    flow = ll.attribute(loaded.model, IDS[:4], layers=[1], tol=1e-5, max_nodes=8192, progress=False, **asked)
+    row, plain, prompt = loaded.row, loaded.plain, torch.tensor([IDS[:4]])
+    asked = {"layers": [row.layer], "maps": loaded.maps, "tol": 1e-5, "max_nodes": 8192, "progress": False}
+    zero = {"attn_baseline": "zero", "mlp_baseline": "zero", "block_baseline": "zero", "experts": row.experts}
+    flow = ll.attribute(loaded.model, IDS[:4], **asked, **zero)
     assert flow.layouts == (row.layout,)
     assert {flow.engines[name][0] for name in loaded.maps if name != "mlp"} == {row.engine}
-    held(loaded.name, "text", flow, missed(flow, expected, 1e-4))
+    layer = plain.get_submodule(row.layers)[row.layer]
+    if row.layout == "block_only":
+        difference = max(
+            apart(found.block[0], block_map(plain, layer, baseline, input_ids=prompt), 1e-4, baseline)
+            for baseline, found in (("zero", flow), ("itb", ll.attribute(loaded.model, IDS[:4], **asked)))
+        )
+    else:
+        with held_to(prompt, plain, layer) if row.experts == "held" else contextlib.nullcontext():
+            expected = maps_from_zero(plain, layer, layer.get_submodule(row.out), 4, input_ids=prompt)
+        difference = missed(flow, expected, 1e-4)
+    held(loaded.name, "text", flow, difference)
+
+
+@contextlib.contextmanager
+def held_to(prompt: torch.Tensor, plain: Any, layer: Any) -> Iterator[None]:
+    """PhiMoE's router by hand, with both experts, and those they are weighed against, as on the prompt."""
+    router, seen = layer.mlp.router, []
+    handle = router.register_forward_hook(lambda _module, args, output: seen.append((output[0], output[2])))
+    with torch.no_grad():
+        plain(prompt)
+    handle.remove()
+    (scores, chosen), near = seen[0], []
+    rest = scores.clone()
+    for which in chosen.T[..., None]:
+        best = rest.gather(-1, which)
+        near.append((best - scores) / scores.abs().clamp(min=best) <= 2 * router.router_jitter_noise)
+        near[-1] &= rest > -torch.inf
+        rest = rest.scatter(-1, which, -torch.inf)
+
+    def forward(hidden: torch.Tensor) -> Any:
+        made = hidden @ router.weight.T
+        of = torch.arange(len(hidden)) % len(chosen)
+        exps = [made.exp() * kept[of] for kept in near]
+        weights = [(exp / exp.sum(-1, keepdim=True)).gather(-1, chosen[of, n, None]) for n, exp in enumerate(exps)]
+        return made, torch.cat(weights, -1), chosen[of]
+
+    router.forward = forward
+    try:
+        with torch.no_grad():
+            assert not any(bool(kept.all()) for kept in near) and any(bool((kept.sum(-1) > 1).any()) for kept in near)
+        yield
+    finally:
+        del router.forward
+
+
+def test_logits_of_families_are_those_of_the_plain_model(loaded: Loaded) -> None:
+    ids = torch.tensor([IDS])
+    with torch.no_grad():
+        found, expected = loaded.model(ids), loaded.plain(ids).logits
+    torch.testing.assert_close(found if isinstance(found, torch.Tensor) else found[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_runs_share_no_state(loaded: Loaded) -> None:
+    """Neither items of a batch nor one run and the next; and the model is left as it was."""
+    asked = {"layers": [loaded.row.layer], "maps": "block", "block_baseline": "zero", "progress": False}
+    asked |= {"tol": 0.1, "engine": "hooks"}
+    with torch.no_grad():
+        before = loaded.model(torch.tensor([IDS]))
+        batch = [ll.attribute(loaded.model, [OTHER, IDS[:4]], **asked)[1] for _ in range(2)]
+        alone = ll.attribute(loaded.model, IDS[:4], max_batch_tokens=4, **asked)
+        after = loaded.model(torch.tensor([IDS]))
+    assert torch.equal(batch[0].block, batch[1].block)
+    assert float((batch[0].block - alone.block).abs().max()) <= 1e-5 * float(alone.block.abs().max())
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_maps_that_a_block_lacks_are_refused(loaded: Loaded) -> None:
+    """With the reason, and the map that it has."""
+    if loaded.row.layout != "block_only":
+        pytest.skip("it has all")
+    layer = loaded.row.layer
+    described = ll.describe_boundaries(loaded.model)[layer]
+    assert described.layout == "block_only" and described.hook_z is None
+    reason = r"no attention with separable heads|after attention it mixes positions"
+    assert re.search(reason, described.why_hooks)
+    for maps in (("attn",), ("mlp", "block")):
+        with pytest.raises((InputError, BoundaryError), match=rf"Block {layer}.*({reason}).*use maps=\('block',\)"):
+            ll.attribute(loaded.model, IDS, layers=[layer], maps=maps, progress=False)
+    with pytest.raises((InputError, BoundaryError), match=rf"Block {layer}.*({reason})"):
+        ll.attribute(loaded.model, IDS, corrupted=OTHER, target=ll.metric(curved), layers=[layer], progress=False)
 
 
 def test_edges_are_knocked_out_as_by_hand(loaded: Loaded) -> None:
     """Against the plain model with eager attention, in whose softmax the edge is put to 0."""
     if not loaded.row.knock_outs:
-        with pytest.raises((InputError, BoundaryError), match=r"cannot be read|no attention with separable heads"):
-            ll.patching.knock_out(loaded.model, IDS, curved, edges=[(1, 1, 2, 3)], progress=False)
+        with pytest.raises(
+            (InputError, BoundaryError), match=r"cannot be read|no attention with separable heads|mixes positions"
+        ):
+            ll.patching.knock_out(
+                loaded.model,
+                IDS,
+                curved,
+                layers=[loaded.row.layer],
+                edges=[(loaded.row.layer, 1, 2, 3)],
+                progress=False,
+            )
         return
     if "ALiBi" in loaded.name:
         pytest.skip("transformers' eager attention adds the bias twice")
     eager = type(loaded.plain).from_pretrained(loaded.folder, attn_implementation="eager").double().eval()
-    one_by_one(eager)
+    ready(eager)
     attentions_before = int(ll.describe_boundaries(loaded.model)[0].layout != "block_only")
     effects = ll.patching.knock_out(loaded.model, IDS, curved, layers=[1], progress=False)
     # Some models round to single precision inside, so weak edges would tell nothing.
@@ -154,7 +259,7 @@ def test_padding_on_either_side_changes_nothing(loaded: Loaded) -> None:
     hook = loaded.model.original_model.get_input_embeddings().register_forward_pre_hook(
         lambda _module, args: seen.append(args[0])
     )
-    asked = {"layers": [1], "maps": loaded.maps[0], "tol": 0.1, "progress": False}
+    asked = {"layers": [loaded.row.layer], "maps": loaded.maps[0], "tol": 0.1, "progress": False}
     asked[f"{loaded.maps[0]}_baseline"] = "zero"
     ids, flows = IDS[:3], []
     try:
@@ -289,10 +394,18 @@ def test_blocks_that_were_never_loaded_are_named(tmp_path: Path) -> None:
         ll.load_model(str(tmp_path))
 
 
-def test_a_family_that_is_not_served_is_named(tmp_path: Path) -> None:
-    config = transformers.FunnelConfig(vocab_size=VOCAB, d_model=32, n_head=4, d_head=8, d_inner=48, block_sizes=[1, 1])
-    transformers.FunnelModel(config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"FunnelModel \(model_type 'funnel'\) is served neither by"):
+@pytest.mark.parametrize(
+    "kind, config",
+    [
+        ("FunnelModel", {"vocab_size": VOCAB, "d_model": 32, "n_head": 4, "d_head": 8, "block_sizes": [1, 1]}),
+        ("xLSTMForCausalLM", {"vocab_size": VOCAB, "hidden_size": 32, "num_blocks": 2, "num_heads": 4}),
+        ("MiniMaxForCausalLM", {**GQA, "head_dim": 8, "num_local_experts": 2}),
+    ],
+)
+def test_a_family_that_is_not_served_is_named(kind: str, config: dict[str, Any], tmp_path: Path) -> None:
+    model_class = getattr(transformers, kind)
+    model_class(model_class.config_class(**config)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=rf"{kind} \(model_type '\w+'\) is served neither by"):
         ll.load_model(str(tmp_path))
 
 
@@ -318,7 +431,6 @@ def test_a_bridge_that_computes_something_else_is_named(tmp_path: Path, monkeypa
     "kind, config, dtype, message",
     [
         ("GPTBigCodeForCausalLM", {**GPT2, "multi_query": False}, "float32", "only supports multi_query=True"),
-        ("XGLMForCausalLM", XGLM, "float64", "cannot run in float64 .* and neither can the plain XGLMForCausalLM"),
     ],
 )
 def test_what_cannot_be_served_is_refused_on_loading(
@@ -329,14 +441,14 @@ def test_what_cannot_be_served_is_refused_on_loading(
         ll.load_model(str(tmp_path), device="cpu", dtype=dtype)
 
 
-def test_what_runs_in_single_precision_alone_is_served_in_it(tmp_path: Path) -> None:
-    """XGLM's own attention makes a float32 number of the smallest float64."""
-    plain = saved("XGLMForCausalLM", tmp_path, **XGLM)
-    model = ll.load_model(str(tmp_path), device="cpu")
-    torch.testing.assert_close(model(torch.tensor([IDS])), plain(torch.tensor([IDS])).logits, rtol=1e-5, atol=1e-5)
-    assert {block.layout for block in ll.describe_boundaries(model)} == {"pre_ln"}
-    flow = ll.attribute(model, IDS, progress=False)
-    assert all(bool(flow.converged[name].all()) for name in flow.maps)
+def test_what_neither_the_bridge_nor_the_plain_model_can_run_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XGLM in float64, as it is without this package's adapter."""
+    monkeypatch.setattr("lig_lens.models.served.MENDED", {})
+    saved("XGLMForCausalLM", tmp_path, **FAMILIES["XGLMForCausalLM"].config)
+    with pytest.raises(InputError, match=r"cannot run in float64 .* and neither can the plain XGLMForCausalLM"):
+        ll.load_model(str(tmp_path), device="cpu", dtype="float64")
 
 
 def test_a_classifier_of_another_shape_is_named(tmp_path: Path) -> None:

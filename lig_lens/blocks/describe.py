@@ -31,7 +31,7 @@ def describe_boundaries(
         stream: of a model with an encoder and a decoder, whose blocks and which attention (see `attribute`).
 
     Raises:
-        BoundaryError: a block's nodes do not reproduce it.
+        BoundaryError: a block does alone something else than in the model.
         InputError: not a hooked model, one in train mode with dropout, or tokens that cannot be read.
     """
     if isinstance(model, (str, Path)):
@@ -44,5 +44,5 @@ def describe_boundaries(
         tokens = kind.arbitrary(hooked)
     with one_at_a_time(hooked):
         inputs = kind.read(hooked, tokens, what="tokens")
-        found = Blocks(stack, range(len(stack))).record(inputs, Needs(formula=False)).visited
+        found = Blocks(stack, range(len(stack))).record(inputs, Needs(heads=False, formula=False)).visited
     return [found[layer].block.boundaries for layer in range(len(stack))]

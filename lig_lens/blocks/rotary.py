@@ -87,7 +87,21 @@ def _embed_positions(call: BlockCall) -> tuple[Tensor, Tensor] | None:
     return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 
 
-_TABLES = {"position_embeddings": _given, "rotary_cos": _cos_and_sin, "embed_positions": _embed_positions}
+def _own_module(call: BlockCall) -> tuple[Tensor, Tensor] | None:
+    """Tables that attention has made for the positions that it is given (RecurrentGemma)."""
+    make = getattr(getattr(call.modules["attn"], "original_component", None), "rotary_emb", None)
+    given = (call.kwargs.get("position_ids"), *call.args)
+    positions = next((one for one in given if isinstance(one, Tensor) and one.dtype is torch.long), None)
+    made = None if make is None or positions is None else make(call.resid_pre, positions)
+    return (made[0], made[1]) if isinstance(made, tuple) and len(made) == 2 else None
+
+
+_TABLES = {
+    "position_embeddings": _given,
+    "rotary_cos": _cos_and_sin,
+    "embed_positions": _embed_positions,
+    "rotary_emb": _own_module,
+}
 ROTARY_KINDS = (
     *(RotaryKind(source, adjacent) for source in _TABLES for adjacent in (False, True)),
     *(RotaryKind("position_embeddings", adjacent, backwards=True) for adjacent in (False, True)),

@@ -2,8 +2,10 @@
 
 A router takes the k largest of its scores, so what a block with experts puts out jumps where the choice changes. Held,
 it chooses what it chose on the prompt at each position, and weighs the experts by its scores on the vectors at hand.
-Whatever a model's routers look like, they choose with `topk`; attention may too (which tokens it looks at), and is left
-alone.
+Whatever a model's routers look like, they choose with `topk`, or with `max` along an axis and `masked_fill` (PhiMoE's
+take one expert after the other, and weigh it against those that come near it). The latter two are looked at within
+routers alone, since others use them as well. Attention may choose which tokens it looks at, and is left alone, but for
+routers of its own (JetMoE, whose heads are experts).
 """
 
 import contextlib
@@ -27,60 +29,78 @@ def has_experts(block: nn.Module) -> bool:
     return any(type(one).__name__.endswith("Experts") for one in block.modules())
 
 
-class _TopK(TorchFunctionMode):
-    """Sees the choices of routers, or makes them."""
+_TOP_K, _MAX, _MASKED = (torch.topk, Tensor.topk), (torch.max, Tensor.max), (torch.masked_fill, Tensor.masked_fill)
+
+
+class _Choices(TorchFunctionMode):
+    """Sees the choices of routers, or makes them.
+
+    Attributes:
+        paused: while attention runs.
+        routers: how many routers are running, one within another.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.paused = False
+        self.paused, self.routers = False, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        chosen = func(*args, **(kwargs or {}))
-        if func not in (torch.topk, Tensor.topk) or self.paused:
-            return chosen
-        return self.chosen(args[0] if args else kwargs["input"], chosen)
+        kwargs = kwargs or {}
+        found = func(*args, **kwargs)
+        if self.paused and not self.routers:
+            return found
+        if func in _TOP_K or (self.routers and func in _MAX and _keeps_axes(found, args[0])):
+            held = self.choice(found.indices)
+            scores = args[0] if args else kwargs["input"]
+            return found if held is found.indices else type(found)((scores.gather(-1, held), held))
+        if self.routers and func in _MASKED:
+            scores, mask, value = args
+            return func(scores, self.choice(mask), value)
+        return found
 
-    def chosen(self, scores: Tensor, free: Any) -> Any:
-        """What is handed on instead of the largest of the scores."""
+    def choice(self, free: Tensor) -> Tensor:
+        """What is chosen, instead of what the router would choose."""
         return free
 
 
-class _Seen(_TopK):
+def _keeps_axes(found: Any, scores: Tensor) -> bool:
+    """Whether a maximum was taken along the last axis, which stays."""
+    indices = getattr(found, "indices", None)
+    return isinstance(indices, Tensor) and indices.shape == (*scores.shape[:-1], 1)
+
+
+class _Seen(_Choices):
     def __init__(self, n_pos: int) -> None:
         super().__init__()
         self.n_pos, self.routes = n_pos, list[Tensor]()
 
-    def chosen(self, scores: Tensor, free: Any) -> Any:
+    def choice(self, free: Tensor) -> Tensor:
         """See the base class."""
-        if free.indices.shape[0] == 1 < self.n_pos:
-            self.routes.append(free.indices[0])
-        else:
-            self.routes.append(free.indices)
+        self.routes.append(free[0] if free.shape[0] == 1 < self.n_pos else free)
         return free
 
 
-class _Held(_TopK):
+class _Held(_Choices):
     def __init__(self, routes: Routes, positions: Int[Tensor, "item"]) -> None:
         super().__init__()
         self.waiting, self.positions = list(routes), positions
 
-    def chosen(self, scores: Tensor, free: Any) -> Any:
+    def choice(self, free: Tensor) -> Tensor:
         """See the base class.
 
         Raises:
             BoundaryError: the router chooses of something else than on the prompt.
         """
         held = self.waiting.pop(0)[self.positions] if self.waiting else None
-        if held is None or held.numel() != free.indices.numel():
+        if held is None or held.numel() != free.numel():
             raise BoundaryError("A block's routers choose otherwise along the path: leave out experts='held'.")
-        held = held.reshape(free.indices.shape)
-        return torch.return_types.topk((scores.gather(-1, held), held))
+        return held.reshape(free.shape)
 
 
 @contextlib.contextmanager
 def routes_seen(modules: Mapping[str, nn.Module], n_pos: int) -> Iterator[list[Tensor]]:
     """Note what the routers of a block choose on a prompt of `n_pos` positions."""
-    with _outside_attention(_Seen(n_pos), modules) as seen:
+    with _watching(_Seen(n_pos), modules) as seen:
         yield seen.routes
 
 
@@ -93,18 +113,26 @@ def routes_held(modules: Mapping[str, nn.Module], routes: Routes, positions: Int
         routes: what they chose there.
         positions: of the prompt, at which each of the vectors that run through stands.
     """
-    with _outside_attention(_Held(routes, positions), modules) if routes else contextlib.nullcontext():
+    with _watching(_Held(routes, positions), modules) if routes else contextlib.nullcontext():
         yield
 
 
 @contextlib.contextmanager
-def _outside_attention(mode: Any, modules: Mapping[str, nn.Module]) -> Iterator[Any]:
+def _watching(mode: _Choices, modules: Mapping[str, nn.Module]) -> Iterator[Any]:
     def pause(*_: Any) -> None:
         mode.paused = True
 
     def go_on(*_: Any) -> None:
         mode.paused = False
 
+    def enter(*_: Any) -> None:
+        mode.routers += 1
+
+    def leave(*_: Any) -> None:
+        mode.routers -= 1
+
     pairs = [(modules["attn"], pause, True), (modules["attn"], go_on, False)] if "attn" in modules else []
+    for one in {id(one): one for one in modules.values() if "Router" in type(one).__name__}.values():
+        pairs += [(one, enter, True), (one, leave, False)]
     with module_hooks(pairs), mode:
         yield mode

@@ -14,7 +14,9 @@ from lig_lens.models.adapters.falcon import falcon_adapter
 from lig_lens.models.adapters.fused import split_modernbert
 from lig_lens.models.adapters.granite_hybrid import granite_hybrid_adapter
 from lig_lens.models.adapters.images import ImageNames
+from lig_lens.models.adapters.mixers import with_attention
 from lig_lens.models.adapters.own_modules import unroll_albert
+from lig_lens.models.adapters.xglm import xglm_adapter
 
 # The class of transformers that a model was saved as -> the architecture that the bridge knows, with the same modules.
 KIN: Mapping[str, str] = MappingProxyType(
@@ -216,5 +218,10 @@ MENDED: Mapping[str, Callable[[type], type]] = MappingProxyType(
         "FalconForCausalLM": falcon_adapter,
         "GraniteMoeHybridForCausalLM": granite_hybrid_adapter,
         **dict.fromkeys(("CohereForCausalLM", "Cohere2ForCausalLM"), cohere_adapter),
+        "XGLMForCausalLM": xglm_adapter,
+        "NemotronHForCausalLM": with_attention("model.layers", "mixer", {}),
+        "RecurrentGemmaForCausalLM": with_attention(
+            "model.layers", "temporal_block", {"ln1": "temporal_pre_norm", "ln2": "channel_pre_norm"}
+        ),
     }
 )
