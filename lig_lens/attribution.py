@@ -172,19 +172,23 @@ class _Run:
     def prepare(self, clean: Inputs, second: Inputs | None, destinations: tuple[int, ...]) -> Job:
         """Record the prompt's blocks, and check that they have what the maps need."""
         settings, metric = self.settings, self.settings.target
-        heads, by_message = any(one.needs_heads for one in self.maps), settings.split == "message"
+        with_heads, by_message = [one for one in self.maps if one.needs_heads], settings.split == "message"
+        heads, without_heads = bool(with_heads), "; ".join(dict.fromkeys(one.without_heads for one in with_heads))
         needs = Needs(
             heads=heads,
             formula=settings.engine != "hooks",
             pattern=any(settings.baseline_fact(name, "pattern") for name in settings.maps),
             v_path=by_message,
             routes=settings.experts == "held",
+            without_heads=without_heads,
         )
         downstream = corrupted = None
         with self._float32():
             recording = self.blocks.record(clean, needs, whole=metric.per_metric)
             if second is not None:
-                corrupted = self.blocks.record(second, Needs(heads, formula=False), whole=metric.per_metric)
+                corrupted = self.blocks.record(
+                    second, Needs(heads, formula=False, without_heads=without_heads), whole=metric.per_metric
+                )
             if isinstance(metric, Metric):
                 downstream = self._downstream(metric, recording.whole, None if corrupted is None else corrupted.whole)
         values = recording.visited

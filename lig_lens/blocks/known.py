@@ -50,6 +50,7 @@ class Needs:
         messages: pattern and values.
         middle: resid_mid.
         routes: hold the experts that the prompt chooses.
+        without_heads: what to do about a block whose heads are needed and cannot be told.
     """
 
     heads: bool = True
@@ -59,6 +60,7 @@ class Needs:
     messages: bool = False
     middle: bool = False
     routes: bool = False
+    without_heads: str = "leave the layer out."
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def _fitted(block: Block, call: BlockCall, seen: Seen, needs: Needs, fresh: bool
         fresh: whether the block was found on this very prompt.
     """
     if needs.heads and block.problem:
-        raise BoundaryError(block.problem)
+        raise BoundaryError(f"{block.problem} Take off hooks that edit the model, or {needs.without_heads}")
     scales = {path: seen.values[path][..., 0] for path in block.tail_norms if path in seen.values}
     if len(scales) < len(block.tail_norms):
         return None

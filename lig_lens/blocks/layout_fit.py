@@ -78,17 +78,17 @@ def find_bias(inside: Inside) -> Float[Tensor, "d_model"]:
         hooks: dict[str, Hook] = {inside.z_path: torch.zeros_like, inside.attn_out_path: outs.append}
         inside.call.run(inside.call.resid_pre[None], hooks)
         b_O = outs[0][0, 0]
-        _check_heads(inside, b_O, " Take off hooks that edit the model.")
+        _check_heads(inside, b_O)
     return b_O
 
 
-def _check_heads(inside: Inside, b_O: Float[Tensor, "d_model"], remedy: str) -> None:
+def _check_heads(inside: Inside, b_O: Float[Tensor, "d_model"]) -> None:
     attn_out = inside.attn_out
     error = relative(torch.einsum("phd,hdm->pm", inside.z, inside.W_O) + b_O - attn_out, attn_out)
     if not error <= ALLOWED:
         raise BoundaryError(
             f"Block {inside.call.layer}: hook_z times W_O plus b_O misses the attention output at "
-            f"'{inside.attn_out_path}' by {error:.1e} of it. The hook is not the head output before W_O.{remedy}"
+            f"'{inside.attn_out_path}' by {error:.1e} of it. The hook is not the head output before W_O."
         )
 
 
@@ -124,7 +124,7 @@ def diagnose(inside: Inside) -> tuple[Layout, Float[Tensor, "d_model"]]:
     }
     outputs = call.run(skip, hooks)
     b_O = attn_outs[0][1, 0]
-    _check_heads(inside, b_O, " Take off hooks that edit the model, or use maps=('block',).")
+    _check_heads(inside, b_O)
     if z.shape[0] > 1:
         leak = max(
             by_position((outputs[2] - output)[:-1], output[:-1]), by_position(outputs[3].roll(-1, 0) - output, output)
@@ -132,8 +132,7 @@ def diagnose(inside: Inside) -> tuple[Layout, Float[Tensor, "d_model"]]:
         if not leak <= _MAY_LEAK:
             raise BoundaryError(
                 f"Block {call.layer}: after attention it mixes positions or treats them differently (by {leak:.1e} of "
-                "its output), but only what acts on each token alike can be attributed to heads. Take off hooks that "
-                "edit the model, or use maps=('block',)."
+                "its output), but only what acts on each token alike can be attributed to heads."
             )
     trial = Trial(inside, b_O, moved, outputs[0], outputs[1])
     for layout in LAYOUTS:
@@ -141,5 +140,5 @@ def diagnose(inside: Inside) -> tuple[Layout, Float[Tensor, "d_model"]]:
             return layout, b_O
     raise BoundaryError(
         f"Block {call.layer}: its output follows neither the sum of skip connection and attention output, nor a norm "
-        "of the attention output, nor a parallel MLP. Take off hooks that edit the model, or use maps=('block',)."
+        "of the attention output, nor a parallel MLP."
     )
