@@ -4,6 +4,7 @@ They give what `autograd.py` gives, for blocks whose attention has a formula: so
 instead of one backward pass for each destination and head.
 """
 
+import functools
 from abc import abstractmethod
 
 import torch
@@ -14,6 +15,8 @@ from lig_lens.blocks.tail import Tail
 from lig_lens.blocks.values import Values
 from lig_lens.integrate.attention_path import AttentionPath, Moved, OwnPaths, SharedPath
 from lig_lens.integrate.integrand import Budget, PathIntegrand
+from lig_lens.integrate.quadrature import Sums
+from lig_lens.models.switches import Switches
 from lig_lens.paths.path import ResidPath
 from lig_lens.targets.target import DestinationTarget, Scalar
 
@@ -30,6 +33,7 @@ class _FromResid(PathIntegrand):
     ) -> None:
         super().__init__(values, scalar, dst, n_groups, n_parts=len(values))
         self.path, self.size = path, size
+        self.chunk = max(1, size // (values.heads.n_heads * len(values)))
         formula = values.heads.closed
         if path.start is None:
             self.attention: AttentionPath = OwnPaths(formula, dst)
@@ -60,15 +64,27 @@ class _FromResid(PathIntegrand):
         a: Float[Tensor, "panel node"],
         factors: Float[Tensor, "panel node column"],
         groups: Bool[Tensor, "panel group"],
-    ) -> Float[Tensor, "column panel group part"]:
+    ) -> Sums:
         """See `quadrature.Integrand`."""
         shape = (factors.shape[2], len(dst), self.n_groups, self.n_parts)
         result = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        slopes = result.new_zeros(len(dst), self.n_groups, a.shape[1])
         factors = factors.to(self.dtype).to(self.device).mT
         for panels in self.attention.work(dst, a, groups, self.size):
-            columns = factors[panels.rows] @ self._values(self.attention.move(panels))  # group panel column src
+            values = self._values(self.attention.move(panels))
+            slopes[panels.rows, self.groups] = values.sum(-1)
+            columns = factors[panels.rows] @ values  # group panel column src
             result[:, panels.rows, self.groups, : panels.n_src] = columns.permute(2, 0, 1, 3)
-        return result
+        return Sums(result, slopes)
+
+    @property
+    def switches(self) -> bool:
+        """See `quadrature.Integrand`; attention itself does not, or it would have no formula."""
+        return False
+
+    def margins(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item unit"]:
+        """See `quadrature.Integrand`."""
+        return torch.zeros(len(dst), 0)
 
 
 class _ToHeads(_FromResid):
@@ -99,16 +115,20 @@ class _ToBlock(_FromResid):
         self.tail = Tail(values, self.attn_out_start, self.skip_start, dst)
         self.start, self.scales = self.tail.out[:, None], self.tail.scales
 
-    def _tail(self, moved: Moved) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """What the tail gets, as leaves: [item d_model] each, and the scalars: [item 1]."""
+    def _leaves(self, moved: Moved) -> tuple[Tensor, Tensor]:
+        """What the tail gets: [item d_model] each."""
         panels = moved.panels
-        n_nodes = panels.a.shape[-1]
-        own, dst = (index[0].repeat_interleave(n_nodes) for index in (panels.own, panels.dst))
+        own = panels.own[0].repeat_interleave(panels.a.shape[-1])
         attn_out = torch.einsum("hpne,hem->pnm", moved.displacement, self.values.heads.W_O).flatten(0, 1)
-        leaves = (
+        return (
             self.attn_out_start[own] + attn_out,
             torch.addcmul(self.skip_start[own], panels.a.reshape(-1, 1), self.skip_step[own]),
         )
+
+    def _tail(self, moved: Moved) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """What the tail gets, as leaves, and the scalars: [item 1]."""
+        panels, leaves = moved.panels, self._leaves(moved)
+        own, dst = (index[0].repeat_interleave(panels.a.shape[-1]) for index in (panels.own, panels.dst))
         for leaf in leaves:
             leaf.requires_grad_(torch.is_grad_enabled())
         out = self.tail(*leaves, dst)[:, None]
@@ -131,6 +151,29 @@ class _ToBlock(_FromResid):
             by_own = (by_skip.reshape(*shape, -1) * step).sum(-1)[..., None]
             result.scatter_add_(-1, panels.dst[..., None, None].expand(1, *shape, 1), by_own[None])
         return result
+
+    @property
+    def switches(self) -> bool:
+        """See `quadrature.Integrand`; here it is the tail that may."""
+        return bool(self._switches)
+
+    @functools.cached_property
+    def _switches(self) -> Switches:
+        def run(n: int) -> None:
+            dst = self.attention.dst[:1].expand(n)
+            self.tail(*(one[:1].expand(n, -1) for one in (self.attn_out_start, self.skip_start)), dst)
+
+        return Switches(run, len(self.values))
+
+    @torch.no_grad()
+    def margins(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item unit"]:
+        """See `quadrature.Integrand`."""
+        leaves = [one.new_zeros(len(dst), one.shape[-1]) for one in (self.attn_out_start, self.skip_start)]
+        for panels in self.attention.work(dst, a[:, None], None, self.size):
+            for whole, part in zip(leaves, self._leaves(self.attention.move(panels)), strict=True):
+                whole[panels.rows[0]] = part
+        own = dst.to(self.device)
+        return self._switches.margins(len(dst), lambda: self.tail(*leaves, self.attention.dst[own]))
 
 
 def resid_integrand(

@@ -1,5 +1,6 @@
 """What integrands share: how hard to try, points run in portions, the scalars along a path, and its boundary layers."""
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from lig_lens.blocks.tail import Scales
 from lig_lens.blocks.values import Values
-from lig_lens.integrate.quadrature import Integral, integrate
+from lig_lens.integrate.quadrature import Integral, Sums, integrate
+from lig_lens.models.switches import Switches
 from lig_lens.paths.path import ResidPath
 from lig_lens.targets.target import Scalar
 
@@ -36,6 +38,8 @@ class ByPoints(ABC):
     dtype: torch.dtype
     device: torch.device
     chunk: int
+    row = 1
+    """Points may stand in rows of this length, the last of them filled up."""
 
     @abstractmethod
     def _scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
@@ -59,20 +63,37 @@ class ByPoints(ABC):
         a: Float[Tensor, "panel node"],
         factors: Float[Tensor, "panel node column"],
         groups: Bool[Tensor, "panel group"],
-    ) -> Float[Tensor, "column panel group part"]:
+    ) -> Sums:
         """See `quadrature.Integrand`."""
         n_nodes = a.shape[1]
         shape = (factors.shape[2], len(dst), self.n_groups, self.n_parts)
         result = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        slopes = result.new_zeros(a.numel(), self.n_groups)
         points, factors = self._on_device(a.flatten()), self._on_device(factors.flatten(0, 1))
         for part in torch.split(torch.arange(a.numel()), self.chunk):
             panel = part // n_nodes
             wanted = groups[panel].any(0).nonzero()[:, 0].tolist()
             values = self._parts(dst[panel].to(self.device), points[part], wanted)
+            slopes[part.to(self.device)] = values.sum(-1)
             rows = panel.to(self.device)
             for column, factor in zip(result, factors[part].T, strict=True):
                 column.index_add_(0, rows, values * factor[:, None, None])
-        return result
+        return Sums(result, slopes.unflatten(0, a.shape).mT)
+
+    def margins(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item unit"]:
+        """See `quadrature.Integrand`."""
+        points = dst.to(self.device), self._on_device(a)
+        return self._switches.margins(len(dst), lambda: self._scalars(*points))
+
+    @property
+    def switches(self) -> bool:
+        """See `quadrature.Integrand`."""
+        return bool(self._switches)
+
+    @functools.cached_property
+    def _switches(self) -> Switches:
+        zero = torch.zeros(1, dtype=torch.long, device=self.device)
+        return Switches(lambda n: self._scalars(zero.expand(n), zero.to(self.dtype).expand(n)), self.row)
 
     def _on_device(self, values: Tensor) -> Tensor:
         # Cast first: a device may not have float64.
@@ -108,7 +129,16 @@ class PathIntegrand(ABC):
         a: Float[Tensor, "panel node"],
         factors: Float[Tensor, "panel node column"],
         groups: Bool[Tensor, "panel group"],
-    ) -> Float[Tensor, "column panel group part"]:
+    ) -> Sums:
+        """See `quadrature.Integrand`."""
+
+    @property
+    @abstractmethod
+    def switches(self) -> bool:
+        """See `quadrature.Integrand`."""
+
+    @abstractmethod
+    def margins(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item unit"]:
         """See `quadrature.Integrand`."""
 
     def noise(self, end: Float[Tensor, "pos group dim"]) -> Float[Tensor, "dst group"]:

@@ -20,12 +20,14 @@ only the integrand's values live on the model's device.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from lig_lens.integrate import cuts
 
 # Gauss's 7-point rule on [-1, 1] and Kronrod's extension by 8 points (A. S. Kronrod 1965; digits as in QUADPACK's
 # qk15): the nodes from the end to the middle, Kronrod's weights, and Gauss's where it has the node.
@@ -55,6 +57,15 @@ _LADDER = (1e-2, 10**-3.5, 1e-5, 10**-6.5)
 # A change is resolved where rounding is at most this share of it.
 RESOLVED = 1e-3
 _NEWTON_STEPS = 5
+# Points of a path that are so few steps of the dtype apart are not told apart.
+_FLOATS = 4.0
+
+
+class Sums(NamedTuple):
+    """What an engine gives back."""
+
+    parts: Float[Tensor, "column panel group part"]
+    slopes: Float[Tensor, "panel group node"]
 
 
 @runtime_checkable
@@ -70,6 +81,7 @@ class Integrand(Protocol):
     n_parts: int
     dtype: torch.dtype
     device: torch.device
+    chunk: int
 
     def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
         """L at `a` on the path of destination number `dst`."""
@@ -80,11 +92,18 @@ class Integrand(Protocol):
         a: Float[Tensor, "panel node"],
         factors: Float[Tensor, "panel node column"],
         groups: Bool[Tensor, "panel group"],
-    ) -> Float[Tensor, "column panel group part"]:
-        """Parts `<x_i - x0_i, dL/dx_i>` at the nodes, times `factors`, added up over nodes.
+    ) -> "Sums":
+        """Parts `<x_i - x0_i, dL/dx_i>` at the nodes, times `factors`, added up over nodes; and dL/da, their plain sum.
 
         Groups that are not asked for may hold any finite number.
         """
+
+    @property
+    def switches(self) -> bool:
+        """Whether the model may switch on the way."""
+
+    def margins(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item unit"]:
+        """Numbers that change their sign where the model switches; of `chunk` points at most."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +124,8 @@ class Integral:
     converged: Bool[Tensor, "dst group"]
     nodes: Int[Tensor, "dst group"]
     scale: Float[Tensor, "dst group"]
+    jumped: Float[Tensor, "dst group"]
+    """What of the gap is jumps of L itself, which belong to no integral."""
 
 
 def stretch(a: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
@@ -144,8 +165,8 @@ def density(a: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
 class _Panels:
     """Panels under work: one row each, with the groups it is still open for.
 
-    On the CPU, but for what a panel that Kronrod's nodes are to be added to already has: the integral by Gauss's
-    rule, and the sum over his nodes with Kronrod's weights, [panel group part] each.
+    On the CPU, but for what a panel that Kronrod's nodes are to be added to already has: the integral by Gauss's rule,
+    and the sum over his nodes with Kronrod's weights, [panel group part] each. It also has L's slopes at Gauss's nodes.
     """
 
     dst: Tensor  # [panel]
@@ -154,6 +175,7 @@ class _Panels:
     scalar_low: Tensor  # [panel group] L at the ends
     scalar_high: Tensor
     groups: Tensor  # bool [panel group]
+    slopes: Tensor | None = None
     gauss: Tensor | None = None
     kronrod: Tensor | None = None
 
@@ -177,6 +199,8 @@ class _Values:
     """Estimated error of the worst part."""
     error_after: Tensor
     """What that would be with Kronrod's nodes added; infinite where they are in."""
+    slopes: Tensor
+    """Of L at Gauss's nodes [panel group node]."""
     gauss: Tensor | None = None
     kronrod: Tensor | None = None
 
@@ -212,7 +236,7 @@ def integrate(
     allowed = torch.maximum(tol * total.abs(), noise)
     shape = (n_dst, integrand.n_groups, integrand.n_parts)
     parts = torch.zeros(shape, dtype=integrand.dtype, device=integrand.device)
-    gaps, errors, largest = (torch.zeros_like(total) for _ in range(3))
+    gaps, errors, largest, jumped = (torch.zeros_like(total) for _ in range(4))
     spent = torch.zeros_like(total, dtype=torch.long)
     # Nodes are charged when they are planned, so that what waits cannot overdraw a cell.
     spent.index_add_(0, panels.dst, NODES_PER_PANEL * panels.groups.long())
@@ -242,24 +266,25 @@ def integrate(
         spent += torch.where(broke, 0, cost)
         gaps.index_add_(0, dst, gap * keep)
         errors.index_add_(0, dst, error * keep)
-        halved, extended, row = [], [], 0
+        missed, extended, row = [], [], 0
         for p, v, owner in zip(work, found, owners, strict=True):
             own = slice(row, row + len(p))
             row += len(p)
             parts.index_add_(0, owner, v.integral * keep[own, :, None].to(owner.device))
             unfinished = p.groups & ~keep[own]
-            halved.append(p.only(unfinished & ~extend[own]))
+            missed.append(_open(p, unfinished & ~extend[own], v))
             extended += _extend(p, unfinished & extend[own], v)
-        work = _halve(integrand, halved, s0, s1) + extended
+        halves, jumps = _split(integrand, missed, s0, s1, noise)
+        jumped += jumps
+        work = halves + extended
     # A gap relative to what rounding hides would be meaningless.
     scale = torch.maximum(total.abs(), noise / RESOLVED)
-    gap, error = gaps / scale, errors / torch.maximum(largest, noise / RESOLVED)
+    gap, error = (gaps + jumped) / scale, errors / torch.maximum(largest, noise / RESOLVED)
     converged = (gap <= tol) & (error <= tol)
     # Where nothing moves, what is left of the scalar is rounding.
     total = torch.where(total.abs() <= noise, 0.0, total)
-    return Integral(
-        parts, total.to(parts), gap.to(parts), error.to(parts), converged.to(parts.device), spent, scale.to(parts)
-    )
+    total, gap, error, scale, jumped = (one.to(parts) for one in (total, gap, error, scale, jumped / scale))
+    return Integral(parts, total, gap, error, converged.to(parts.device), spent, scale, jumped)
 
 
 def _scalars(integrand: Integrand, dst: Tensor, a: Tensor) -> Tensor:
@@ -290,7 +315,7 @@ def _narrowed(integrand: Integrand, s0: Tensor, narrow: Tensor, tol: float, nois
     for rung in range(a.shape[1] - 1):
         factors[:, rung, rung], factors[:, rung + 1, rung] = -a[:, rung], a[:, rung]
     groups = torch.ones(len(narrow), integrand.n_groups, dtype=torch.bool)
-    between = integrand.sums(narrow, a, factors, groups).abs().amax(-1).cpu().double()
+    between = integrand.sums(narrow, a, factors, groups).parts.abs().amax(-1).cpu().double()
     total = _scalars(integrand, narrow, torch.ones_like(s0[narrow])).abs()
     hides = (between > torch.maximum(tol * total, noise[narrow])).any(-1).T  # dst rung
     deepest = torch.where(hides, a[:, 1:], torch.inf).amin(-1)
@@ -355,7 +380,9 @@ def _evaluate(integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor, noi
     ends = s0[panels.dst, None].expand_as(t), s1[panels.dst, None].expand_as(t)
     a = unstretch(t, *ends)
     factors = (density(a, *ends) * width[:, None])[..., None] * rule
-    sums = integrand.sums(panels.dst, a, factors, panels.groups)
+    sums, slopes = integrand.sums(panels.dst, a, factors, panels.groups)
+
+    tiny = torch.finfo(torch.float32).tiny
 
     def estimate(integral: Tensor, tail: Tensor, power: float) -> Tensor:
         size = torch.maximum(integral.abs(), tail)
@@ -365,17 +392,27 @@ def _evaluate(integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor, noi
 
     integral = sums[0] if panels.kronrod is None else panels.kronrod + sums[0]
     gap = (integral.sum(-1).cpu().double() - (panels.scalar_high - panels.scalar_low)).abs() * panels.groups
+    def by_gap(tail: Tensor, tail_of_sum: Tensor) -> Tensor:
+        """What the worst part misses if it is to its tail what the gap is to that of the sum."""
+        share = (gap / tail_of_sum.cpu().double().abs().clamp(min=tiny)).clamp(max=1.0)
+        return torch.where(gap > noise[panels.dst], share * tail.abs().amax(-1).cpu().double(), 0.0)
+
     if panels.gauss is not None:
-        difference = (integral - panels.gauss).abs()
+        difference = integral - panels.gauss
+        seen = by_gap(difference, difference.sum(-1))
+        difference = difference.abs()
         now = estimate(integral, difference, _KRONROD_MISSES / _GAUSS_MISSES)
         now = torch.maximum(now, _OF_DIFFERENCE * difference.amax(-1).cpu().double() * panels.groups)
-        return _Values(integral, gap, now, torch.full_like(now, torch.inf))
+        now = torch.maximum(now, seen)
+        return _Values(integral, gap, now, torch.full_like(now, torch.inf), panels.slopes)
     gauss, kronrod, *top = sums
     bound = estimate(gauss, torch.hypot(*top), _GAUSS_MISSES / (NODES_PER_PANEL - 1))
     now = torch.maximum((bound * torch.maximum(gap, noise[panels.dst])).sqrt(), _OF_MODES * bound)
+    now = torch.maximum(now, by_gap(torch.hypot(*top), torch.hypot(*(mode.sum(-1) for mode in top))))
     size = torch.maximum(gauss.abs().amax(-1).cpu().double(), now)
     after = size * (now / size.clamp(min=torch.finfo(torch.float32).tiny)) ** (_KRONROD_MISSES / _GAUSS_MISSES)
-    return _Values(integral, gap, now, after, gauss, kronrod)
+    slopes = slopes.cpu().double() * density(a, *ends)[:, None]
+    return _Values(integral, gap, now, after, slopes, gauss, kronrod)
 
 
 def _choose(dst: Tensor, groups: Tensor, use: Tensor, used: Tensor) -> Tensor:
@@ -406,24 +443,66 @@ def _extend(panels: _Panels, groups: Tensor, values: _Values) -> list[_Panels]:
     if values.gauss is None or values.kronrod is None or not bool(groups.any()):
         return []
     rows = groups.any(-1).nonzero()[:, 0].to(values.gauss.device)
-    return [replace(panels.only(groups), gauss=values.gauss[rows], kronrod=values.kronrod[rows])]
+    kept = {"slopes": values.slopes[groups.any(-1)], "gauss": values.gauss[rows], "kronrod": values.kronrod[rows]}
+    return [replace(panels.only(groups), **kept)]
 
 
-def _halve(integrand: Integrand, panels: list[_Panels], s0: Tensor, s1: Tensor) -> list[_Panels]:
-    """Two halves, in t, of every panel."""
-    names = ("dst", "low", "high", "scalar_low", "scalar_high", "groups")
-    p = _Panels(*(torch.cat([getattr(one, name) for one in panels]) for name in names))
+def _open(panels: _Panels, groups: Tensor, values: _Values) -> _Panels:
+    """The panels that are to be split for `groups`, with their slopes."""
+    return replace(panels.only(groups), slopes=values.slopes[groups.any(-1)])
+
+
+def _split(
+    integrand: Integrand, opened: list[_Panels], s0: Tensor, s1: Tensor, noise: Tensor
+) -> tuple[list[_Panels], Tensor]:
+    """Every panel in two, in t: where something switches, if that is known, and else in the middle.
+
+    Returns:
+        the panels, and how far each cell's L jumps where they were cut [dst group].
+    """
+    names = ("dst", "low", "high", "scalar_low", "scalar_high", "groups", "slopes")
+    p = _Panels(*(torch.cat([getattr(one, name) for one in opened]) for name in names))
+    jumped = torch.zeros_like(noise)
     if not len(p):
-        return []
-    middle = 0.5 * (p.low + p.high)
-    scalar = _scalars(integrand, p.dst, unstretch(middle, s0[p.dst], s1[p.dst]))
+        return [], jumped
+    ends, p = _cut(integrand, p, s0, s1)
+    dst, apart = p.dst, (ends[0] < ends[1]).nonzero()[:, 0]
+    at, own = torch.cat([ends[0], ends[1][apart]]), torch.cat([dst, dst[apart]])
+    scalars = _scalars(integrand, own, unstretch(at, s0[own], s1[own]))
+    left, right = scalars[: len(p)], scalars[: len(p)].clone()
+    right[apart] = scalars[len(p) :]
+    jump = (right - left).abs() * p.groups
+    jumped.index_add_(0, dst, torch.where(jump > noise[dst], jump, 0.0))
     return [
         _Panels(
-            torch.cat([p.dst, p.dst]),
-            torch.cat([p.low, middle]),
-            torch.cat([middle, p.high]),
-            torch.cat([p.scalar_low, scalar]),
-            torch.cat([scalar, p.scalar_high]),
+            torch.cat([dst, dst]),
+            torch.cat([p.low, ends[1]]),
+            torch.cat([ends[0], p.high]),
+            torch.cat([p.scalar_low, right]),
+            torch.cat([left, p.scalar_high]),
             torch.cat([p.groups, p.groups]),
         )
-    ]
+    ], jumped
+
+
+def _cut(integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor) -> tuple[tuple[Tensor, Tensor], _Panels]:
+    """Where in t to cut panels: both sides of a place that switches, or twice the same point."""
+    p = panels
+    width = p.high - p.low
+    share = torch.full((len(p), 2), 0.5, dtype=torch.float64)
+    for rows in torch.split(torch.arange(len(p)), integrand.chunk) if integrand.switches else ():
+
+        def margins(index: Tensor, x: Tensor, rows: Tensor = rows) -> Tensor:
+            at = rows[index]
+            own = p.dst[at]
+            return integrand.margins(own, unstretch(p.low[at] + width[at] * x, s0[own], s1[own]))
+
+        own = p.dst[rows]
+        first, last = (unstretch(one[rows], s0[own], s1[own]) for one in (p.low, p.high))
+        resolution = _FLOATS * torch.finfo(integrand.dtype).eps * last / (last - first)
+        wanted = torch.full_like(first, 0.5)
+        places = cuts.places(len(rows), margins, wanted, resolution)
+        around = torch.where(places.found, resolution.clamp(max=0.01), 0.0)
+        share[rows] = torch.stack([places.at - around, places.at + around], -1).clamp(0, 1)
+    low, high = (p.low + width * one for one in share.unbind(-1))
+    return (low, high), p
