@@ -15,7 +15,6 @@ from lig_lens.blocks.tail import Tail
 from lig_lens.blocks.values import Values
 from lig_lens.integrate.attention_path import AttentionPath, Moved, OwnPaths, SharedPath
 from lig_lens.integrate.integrand import Budget, PathIntegrand
-from lig_lens.integrate.quadrature import Sums
 from lig_lens.models.switches import Switches
 from lig_lens.paths.path import ResidPath
 from lig_lens.targets.target import DestinationTarget, Scalar
@@ -64,18 +63,15 @@ class _FromResid(PathIntegrand):
         a: Float[Tensor, "panel node"],
         factors: Float[Tensor, "panel node column"],
         groups: Bool[Tensor, "panel group"],
-    ) -> Sums:
+    ) -> Float[Tensor, "column panel group part"]:
         """See `quadrature.Integrand`."""
         shape = (factors.shape[2], len(dst), self.n_groups, self.n_parts)
         result = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        slopes = result.new_zeros(len(dst), self.n_groups, a.shape[1])
         factors = factors.to(self.dtype).to(self.device).mT
         for panels in self.attention.work(dst, a, groups, self.size):
-            values = self._values(self.attention.move(panels))
-            slopes[panels.rows, self.groups] = values.sum(-1)
-            columns = factors[panels.rows] @ values  # group panel column src
+            columns = factors[panels.rows] @ self._values(self.attention.move(panels))  # group panel column src
             result[:, panels.rows, self.groups, : panels.n_src] = columns.permute(2, 0, 1, 3)
-        return Sums(result, slopes)
+        return result
 
     @property
     def switches(self) -> bool:

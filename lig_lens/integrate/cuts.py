@@ -1,4 +1,4 @@
-"""Where to cut a panel whose integrand may jump: at a place where the model switches.
+"""Where a panel is to be cut, because its integrand may jump: where the model switches.
 
 Where a ReLU or a clamp switches on a path, L has a kink and its gradient jumps; where a router chooses other experts, L
 itself jumps. Gauss's rule on a panel with such a place misses in proportion to the panel's length, so that halving
@@ -11,69 +11,88 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 # Places so near an end of a panel are cut already.
 _AT_END = 1e-5
 # Steps of the search for a place; it gains digits faster and faster.
 _STEPS = 12
+# A panel with more places than that is cut at the one nearest to its middle, else each of them is looked at: how much
+# L's slope changes from so far on the left to so far on the right of it.
+_MANY = 16
+_ASIDE = 1 / 64
+# Places where it changes by less than this share of the most are left for later.
+_SLIGHT = 1 / 100
 
-Margins = Callable[[Int[Tensor, "item"], Float[Tensor, "item"]], Float[Tensor, "item unit"]]
-"""What changes its sign where the model switches, at shares of the length of these panels."""
+Points = Callable[[Int[Tensor, "item"], Float[Tensor, "item"]], Tensor]
+"""Something at points of panels: their numbers, and shares of their lengths."""
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where panels are to be cut, in shares of their length, and whether something switches there."""
+class Place:
+    """Places where something switches, one to a row."""
 
-    at: Float[Tensor, "panel"]
-    found: Bool[Tensor, "panel"]
+    panel: Int[Tensor, "place"]
+    at: Float[Tensor, "place"]
+    """Share of the panel."""
+    weight: Float[Tensor, "place group"]
+    """How much it matters; 0 where it does not."""
 
 
-def places(n_panels: int, margins: Margins, wanted: Float[Tensor, "panel"], resolution: Float[Tensor, "panel"]) -> Places:
-    """The place in each panel where something switches that is nearest to where it is wanted.
+def places(n_panels: int, margins: Points, scalars: Points, noise: Float[Tensor, "panel group"]) -> Place:
+    """Where something switches.
 
     Args:
-        n_panels: how many there are.
-        margins: see there; asked for points of few panels at a time.
-        wanted: in shares of a panel.
-        resolution: the smallest share of a panel that the dtype can tell from none.
+        n_panels: how many panels there are.
+        margins: numbers that change their sign where the model switches, [item unit].
+        scalars: L, [item group].
+        noise: what rounding does to that.
     """
-    every = torch.arange(n_panels)
-    zero = torch.zeros(n_panels, dtype=torch.float64)
+    every, zero = torch.arange(n_panels), torch.zeros(n_panels, dtype=torch.float64)
     first, last = margins(every, zero), margins(every, zero + 1)
     switched = (first > 0) != (last > 0)
-    share = torch.where(switched, first / (first - last), 0.5).double()
+    share = torch.where(switched, first / (first - last), 0.5)
     switched &= (share > _AT_END) & (share < 1 - _AT_END)
-    away = torch.where(switched, (share - wanted.to(share)[:, None]).abs(), torch.inf)
-    unit = away.argmin(-1)
-    found = switched.gather(-1, unit[:, None])[:, 0].cpu()
-    at = zero + 0.5
-    rows = found.nonzero()[:, 0]
-    if len(rows):
-        pick = unit[rows.to(unit.device)][:, None]
-        ends = [one[rows.to(one.device)].gather(-1, pick)[:, 0].cpu().double().numpy() for one in (first, last)]
+    many = switched.sum(-1) > _MANY
+    middlemost = torch.where(switched, (share - 0.5).abs(), torch.inf).argmin(-1)
+    alone = torch.zeros_like(switched).scatter_(-1, middlemost[:, None], True)
+    switched &= alone | ~many[:, None]
+    panel, unit = switched.nonzero(as_tuple=True)
+    ends = [one[panel, unit].cpu().double().numpy() for one in (first, last)]
+    panel, on_device = panel.cpu(), unit
 
-        def margin(chosen: np.ndarray, x: np.ndarray) -> np.ndarray:
-            own = torch.from_numpy(chosen)
-            values = margins(rows[own], torch.from_numpy(x))
-            return values.gather(-1, pick[own.to(pick.device)])[:, 0].cpu().double().numpy()
+    def margin(chosen: np.ndarray, x: np.ndarray) -> np.ndarray:
+        own = torch.from_numpy(chosen)
+        values = margins(panel[own], torch.from_numpy(x))
+        return values.gather(-1, on_device[own.to(on_device.device)][:, None])[:, 0].cpu().double().numpy()
 
-        at[rows] = torch.from_numpy(_root(margin, *ends, resolution[rows].numpy()))
-    return Places(at, found)
+    at = torch.from_numpy(_root(margin, *ends))
+    inside = (at > _AT_END) & (at < 1 - _AT_END)
+    panel, at = panel[inside], at[inside]
+    if not len(panel):
+        return Place(panel, at, noise[panel])
+    aside = torch.minimum(torch.minimum(at, 1 - at), torch.tensor(_ASIDE, dtype=torch.float64))
+    left, here, right = (scalars(panel, at + side * aside) for side in (-1, 0, 1))
+    bend = (left - 2 * here + right).abs()
+    # Seen from closer by, it is smaller by as much.
+    weight = torch.where(bend > noise[panel], bend / aside[:, None], 0.0)
+    most = torch.zeros_like(noise).index_reduce_(0, panel, weight, "amax")
+    weight = torch.where(weight > _SLIGHT * most[panel], weight, 0.0)
+    # Of many, the middlemost is taken in any case.
+    weight = torch.where(many.cpu()[panel, None], torch.ones_like(weight), weight)
+    return Place(panel, at, weight)
 
 
-def _root(
-    value: Callable[[np.ndarray, np.ndarray], np.ndarray], first: np.ndarray, last: np.ndarray, resolution: np.ndarray
-) -> np.ndarray:
+def _root(value: Callable[[np.ndarray, np.ndarray], np.ndarray], first: np.ndarray, last: np.ndarray) -> np.ndarray:
     """Roots in [0, 1] of functions with these values at 0 and 1, by the Illinois method."""
     low, high = np.zeros_like(first), np.ones_like(first)
     first, last = first.copy(), last.copy()
-    at = first / (first - last)
-    side = np.zeros(len(at))
+    at, side = first / (first - last), np.zeros(len(first))
     active = np.arange(len(at))
     for _ in range(_STEPS):
+        if not len(active):
+            break
         now = value(active, at[active])
         left = (now > 0) == (first[active] > 0)
         # An end that stays for the second time counts half, so that it moves as well.
@@ -85,7 +104,9 @@ def _root(
         high[others], last[others] = at[others], now[~left]
         before = at[active]
         at[active] = low[active] + (high - low)[active] * first[active] / (first - last)[active]
-        active = active[(np.abs(at[active] - before) > 0.5 * resolution[active]) & (now != 0)]
-        if not len(active):
-            break
+        active = active[(np.abs(at[active] - before) > _EXACT) & (now != 0)]
     return at
+
+
+# Steps smaller than that end the search.
+_EXACT = 1e-9

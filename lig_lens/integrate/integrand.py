@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lig_lens.blocks.tail import Scales
 from lig_lens.blocks.values import Values
-from lig_lens.integrate.quadrature import Integral, Sums, integrate
+from lig_lens.integrate.quadrature import Integral, integrate
 from lig_lens.models.switches import Switches
 from lig_lens.paths.path import ResidPath
 from lig_lens.targets.target import Scalar
@@ -63,22 +63,20 @@ class ByPoints(ABC):
         a: Float[Tensor, "panel node"],
         factors: Float[Tensor, "panel node column"],
         groups: Bool[Tensor, "panel group"],
-    ) -> Sums:
+    ) -> Float[Tensor, "column panel group part"]:
         """See `quadrature.Integrand`."""
         n_nodes = a.shape[1]
         shape = (factors.shape[2], len(dst), self.n_groups, self.n_parts)
         result = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        slopes = result.new_zeros(a.numel(), self.n_groups)
         points, factors = self._on_device(a.flatten()), self._on_device(factors.flatten(0, 1))
         for part in torch.split(torch.arange(a.numel()), self.chunk):
             panel = part // n_nodes
             wanted = groups[panel].any(0).nonzero()[:, 0].tolist()
             values = self._parts(dst[panel].to(self.device), points[part], wanted)
-            slopes[part.to(self.device)] = values.sum(-1)
             rows = panel.to(self.device)
             for column, factor in zip(result, factors[part].T, strict=True):
                 column.index_add_(0, rows, values * factor[:, None, None])
-        return Sums(result, slopes.unflatten(0, a.shape).mT)
+        return result
 
     def margins(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item unit"]:
         """See `quadrature.Integrand`."""
@@ -129,7 +127,7 @@ class PathIntegrand(ABC):
         a: Float[Tensor, "panel node"],
         factors: Float[Tensor, "panel node column"],
         groups: Bool[Tensor, "panel group"],
-    ) -> Sums:
+    ) -> Float[Tensor, "column panel group part"]:
         """See `quadrature.Integrand`."""
 
     @property

@@ -20,14 +20,14 @@ only the integrand's values live on the model's device.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lig_lens.integrate import cuts
+from lig_lens.integrate.split import Integrand, OpenPanels, scalars_of, split
+from lig_lens.integrate.stretch import density, stretch, unstretch
 
 # Gauss's 7-point rule on [-1, 1] and Kronrod's extension by 8 points (A. S. Kronrod 1965; digits as in QUADPACK's
 # qk15): the nodes from the end to the middle, Kronrod's weights, and Gauss's where it has the node.
@@ -47,7 +47,8 @@ _ADDED_NODES = 8
 _GAUSS_MISSES, _KRONROD_MISSES = 14, 24
 # Errors are never taken to be smaller than these shares of what bounds them: the highest visible modes carried on, and
 # the difference of both rules.
-_OF_MODES, _OF_DIFFERENCE = 1 / 30, 1 / 10
+_OF_MODES, _OF_DIFFERENCE = 1 / 30, (1 / 10, 1.0)
+_OF_ROUGH = 0.5
 # Length in t of the panels that a path starts with.
 PANEL_LENGTH = 4.0
 _NARROWEST = 1e-18
@@ -56,54 +57,6 @@ _NARROW = 0.1
 _LADDER = (1e-2, 10**-3.5, 1e-5, 10**-6.5)
 # A change is resolved where rounding is at most this share of it.
 RESOLVED = 1e-3
-_NEWTON_STEPS = 5
-# Points of a path that are so few steps of the dtype apart are not told apart.
-_FLOATS = 4.0
-
-
-class Sums(NamedTuple):
-    """What an engine gives back."""
-
-    parts: Float[Tensor, "column panel group part"]
-    slopes: Float[Tensor, "panel group node"]
-
-
-@runtime_checkable
-class Integrand(Protocol):
-    """What an engine provides: scalars and their gradient parts at given points of the paths.
-
-    Everything handed over is on the CPU, so that engines can plan their work without waiting for a device; what
-    they give back is on theirs.
-    """
-
-    n_dst: int
-    n_groups: int
-    n_parts: int
-    dtype: torch.dtype
-    device: torch.device
-    chunk: int
-
-    def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
-        """L at `a` on the path of destination number `dst`."""
-
-    def sums(
-        self,
-        dst: Int[Tensor, "panel"],
-        a: Float[Tensor, "panel node"],
-        factors: Float[Tensor, "panel node column"],
-        groups: Bool[Tensor, "panel group"],
-    ) -> "Sums":
-        """Parts `<x_i - x0_i, dL/dx_i>` at the nodes, times `factors`, added up over nodes; and dL/da, their plain sum.
-
-        Groups that are not asked for may hold any finite number.
-        """
-
-    @property
-    def switches(self) -> bool:
-        """Whether the model may switch on the way."""
-
-    def margins(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item unit"]:
-        """Numbers that change their sign where the model switches; of `chunk` points at most."""
 
 
 @dataclass(frozen=True)
@@ -128,67 +81,6 @@ class Integral:
     """What of the gap is jumps of L itself, which belong to no integral."""
 
 
-def stretch(a: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
-    """`t(a)` of the module's docstring."""
-    return torch.asinh(a / s0) - torch.asinh((1 - a) / s1)
-
-
-def unstretch(t: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
-    """Inverse of `stretch`, by Newton's method from the nearer end, where `asinh` of one side is all but t."""
-    # NumPy's small operations cost a fraction of torch's, and there are many.
-    end, width0, width1 = (x.numpy() for x in (t, s0, s1))
-    half0, half1 = np.arcsinh(0.5 / width0), np.arcsinh(0.5 / width1)
-    mirrored = end > half0 - half1
-    end, near, far = (
-        np.where(mirrored, -end, end),
-        np.where(mirrored, width1, width0),
-        np.where(mirrored, width0, width1),
-    )
-    top = np.where(mirrored, half1, half0)
-    x = np.zeros_like(end)  # asinh of the distance from the near end, in units of its layer
-    for _ in range(_NEWTON_STEPS):
-        distance = near * np.sinh(x)
-        other = 1 - distance
-        value = x - np.arcsinh(other / far) - end
-        slope = 1 + near * np.cosh(x) / np.sqrt(other**2 + far**2)
-        x = np.clip(x - value / slope, 0.0, top)
-    distance = near * np.sinh(x)
-    return torch.from_numpy(np.where(mirrored, 1 - distance, distance))
-
-
-def density(a: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
-    """`da / dt` at `a`."""
-    return 1 / (1 / torch.sqrt(a**2 + s0**2) + 1 / torch.sqrt((1 - a) ** 2 + s1**2))
-
-
-@dataclass
-class _Panels:
-    """Panels under work: one row each, with the groups it is still open for.
-
-    On the CPU, but for what a panel that Kronrod's nodes are to be added to already has: the integral by Gauss's rule,
-    and the sum over his nodes with Kronrod's weights, [panel group part] each. It also has L's slopes at Gauss's nodes.
-    """
-
-    dst: Tensor  # [panel]
-    low: Tensor  # [panel] in t
-    high: Tensor
-    scalar_low: Tensor  # [panel group] L at the ends
-    scalar_high: Tensor
-    groups: Tensor  # bool [panel group]
-    slopes: Tensor | None = None
-    gauss: Tensor | None = None
-    kronrod: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.dst)
-
-    def only(self, groups: Tensor) -> "_Panels":
-        """The panels that are open for any of `groups`."""
-        rows = groups.any(-1).nonzero()[:, 0]
-        kept = [x[rows] for x in (self.dst, self.low, self.high, self.scalar_low, self.scalar_high, groups)]
-        return _Panels(*kept)
-
-
 @dataclass(frozen=True)
 class _Values:
     """Integrals over panels, [panel group part] on the device, and what may be wrong with them [panel group]."""
@@ -199,8 +91,6 @@ class _Values:
     """Estimated error of the worst part."""
     error_after: Tensor
     """What that would be with Kronrod's nodes added; infinite where they are in."""
-    slopes: Tensor
-    """Of L at Gauss's nodes [panel group node]."""
     gauss: Tensor | None = None
     kronrod: Tensor | None = None
 
@@ -272,11 +162,13 @@ def integrate(
             row += len(p)
             parts.index_add_(0, owner, v.integral * keep[own, :, None].to(owner.device))
             unfinished = p.groups & ~keep[own]
-            missed.append(_open(p, unfinished & ~extend[own], v))
+            missed.append(p.only(unfinished & ~extend[own]))
             extended += _extend(p, unfinished & extend[own], v)
-        halves, jumps = _split(integrand, missed, s0, s1, noise)
+        spare = (max_nodes - spent).clamp(min=0) // NODES_PER_PANEL
+        pieces, jumps, more = split(integrand, missed, s0, s1, noise, spare)
         jumped += jumps
-        work = halves + extended
+        spent += NODES_PER_PANEL * more
+        work = pieces + extended
     # A gap relative to what rounding hides would be meaningless.
     scale = torch.maximum(total.abs(), noise / RESOLVED)
     gap, error = (gaps + jumped) / scale, errors / torch.maximum(largest, noise / RESOLVED)
@@ -285,11 +177,6 @@ def integrate(
     total = torch.where(total.abs() <= noise, 0.0, total)
     total, gap, error, scale, jumped = (one.to(parts) for one in (total, gap, error, scale, jumped / scale))
     return Integral(parts, total, gap, error, converged.to(parts.device), spent, scale, jumped)
-
-
-def _scalars(integrand: Integrand, dst: Tensor, a: Tensor) -> Tensor:
-    """`integrand.scalars`, brought to the CPU."""
-    return integrand.scalars(dst, a).cpu().double()
 
 
 def _narrowed(integrand: Integrand, s0: Tensor, narrow: Tensor, tol: float, noise: Tensor) -> Tensor:
@@ -315,8 +202,8 @@ def _narrowed(integrand: Integrand, s0: Tensor, narrow: Tensor, tol: float, nois
     for rung in range(a.shape[1] - 1):
         factors[:, rung, rung], factors[:, rung + 1, rung] = -a[:, rung], a[:, rung]
     groups = torch.ones(len(narrow), integrand.n_groups, dtype=torch.bool)
-    between = integrand.sums(narrow, a, factors, groups).parts.abs().amax(-1).cpu().double()
-    total = _scalars(integrand, narrow, torch.ones_like(s0[narrow])).abs()
+    between = integrand.sums(narrow, a, factors, groups).abs().amax(-1).cpu().double()
+    total = scalars_of(integrand, narrow, torch.ones_like(s0[narrow])).abs()
     hides = (between > torch.maximum(tol * total, noise[narrow])).any(-1).T  # dst rung
     deepest = torch.where(hides, a[:, 1:], torch.inf).amin(-1)
     s0 = s0.clone()
@@ -324,7 +211,7 @@ def _narrowed(integrand: Integrand, s0: Tensor, narrow: Tensor, tol: float, nois
     return s0
 
 
-def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor) -> tuple[_Panels, Tensor]:
+def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor) -> tuple[OpenPanels, Tensor]:
     """Panels of about `PANEL_LENGTH` in t over the whole path of each destination, and the totals."""
     zero, one = torch.zeros_like(s0), torch.ones_like(s0)
     start, end = stretch(zero, s0, s1), stretch(one, s0, s1)
@@ -336,12 +223,12 @@ def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor) -> tuple[_Panels
     low, high = start[dst] + width * number, start[dst] + width * (number + 1)
     inner = (number > 0).nonzero()[:, 0]
     at = unstretch(low[inner], s0[dst[inner]], s1[dst[inner]])
-    scalars = _scalars(integrand, torch.cat([torch.arange(len(s0)), dst[inner]]), torch.cat([one, at]))
+    scalars = scalars_of(integrand, torch.cat([torch.arange(len(s0)), dst[inner]]), torch.cat([one, at]))
     total, between = scalars[: len(s0)], scalars[len(s0) :]
     scalar_low, scalar_high = torch.zeros_like(total)[dst], total[dst].clone()
     scalar_low[inner], scalar_high[inner - 1] = between, between
     groups = torch.ones(len(dst), total.shape[1], dtype=torch.bool)
-    return _Panels(dst, low, high, scalar_low, scalar_high, groups), total
+    return OpenPanels(dst, low, high, scalar_low, scalar_high, groups), total
 
 
 def _rule(added: bool) -> tuple[Tensor, Tensor]:
@@ -361,7 +248,7 @@ def _rule(added: bool) -> tuple[Tensor, Tensor]:
     return torch.as_tensor(0.5 * (x + 1)), torch.as_tensor(0.5 * np.stack(columns, -1))
 
 
-def _evaluate(integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor, noise: Tensor) -> _Values:
+def _evaluate(integrand: Integrand, panels: OpenPanels, s0: Tensor, s1: Tensor, noise: Tensor) -> _Values:
     """Parts of every panel, the gap of their sum, and the estimated error of the worst one.
 
     Gauss's rule with n nodes is exact up to mode 2n - 1 while its values show modes up to n - 1. Where modes fall
@@ -380,9 +267,7 @@ def _evaluate(integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor, noi
     ends = s0[panels.dst, None].expand_as(t), s1[panels.dst, None].expand_as(t)
     a = unstretch(t, *ends)
     factors = (density(a, *ends) * width[:, None])[..., None] * rule
-    sums, slopes = integrand.sums(panels.dst, a, factors, panels.groups)
-
-    tiny = torch.finfo(torch.float32).tiny
+    sums = integrand.sums(panels.dst, a, factors, panels.groups)
 
     def estimate(integral: Tensor, tail: Tensor, power: float) -> Tensor:
         size = torch.maximum(integral.abs(), tail)
@@ -392,27 +277,20 @@ def _evaluate(integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor, noi
 
     integral = sums[0] if panels.kronrod is None else panels.kronrod + sums[0]
     gap = (integral.sum(-1).cpu().double() - (panels.scalar_high - panels.scalar_low)).abs() * panels.groups
-    def by_gap(tail: Tensor, tail_of_sum: Tensor) -> Tensor:
-        """What the worst part misses if it is to its tail what the gap is to that of the sum."""
-        share = (gap / tail_of_sum.cpu().double().abs().clamp(min=tiny)).clamp(max=1.0)
-        return torch.where(gap > noise[panels.dst], share * tail.abs().amax(-1).cpu().double(), 0.0)
-
     if panels.gauss is not None:
-        difference = integral - panels.gauss
-        seen = by_gap(difference, difference.sum(-1))
-        difference = difference.abs()
+        difference = (integral - panels.gauss).abs()
         now = estimate(integral, difference, _KRONROD_MISSES / _GAUSS_MISSES)
-        now = torch.maximum(now, _OF_DIFFERENCE * difference.amax(-1).cpu().double() * panels.groups)
-        now = torch.maximum(now, seen)
-        return _Values(integral, gap, now, torch.full_like(now, torch.inf), panels.slopes)
+        share = _OF_DIFFERENCE[integrand.switches]
+        now = torch.maximum(now, share * difference.amax(-1).cpu().double() * panels.groups)
+        return _Values(integral, gap, now, torch.full_like(now, torch.inf))
     gauss, kronrod, *top = sums
     bound = estimate(gauss, torch.hypot(*top), _GAUSS_MISSES / (NODES_PER_PANEL - 1))
     now = torch.maximum((bound * torch.maximum(gap, noise[panels.dst])).sqrt(), _OF_MODES * bound)
-    now = torch.maximum(now, by_gap(torch.hypot(*top), torch.hypot(*(mode.sum(-1) for mode in top))))
+    if integrand.switches:
+        now = torch.maximum(now, _OF_ROUGH * torch.hypot(*top).amax(-1).cpu().double() * panels.groups)
     size = torch.maximum(gauss.abs().amax(-1).cpu().double(), now)
     after = size * (now / size.clamp(min=torch.finfo(torch.float32).tiny)) ** (_KRONROD_MISSES / _GAUSS_MISSES)
-    slopes = slopes.cpu().double() * density(a, *ends)[:, None]
-    return _Values(integral, gap, now, after, slopes, gauss, kronrod)
+    return _Values(integral, gap, now, after, gauss, kronrod)
 
 
 def _choose(dst: Tensor, groups: Tensor, use: Tensor, used: Tensor) -> Tensor:
@@ -438,71 +316,9 @@ def _choose(dst: Tensor, groups: Tensor, use: Tensor, used: Tensor) -> Tensor:
     return keep
 
 
-def _extend(panels: _Panels, groups: Tensor, values: _Values) -> list[_Panels]:
+def _extend(panels: OpenPanels, groups: Tensor, values: _Values) -> list[OpenPanels]:
     """The panels that are to get Kronrod's nodes, with what they have already."""
     if values.gauss is None or values.kronrod is None or not bool(groups.any()):
         return []
     rows = groups.any(-1).nonzero()[:, 0].to(values.gauss.device)
-    kept = {"slopes": values.slopes[groups.any(-1)], "gauss": values.gauss[rows], "kronrod": values.kronrod[rows]}
-    return [replace(panels.only(groups), **kept)]
-
-
-def _open(panels: _Panels, groups: Tensor, values: _Values) -> _Panels:
-    """The panels that are to be split for `groups`, with their slopes."""
-    return replace(panels.only(groups), slopes=values.slopes[groups.any(-1)])
-
-
-def _split(
-    integrand: Integrand, opened: list[_Panels], s0: Tensor, s1: Tensor, noise: Tensor
-) -> tuple[list[_Panels], Tensor]:
-    """Every panel in two, in t: where something switches, if that is known, and else in the middle.
-
-    Returns:
-        the panels, and how far each cell's L jumps where they were cut [dst group].
-    """
-    names = ("dst", "low", "high", "scalar_low", "scalar_high", "groups", "slopes")
-    p = _Panels(*(torch.cat([getattr(one, name) for one in opened]) for name in names))
-    jumped = torch.zeros_like(noise)
-    if not len(p):
-        return [], jumped
-    ends, p = _cut(integrand, p, s0, s1)
-    dst, apart = p.dst, (ends[0] < ends[1]).nonzero()[:, 0]
-    at, own = torch.cat([ends[0], ends[1][apart]]), torch.cat([dst, dst[apart]])
-    scalars = _scalars(integrand, own, unstretch(at, s0[own], s1[own]))
-    left, right = scalars[: len(p)], scalars[: len(p)].clone()
-    right[apart] = scalars[len(p) :]
-    jump = (right - left).abs() * p.groups
-    jumped.index_add_(0, dst, torch.where(jump > noise[dst], jump, 0.0))
-    return [
-        _Panels(
-            torch.cat([dst, dst]),
-            torch.cat([p.low, ends[1]]),
-            torch.cat([ends[0], p.high]),
-            torch.cat([p.scalar_low, right]),
-            torch.cat([left, p.scalar_high]),
-            torch.cat([p.groups, p.groups]),
-        )
-    ], jumped
-
-
-def _cut(integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor) -> tuple[tuple[Tensor, Tensor], _Panels]:
-    """Where in t to cut panels: both sides of a place that switches, or twice the same point."""
-    p = panels
-    width = p.high - p.low
-    share = torch.full((len(p), 2), 0.5, dtype=torch.float64)
-    for rows in torch.split(torch.arange(len(p)), integrand.chunk) if integrand.switches else ():
-
-        def margins(index: Tensor, x: Tensor, rows: Tensor = rows) -> Tensor:
-            at = rows[index]
-            own = p.dst[at]
-            return integrand.margins(own, unstretch(p.low[at] + width[at] * x, s0[own], s1[own]))
-
-        own = p.dst[rows]
-        first, last = (unstretch(one[rows], s0[own], s1[own]) for one in (p.low, p.high))
-        resolution = _FLOATS * torch.finfo(integrand.dtype).eps * last / (last - first)
-        wanted = torch.full_like(first, 0.5)
-        places = cuts.places(len(rows), margins, wanted, resolution)
-        around = torch.where(places.found, resolution.clamp(max=0.01), 0.0)
-        share[rows] = torch.stack([places.at - around, places.at + around], -1).clamp(0, 1)
-    low, high = (p.low + width * one for one in share.unbind(-1))
-    return (low, high), p
+    return [replace(panels.only(groups), gauss=values.gauss[rows], kronrod=values.kronrod[rows])]

@@ -23,7 +23,9 @@ def _of_input(input: Tensor, *_: Any, **__: Any) -> list[Tensor]:
 
 
 def _of_bounds(input: Tensor, min: Any = None, max: Any = None, **_: Any) -> list[Tensor]:
-    bounds = [bound for bound in (min, max) if bound is not None and (isinstance(bound, Tensor) or math.isfinite(bound))]
+    bounds = [
+        bound for bound in (min, max) if bound is not None and (isinstance(bound, Tensor) or math.isfinite(bound))
+    ]
     return [input - bound for bound in bounds]
 
 
