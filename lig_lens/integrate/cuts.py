@@ -20,10 +20,8 @@ _AT_END = 1e-5
 _STEPS = 12
 # A panel with more places than that is cut at the one nearest to its middle, else each of them is looked at: how much
 # L's slope changes from so far on the left to so far on the right of it.
-_MANY = 16
+_MANY = 64
 _ASIDE = 1 / 64
-# Places where it changes by less than this share of the most are left for later.
-_SLIGHT = 1 / 100
 
 Points = Callable[[Int[Tensor, "item"], Float[Tensor, "item"]], Tensor]
 """Something at points of panels: their numbers, and shares of their lengths."""
@@ -37,7 +35,7 @@ class Place:
     at: Float[Tensor, "place"]
     """Share of the panel."""
     weight: Float[Tensor, "place group"]
-    """How much it matters; 0 where it does not."""
+    """By how much the slope of L, per panel, jumps there; 0 where it cannot be seen to."""
 
 
 def places(n_panels: int, margins: Points, scalars: Points, noise: Float[Tensor, "panel group"]) -> Place:
@@ -77,8 +75,6 @@ def places(n_panels: int, margins: Points, scalars: Points, noise: Float[Tensor,
     bend = (left - 2 * here + right).abs()
     # Seen from closer by, it is smaller by as much.
     weight = torch.where(bend > noise[panel], bend / aside[:, None], 0.0)
-    most = torch.zeros_like(noise).index_reduce_(0, panel, weight, "amax")
-    weight = torch.where(weight > _SLIGHT * most[panel], weight, 0.0)
     # Of many, the middlemost is taken in any case.
     weight = torch.where(many.cpu()[panel, None], torch.ones_like(weight), weight)
     return Place(panel, at, weight)

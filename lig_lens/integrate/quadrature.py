@@ -165,7 +165,7 @@ def integrate(
             missed.append(p.only(unfinished & ~extend[own]))
             extended += _extend(p, unfinished & extend[own], v)
         spare = (max_nodes - spent).clamp(min=0) // NODES_PER_PANEL
-        pieces, jumps, more = split(integrand, missed, s0, s1, noise, spare)
+        pieces, jumps, more = split(integrand, missed, s0, s1, noise, allowed, spare)
         jumped += jumps
         spent += NODES_PER_PANEL * more
         work = pieces + extended

@@ -13,6 +13,9 @@ from lig_lens.integrate.stretch import unstretch
 
 # Points of a path that are so few steps of the dtype apart are not told apart.
 _FLOATS = 4.0
+# Gauss's rule misses at most this share of a panel's length times the jump of an integrand; and all the jumps in a panel
+# that it is not cut at may together miss this share of what is allowed, divided by the cell's open panels.
+_MISSED, _OF_ALLOWED = 0.1, 0.25
 
 
 @runtime_checkable
@@ -86,7 +89,13 @@ def scalars_of(integrand: Integrand, dst: Tensor, a: Tensor) -> Tensor:
 
 
 def split(
-    integrand: Integrand, opened: list[OpenPanels], s0: Tensor, s1: Tensor, noise: Tensor, spare: Tensor
+    integrand: Integrand,
+    opened: list[OpenPanels],
+    s0: Tensor,
+    s1: Tensor,
+    noise: Tensor,
+    allowed: Tensor,
+    spare: Tensor,
 ) -> tuple[list[OpenPanels], Tensor, Tensor]:
     """Every panel in pieces, in t: cut where something switches, if that is known, and else in the middle.
 
@@ -96,6 +105,7 @@ def split(
         s0: widths of the layers.
         s1: the same at the other end.
         noise: change of each scalar that rounding alone can cause.
+        allowed: what a cell may miss [dst group].
         spare: how many more pieces than two for each panel a cell can pay for [dst group].
 
     Returns:
@@ -107,7 +117,7 @@ def split(
     jumped, more = torch.zeros_like(noise), torch.zeros_like(spare)
     if not len(p):
         return [], jumped, more
-    cut = _cuts(integrand, p, s0, s1, noise, spare)
+    cut = _cuts(integrand, p, s0, s1, noise, allowed, spare)
     p, width = cut.panels, cut.panels.high - cut.panels.low
     before, after = (p.low[cut.row] + width[cut.row] * x for x in (cut.at - cut.around, cut.at + cut.around))
     # A place that switches has two sides, any other point one.
@@ -161,7 +171,9 @@ class _Cuts:
     around: Tensor
 
 
-def _cuts(integrand: Integrand, p: OpenPanels, s0: Tensor, s1: Tensor, noise: Tensor, spare: Tensor) -> _Cuts:
+def _cuts(
+    integrand: Integrand, p: OpenPanels, s0: Tensor, s1: Tensor, noise: Tensor, allowed: Tensor, spare: Tensor
+) -> _Cuts:
     """Where to cut, group by group where something switches that matters to them."""
     half = torch.full_like(p.low, 0.5)
     if not integrand.switches:
@@ -183,15 +195,23 @@ def _cuts(integrand: Integrand, p: OpenPanels, s0: Tensor, s1: Tensor, noise: Te
     row, place, weight = (torch.cat(one) for one in zip(*found, strict=True))
     weight *= p.groups[row]
     # Of each panel and group the weightiest, as many as can be paid for.
-    share = 1 + spare[p.dst] // torch.zeros_like(spare).index_add_(0, p.dst, p.groups.long())[p.dst].clamp(min=1)
+    count = torch.zeros_like(spare).index_add_(0, p.dst, p.groups.long())[p.dst].clamp(min=1)
+    share = 1 + spare[p.dst] // count
     group, number = (weight > 0).T.nonzero(as_tuple=True)
     pair, weights = group * len(p) + row[number], weight[number, group]
     order = _by_row(pair, -weights)
     pair, number = pair[order], number[order]
     new = torch.ones_like(pair, dtype=torch.bool)
     new[1:] = pair[1:] != pair[:-1]
-    rank = torch.arange(len(pair)) - torch.cummax(torch.where(new, torch.arange(len(pair)), 0), 0).values
-    taken = rank < share.T.flatten()[pair]
+    first = torch.cummax(torch.where(new, torch.arange(len(pair)), 0), 0).values
+    rank = torch.arange(len(pair)) - first
+    # Those left out lie in pieces that get shorter with every cut.
+    weights = weights[order]
+    before = torch.cumsum(weights, 0) - weights
+    whole = torch.zeros(len(p) * p.groups.shape[1], dtype=weights.dtype).index_add_(0, pair, weights)
+    left_out = whole[pair] - (before - before[first])
+    matters = _MISSED * left_out / (rank + 1) > (_OF_ALLOWED * allowed[p.dst] / count).T.flatten()[pair]
+    taken = (rank == 0) | (matters & (rank < share.T.flatten()[pair]))
     pair, number = pair[taken], number[taken]
     # Groups with cuts of their own are panels of their own; one group after the other, as engines work.
     pairs, index = pair.unique(return_inverse=True)
