@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Places so near an end of a panel are cut already.
+# Places so near an end of a panel, or another place, are cut already.
 _AT_END = 1e-5
 # Steps of the search for a place; it gains digits faster and faster.
 _STEPS = 12
@@ -22,6 +22,8 @@ _STEPS = 12
 # L's slope changes from so far on the left to so far on the right of it.
 _MANY = 64
 _ASIDE = 1 / 64
+# L jumps where it changes within this share of a panel, and so many times faster than around.
+_BESIDE, _STEEP = 1e-6, 10.0
 
 Points = Callable[[Int[Tensor, "item"], Float[Tensor, "item"]], Tensor]
 """Something at points of panels: their numbers, and shares of their lengths."""
@@ -34,20 +36,24 @@ class Place:
     panel: Int[Tensor, "place"]
     at: Float[Tensor, "place"]
     """Share of the panel."""
+    around: Float[Tensor, "place"]
+    """Where L itself jumps, how far to both sides of the place that is sure to be; else 0."""
     weight: Float[Tensor, "place group"]
     """By how much the slope of L, per panel, jumps there; 0 where it cannot be seen to."""
 
 
-def places(n_panels: int, margins: Points, scalars: Points, noise: Float[Tensor, "panel group"]) -> Place:
+def places(
+    margins: Points, scalars: Points, noise: Float[Tensor, "panel group"], resolution: Float[Tensor, "panel"]
+) -> Place:
     """Where something switches.
 
     Args:
-        n_panels: how many panels there are.
         margins: numbers that change their sign where the model switches, [item unit].
         scalars: L, [item group].
         noise: what rounding does to that.
+        resolution: smallest share of a panel that the dtype can tell from none.
     """
-    every, zero = torch.arange(n_panels), torch.zeros(n_panels, dtype=torch.float64)
+    every, zero = torch.arange(len(noise)), torch.zeros(len(noise), dtype=torch.float64)
     first, last = margins(every, zero), margins(every, zero + 1)
     switched = (first > 0) != (last > 0)
     share = torch.where(switched, first / (first - last), 0.5)
@@ -68,16 +74,27 @@ def places(n_panels: int, margins: Points, scalars: Points, noise: Float[Tensor,
     at = torch.from_numpy(_root(margin, *ends))
     inside = (at > _AT_END) & (at < 1 - _AT_END)
     panel, at = panel[inside], at[inside]
+    # Two things may switch at once: one expert goes, another comes.
+    order = torch.argsort(panel + at)
+    panel, at = panel[order], at[order]
+    other = torch.ones_like(panel, dtype=torch.bool)
+    other[1:] = (panel + at).diff() > _AT_END
+    panel, at = panel[other], at[other]
     if not len(panel):
-        return Place(panel, at, noise[panel])
+        return Place(panel, at, at, noise[panel])
     aside = torch.minimum(torch.minimum(at, 1 - at), torch.tensor(_ASIDE, dtype=torch.float64))
     left, here, right = (scalars(panel, at + side * aside) for side in (-1, 0, 1))
+    beside = torch.minimum(resolution[panel].clamp(min=_BESIDE), aside)
+    # Where a router decides, scores may tie for a while, so a jump is looked for within some distance.
+    jump = (scalars(panel, at + beside) - scalars(panel, at - beside)).abs()
+    steep = jump > noise[panel] + _STEEP * (right - left).abs() * (beside / aside)[:, None]
+    around = torch.where(steep.any(-1), beside, 0.0)
     bend = (left - 2 * here + right).abs()
     # Seen from closer by, it is smaller by as much.
     weight = torch.where(bend > noise[panel], bend / aside[:, None], 0.0)
     # Of many, the middlemost is taken in any case.
     weight = torch.where(many.cpu()[panel, None], torch.ones_like(weight), weight)
-    return Place(panel, at, weight)
+    return Place(panel, at, around, weight)
 
 
 def _root(value: Callable[[np.ndarray, np.ndarray], np.ndarray], first: np.ndarray, last: np.ndarray) -> np.ndarray:

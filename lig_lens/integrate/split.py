@@ -13,8 +13,8 @@ from lig_lens.integrate.stretch import unstretch
 
 # Points of a path that are so few steps of the dtype apart are not told apart.
 _FLOATS = 4.0
-# Gauss's rule misses at most this share of a panel's length times the jump of an integrand; and all the jumps in a panel
-# that it is not cut at may together miss this share of what is allowed, divided by the cell's open panels.
+# Gauss's rule misses at most this share of a panel's length times an integrand's jump; and all jumps in a panel that it
+# is not cut at may together miss this share of what is allowed, divided by the cell's open panels.
 _MISSED, _OF_ALLOWED = 0.1, 0.25
 
 
@@ -190,9 +190,14 @@ def _cuts(
             portions = zip(*(torch.split(one, integrand.chunk) for one in at(index, x)), strict=True)
             return torch.cat([integrand.margins(dst, a) for dst, a in portions])
 
-        one = cuts.places(len(rows), margins, lambda i, x, at=at: scalars_of(integrand, *at(i, x)), noise[p.dst[rows]])
-        found.append((rows[one.panel], one.at, one.weight))
-    row, place, weight = (torch.cat(one) for one in zip(*found, strict=True))
+        def scalars(index: Tensor, x: Tensor, at: Callable[..., tuple[Tensor, Tensor]] = at) -> Tensor:
+            return scalars_of(integrand, *at(index, x))
+
+        first, last = (at(torch.arange(len(rows)), torch.full((len(rows),), end).double())[1] for end in (0, 1))
+        resolution = _FLOATS * torch.finfo(integrand.dtype).eps * last / (last - first)
+        one = cuts.places(margins, scalars, noise[p.dst[rows]], resolution)
+        found.append((rows[one.panel], one.at, one.around, one.weight))
+    row, place, around, weight = (torch.cat(one) for one in zip(*found, strict=True))
     weight *= p.groups[row]
     # Of each panel and group the weightiest, as many as can be paid for.
     count = torch.zeros_like(spare).index_add_(0, p.dst, p.groups.long())[p.dst].clamp(min=1)
@@ -224,12 +229,10 @@ def _cuts(
     panels = OpenPanels(
         *(torch.cat([getattr(rest, name), getattr(p, name)[own]]) for name in names), torch.cat([rest.groups, alone])
     )
-    first, last = (unstretch(one[row[number]], *(s[p.dst[row[number]]] for s in (s0, s1))) for one in (p.low, p.high))
-    resolution = (_FLOATS * torch.finfo(integrand.dtype).eps * last / (last - first)).clamp(max=1e-3)
     middles = torch.full_like(rest.low, 0.5)
     return _Cuts(
         panels,
         torch.cat([torch.arange(len(rest)), len(rest) + index]),
         torch.cat([middles, place[number]]),
-        torch.cat([torch.zeros_like(middles), resolution]),
+        torch.cat([torch.zeros_like(middles), around[number]]),
     )
