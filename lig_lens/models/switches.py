@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+
+from lig_lens.models.experts import is_experts
 
 Margins = Callable[..., list[Tensor]]
 
@@ -56,15 +59,16 @@ _MARGINS: dict[Any, Margins] = {
 
 
 class _Seen(TorchFunctionMode):
-    """Notes the margins of all that switches while it is entered."""
+    """Notes the margins of all that switches while it is entered, but for experts: which run depends on the items."""
 
     def __init__(self) -> None:
         super().__init__()
         self.margins: list[Tensor] = []
+        self.paused = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, margins = kwargs or {}, _MARGINS.get(func)
-        if margins is not None:  # before the call, which may work in place
+        if margins is not None and not self.paused:  # before the call, which may work in place
             self.margins += [one.detach().clone() for one in margins(*args, **kwargs) if one.is_floating_point()]
         return func(*args, **kwargs)
 
@@ -84,25 +88,47 @@ class Switches:
         """
         self.row, few, many = row, 2, 2 * row + 1
         pairs = [[one.numel() for one in self._seen(lambda n=n: run(n))] for n in (few, many)]
-        self._kept: list[Callable[[int], int] | None] = []
-        for first, second in zip(*pairs, strict=True):
-            grows = [size for size in (self._alone, self._in_rows) if first * size(many) == second * size(few)]
-            self._kept.append(grows[0] if grows else None)
+        self._grow: list[Callable[[int], int]] = []
+        self._sizes: list[int] = []
+        for first, second in zip(*pairs, strict=False):
+            grow = next(
+                (one for one in (self._alone, self._in_rows) if first * one(many) == second * one(few)), self._not
+            )
+            self._grow.append(grow)
+            self._sizes.append(first // grow(few))
+        self.width = sum(size for size, grow in zip(self._sizes, self._grow, strict=True) if grow != self._not)
 
     def __bool__(self) -> bool:
-        return any(size is not None for size in self._kept)
+        return self.width > 0
 
     def margins(self, n_items: int, run: Callable[[], object]) -> Float[Tensor, "item unit"]:
         """Margins of so many items, in a pass of them."""
-        seen = zip(self._seen(run), self._kept, strict=True)
-        pieces = [one.reshape(size(n_items), -1)[:n_items] for one, size in seen if size is not None]
-        return torch.cat(pieces, -1)
+        seen = self._seen(run)
+        if [one.numel() for one in seen] != [
+            n(n_items) * size for n, size in zip(self._grow, self._sizes, strict=True)
+        ]:
+            # Something else ran than for other items, so that nobody can tell what became of what.
+            return torch.zeros(n_items, self.width, device=seen[0].device if seen else None)
+        kept = [one.reshape(grow(n_items), -1)[:n_items] for one, grow in zip(seen, self._grow, strict=True)]
+        return torch.cat([one for one, grow in zip(kept, self._grow, strict=True) if grow != self._not], -1)
 
     @staticmethod
     def _seen(run: Callable[[], object]) -> list[Tensor]:
-        with torch.no_grad(), _Seen() as seen:
+        seen = _Seen()
+
+        def pause(module: nn.Module, *_: Any) -> None:
+            seen.paused |= is_experts(module)
+
+        def go_on(module: nn.Module, *_: Any) -> None:
+            seen.paused &= not is_experts(module)
+
+        before, after = register_module_forward_pre_hook(pause), register_module_forward_hook(go_on)
+        with torch.no_grad(), before, after, seen:
             run()
         return seen.margins
+
+    def _not(self, n_items: int) -> int:
+        return 1
 
     def _alone(self, n_items: int) -> int:
         return n_items
