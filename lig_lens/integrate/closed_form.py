@@ -157,19 +157,20 @@ class _ToBlock(_FromResid):
     def _switches(self) -> Switches:
         def run(n: int) -> None:
             dst = self.attention.dst[:1].expand(n)
-            self.tail(*(one[:1].expand(n, -1) for one in (self.attn_out_start, self.skip_start)), dst)
+            attn_out, skip = (one[:1].expand(n, -1) for one in (self.attn_out_start, self.skip_start))
+            self.tail(attn_out, skip, dst)
 
         return Switches(run, len(self.values))
 
     @torch.no_grad()
     def margins(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item unit"]:
         """See `quadrature.Integrand`."""
-        leaves = [one.new_zeros(len(dst), one.shape[-1]) for one in (self.attn_out_start, self.skip_start)]
+        attn_out, skip = (one.new_zeros(len(dst), one.shape[-1]) for one in (self.attn_out_start, self.skip_start))
         for panels in self.attention.work(dst, a[:, None], None, self.size):
-            for whole, part in zip(leaves, self._leaves(self.attention.move(panels)), strict=True):
-                whole[panels.rows[0]] = part
-        own = dst.to(self.device)
-        return self._switches.margins(len(dst), lambda: self.tail(*leaves, self.attention.dst[own]))
+            rows = panels.rows[0]
+            attn_out[rows], skip[rows] = self._leaves(self.attention.move(panels))
+        positions = self.attention.dst[dst.to(self.device)]
+        return self._switches.margins(len(dst), lambda: self.tail(attn_out, skip, positions))
 
 
 def resid_integrand(

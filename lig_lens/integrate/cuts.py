@@ -16,8 +16,8 @@ from torch import Tensor
 
 # Places so near an end of a panel, or another place, are cut already.
 _AT_END = 1e-5
-# Steps of the search for a place; it gains digits faster and faster.
-_STEPS = 12
+# Steps of the search for a place, which gains digits faster and faster, and the step that is small enough to end it.
+_STEPS, _EXACT = 12, 1e-9
 # A panel with more places than that is cut at the one nearest to its middle, else each of them is looked at: how much
 # L's slope changes from so far on the left to so far on the right of it.
 _MANY = 64
@@ -64,12 +64,13 @@ def places(
     switched &= alone | ~many[:, None]
     panel, unit = switched.nonzero(as_tuple=True)
     ends = [one[panel, unit].cpu().double().numpy() for one in (first, last)]
-    panel, on_device = panel.cpu(), unit
+    panel = panel.cpu()
 
     def margin(chosen: np.ndarray, x: np.ndarray) -> np.ndarray:
         own = torch.from_numpy(chosen)
-        values = margins(panel[own], torch.from_numpy(x))
-        return values.gather(-1, on_device[own.to(on_device.device)][:, None])[:, 0].cpu().double().numpy()
+        values = margins(panel[own], torch.from_numpy(x)).gather(-1, unit[own.to(unit.device)][:, None])[:, 0]
+        found: np.ndarray = values.cpu().double().numpy()
+        return found
 
     at = torch.from_numpy(_root(margin, *ends))
     inside = (at > _AT_END) & (at < 1 - _AT_END)
@@ -101,7 +102,8 @@ def _root(value: Callable[[np.ndarray, np.ndarray], np.ndarray], first: np.ndarr
     """Roots in [0, 1] of functions with these values at 0 and 1, by the Illinois method."""
     low, high = np.zeros_like(first), np.ones_like(first)
     first, last = first.copy(), last.copy()
-    at, side = first / (first - last), np.zeros(len(first))
+    at: np.ndarray = first / (first - last)
+    side = np.zeros(len(first))
     active = np.arange(len(at))
     for _ in range(_STEPS):
         if not len(active):
@@ -119,7 +121,3 @@ def _root(value: Callable[[np.ndarray, np.ndarray], np.ndarray], first: np.ndarr
         at[active] = low[active] + (high - low)[active] * first[active] / (first - last)[active]
         active = active[(np.abs(at[active] - before) > _EXACT) & (now != 0)]
     return at
-
-
-# Steps smaller than that end the search.
-_EXACT = 1e-9

@@ -108,6 +108,8 @@ class PathIntegrand(ABC):
 
     start: Float[Tensor, "dst group dim"]
     scales: Scales | None = None
+    chunk: int
+    """Points that fit into one run of the block."""
     all_norms_known = False
     """Whether every norm on the way is known, so that none can hide."""
 

@@ -5,7 +5,8 @@ integrand has several *parts* (source tokens, or heads, skip and bias) that shar
 the sum of the parts is the derivative of a known scalar L along the path. So every panel [a, b] of the rule
 comes with its own error estimate for free: how far the sum of its parts is from L(b) - L(a). Errors of single
 parts can cancel in that sum, so each part is also asked how much of it lies in the two highest Legendre modes
-that the nodes resolve. Panels are halved where either is too large, and only for the cells that still need it.
+that the nodes resolve. Panels are split where either is too large, and only for the cells that still need it: where
+the model switches, if it does (`split.py`), and else in the middle.
 
 Norms put boundary layers at the ends of a path: `LN(a x)` jumps from 0 to its final value within
 a ~ sqrt(eps / var(x)). Panels are therefore laid out, and halved, in a stretched variable t with
@@ -47,8 +48,9 @@ _ADDED_NODES = 8
 _GAUSS_MISSES, _KRONROD_MISSES = 14, 24
 # Errors are never taken to be smaller than these shares of what bounds them: the highest visible modes carried on, and
 # the difference of both rules.
-_OF_MODES, _OF_DIFFERENCE = 1 / 30, (1 / 10, 1.0)
-_OF_ROUGH = 0.5
+_OF_MODES, _OF_DIFFERENCE = 1 / 30, 1 / 10
+# The same where modes need not fall off at all, since the model may switch in a panel.
+_OF_MODES_ROUGH, _OF_DIFFERENCE_ROUGH = 1 / 2, 1.0
 # Length in t of the panels that a path starts with.
 PANEL_LENGTH = 4.0
 _NARROWEST = 1e-18
@@ -258,7 +260,8 @@ def _evaluate(integrand: Integrand, panels: OpenPanels, s0: Tensor, s1: Tensor, 
     their geometric mean was never below 0.6 of the worst part's error on 38,000 panels of real models where one of
     them was near 1e-3. Errors that cancel in the sum leave the bound, of which a fixed share stands. Once both rules
     are there their difference stands for the first mode that Gauss's misses; where modes fall off slowly, a fixed share
-    of it does.
+    of it does. Where the model switches modes need not fall off: there the visible ones, or the difference, count as
+    they are.
     """
     added = panels.gauss is not None
     nodes, rule = _rule(added)
@@ -280,14 +283,14 @@ def _evaluate(integrand: Integrand, panels: OpenPanels, s0: Tensor, s1: Tensor, 
     if panels.gauss is not None:
         difference = (integral - panels.gauss).abs()
         now = estimate(integral, difference, _KRONROD_MISSES / _GAUSS_MISSES)
-        share = _OF_DIFFERENCE[integrand.switches]
+        share = _OF_DIFFERENCE_ROUGH if integrand.switches else _OF_DIFFERENCE
         now = torch.maximum(now, share * difference.amax(-1).cpu().double() * panels.groups)
         return _Values(integral, gap, now, torch.full_like(now, torch.inf))
     gauss, kronrod, *top = sums
     bound = estimate(gauss, torch.hypot(*top), _GAUSS_MISSES / (NODES_PER_PANEL - 1))
     now = torch.maximum((bound * torch.maximum(gap, noise[panels.dst])).sqrt(), _OF_MODES * bound)
     if integrand.switches:
-        now = torch.maximum(now, _OF_ROUGH * torch.hypot(*top).amax(-1).cpu().double() * panels.groups)
+        now = torch.maximum(now, _OF_MODES_ROUGH * torch.hypot(*top).amax(-1).cpu().double() * panels.groups)
     size = torch.maximum(gauss.abs().amax(-1).cpu().double(), now)
     after = size * (now / size.clamp(min=torch.finfo(torch.float32).tiny)) ** (_KRONROD_MISSES / _GAUSS_MISSES)
     return _Values(integral, gap, now, after, gauss, kronrod)

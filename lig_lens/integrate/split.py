@@ -219,16 +219,15 @@ def _cuts(
     taken = (rank == 0) | (matters & (rank < share.T.flatten()[pair]))
     pair, number = pair[taken], number[taken]
     # Groups with cuts of their own are panels of their own; one group after the other, as engines work.
-    pairs, index = pair.unique(return_inverse=True)
+    pairs, index = torch.unique(pair, return_inverse=True)
     group, own = pairs // len(p), pairs % len(p)
     alone = torch.nn.functional.one_hot(group, p.groups.shape[1]) > 0
     shared = p.groups.clone()
     shared[own, group] = False
     rest = p.only(shared)
     names = ("dst", "low", "high", "scalar_low", "scalar_high")
-    panels = OpenPanels(
-        *(torch.cat([getattr(rest, name), getattr(p, name)[own]]) for name in names), torch.cat([rest.groups, alone])
-    )
+    fields = {name: torch.cat([getattr(rest, name), getattr(p, name)[own]]) for name in names}
+    panels = OpenPanels(**fields, groups=torch.cat([rest.groups, alone]))
     middles = torch.full_like(rest.low, 0.5)
     return _Cuts(
         panels,

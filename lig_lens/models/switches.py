@@ -5,6 +5,7 @@ their sign when it does: of a ReLU its input, of a clamp the distances to its bo
 each is from being left out.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -87,7 +88,7 @@ class Switches:
             row: length of the rows in which the items stand, the last of them filled up.
         """
         self.row, few, many = row, 2, 2 * row + 1
-        pairs = [[one.numel() for one in self._seen(lambda n=n: run(n))] for n in (few, many)]
+        pairs = [[one.numel() for one in self._seen(functools.partial(run, n))] for n in (few, many)]
         self._grow: list[Callable[[int], int]] = []
         self._sizes: list[int] = []
         for first, second in zip(*pairs, strict=False):
