@@ -67,6 +67,9 @@ class _HiddenLayer:
     def scalars(self, dst: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         return a[:, None].clone()
 
+    def margins(self, dst: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("nothing switches")
+
     def sums(self, dst: torch.Tensor, a: torch.Tensor, factors: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
         bump = self.AREA * self.WIDTH * 2 / torch.pi / (a**2 + self.WIDTH**2)
         parts = torch.stack([0.5 + bump, 0.5 - bump], -1)
