@@ -61,11 +61,14 @@ class _HiddenLayer:
 
     AREA, WIDTH = 0.05, 1e-6
     n_dst, n_groups, n_parts = 1, 1, 2
-    switches, chunk = False, 64
+    chunk = 64
     dtype, device = torch.float64, torch.device("cpu")
 
     def scalars(self, dst: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         return a[:, None].clone()
+
+    def switches(self) -> bool:
+        return False
 
     def margins(self, dst: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         raise AssertionError("nothing switches")

@@ -19,7 +19,7 @@ class Analytic:
     """Scalars with known derivatives, one function per group: parts are two uneven halves of dL/da."""
 
     n_parts = 2
-    switches, chunk = False, 64
+    chunk, switching = 64, False
     dtype, device = torch.float64, torch.device("cpu")
 
     def __init__(self, functions, derivatives, n_dst: int = 1) -> None:
@@ -34,6 +34,9 @@ class Analytic:
         self.evaluated.index_put_((dst,), groups.float(), accumulate=True)
         slope = torch.stack([f(a.double()) for f in self.derivatives], -1) * groups
         return torch.stack([0.25 * slope, 0.75 * slope], -1)
+
+    def switches(self) -> bool:
+        return self.switching
 
     def margins(self, dst: Tensor, a: Tensor) -> Tensor:
         raise AssertionError("nothing switches")
@@ -184,7 +187,7 @@ def test_panels_that_miss_are_the_ones_halved(monkeypatch: pytest.MonkeyPatch) -
 class Switching(Analytic):
     """One cell that says where it switches."""
 
-    switches = True
+    switching = True
 
     def __init__(self, function, derivative, places: Tensor) -> None:
         super().__init__([function], [derivative])

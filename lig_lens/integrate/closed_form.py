@@ -73,7 +73,6 @@ class _FromResid(PathIntegrand):
             result[:, panels.rows, self.groups, : panels.n_src] = columns.permute(2, 0, 1, 3)
         return result
 
-    @property
     def switches(self) -> bool:
         """See `quadrature.Integrand`; attention itself does not, or it would have no formula."""
         return False
@@ -148,7 +147,6 @@ class _ToBlock(_FromResid):
             result.scatter_add_(-1, panels.dst[..., None, None].expand(1, *shape, 1), by_own[None])
         return result
 
-    @property
     def switches(self) -> bool:
         """See `quadrature.Integrand`; here it is the tail that may."""
         return bool(self._switches)

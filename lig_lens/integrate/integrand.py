@@ -83,7 +83,6 @@ class ByPoints(ABC):
         points = dst.to(self.device), self._on_device(a)
         return self._switches.margins(len(dst), lambda: self._scalars(*points))
 
-    @property
     def switches(self) -> bool:
         """See `quadrature.Integrand`."""
         return bool(self._switches)
@@ -132,7 +131,6 @@ class PathIntegrand(ABC):
     ) -> Float[Tensor, "column panel group part"]:
         """See `quadrature.Integrand`."""
 
-    @property
     @abstractmethod
     def switches(self) -> bool:
         """See `quadrature.Integrand`."""

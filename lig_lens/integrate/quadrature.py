@@ -283,13 +283,13 @@ def _evaluate(integrand: Integrand, panels: OpenPanels, s0: Tensor, s1: Tensor, 
     if panels.gauss is not None:
         difference = (integral - panels.gauss).abs()
         now = estimate(integral, difference, _KRONROD_MISSES / _GAUSS_MISSES)
-        share = _OF_DIFFERENCE_ROUGH if integrand.switches else _OF_DIFFERENCE
+        share = _OF_DIFFERENCE_ROUGH if integrand.switches() else _OF_DIFFERENCE
         now = torch.maximum(now, share * difference.amax(-1).cpu().double() * panels.groups)
         return _Values(integral, gap, now, torch.full_like(now, torch.inf))
     gauss, kronrod, *top = sums
     bound = estimate(gauss, torch.hypot(*top), _GAUSS_MISSES / (NODES_PER_PANEL - 1))
     now = torch.maximum((bound * torch.maximum(gap, noise[panels.dst])).sqrt(), _OF_MODES * bound)
-    if integrand.switches:
+    if integrand.switches():
         now = torch.maximum(now, _OF_MODES_ROUGH * torch.hypot(*top).amax(-1).cpu().double() * panels.groups)
     size = torch.maximum(gauss.abs().amax(-1).cpu().double(), now)
     after = size * (now / size.clamp(min=torch.finfo(torch.float32).tiny)) ** (_KRONROD_MISSES / _GAUSS_MISSES)

@@ -48,7 +48,6 @@ class Integrand(Protocol):
         Groups that are not asked for may hold any finite number.
         """
 
-    @property
     def switches(self) -> bool:
         """Whether the model may switch on the way."""
 
@@ -176,7 +175,7 @@ def _cuts(
 ) -> _Cuts:
     """Where to cut, group by group where something switches that matters to them."""
     half = torch.full_like(p.low, 0.5)
-    if not integrand.switches:
+    if not integrand.switches():
         return _Cuts(p, torch.arange(len(p)), half, torch.zeros_like(half))
     found = []
     for rows in torch.split(torch.arange(len(p)), integrand.chunk):
