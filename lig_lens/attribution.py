@@ -40,7 +40,7 @@ from lig_lens.targets.metrics import Metric
 from lig_lens.targets.resolve import as_target
 from lig_lens.targets.target import DestinationTarget, Target
 
-_CELLS = ("converged", "gap", "error", "nodes")
+_CELLS = ("converged", "gap", "error", "nodes", "jumped")
 
 
 @torch.inference_mode(False)  # gradients are needed, whatever mode the caller is in
@@ -108,8 +108,9 @@ def attribute(
             dst]` with sources in the source and destinations in the target, along a path of that output (`zero` by
             default; `corrupted` is another source), the decoder's residual stream held.
         experts: for blocks whose router chooses some of its experts. `free` lets it choose anew along the path, where
-            contributions jump, which may cost any number of nodes. `held` keeps the experts that the prompt chose at
-            each position, with weights that follow the path: then contributions are to a block of those experts.
+            the target jumps: that belongs to no contribution, and stays as a gap. `held` keeps the experts that the
+            prompt chose at each position, with weights that follow the path: then contributions are to a block of those
+            experts.
         prepend_bos: for texts, handed to the model's tokenizer; its own default with None.
         attention_mask: for token ids, 0 marks padding, which is dropped before the model runs.
         out: file to which each layer is written as soon as it is computed, for a Flow that need not fit into memory;
@@ -385,7 +386,11 @@ def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]], routed: boo
     )
     # Refining all panels of a cell costs at most twice what was spent on it: one that could have paid for that has
     # only gaps that rounding can explain.
-    rounded = sum(int((~c["converged"] & (3 * c["nodes"] <= settings.max_nodes)).sum()) for c in missed.values())
+    jumping = {name: cells["jumped"] > settings.tol for name, cells in missed.items()}
+    rounded = sum(
+        int((~cells["converged"] & ~jumping[name] & (3 * cells["nodes"] <= settings.max_nodes)).sum())
+        for name, cells in missed.items()
+    )
     limited = (
         f" {rounded} of them are limited by rounding, which no max_nodes cures: use a larger tol, or a float64 model "
         "(a Flow itself keeps float32, which rounds to about 1e-7)."
@@ -397,8 +402,15 @@ def _warn(settings: Settings, done: Mapping[str, Sequence[Columns]], routed: boo
             " The model's weights are float64, but some of its steps round to float32 (norms, softmax): what is near "
             "that rounding, which paths through norms enlarge, a larger tol alone cures."
         )
+    n_jumping = sum(int(cells.sum()) for cells in jumping.values())
+    if n_jumping:
+        worst = max(float(cells["jumped"].max()) for cells in missed.values())
+        limited += (
+            f" {n_jumping} of them miss what the target itself jumps by along the path (up to {worst:.1e} of its "
+            "change), which belongs to no contribution, and which no max_nodes cures."
+        )
     if routed and not settings.per_metric:
-        limited += " Contributions jump where a router chooses other experts along a path: experts='held' keeps those."
+        limited += " The routers' choice changes along the path: experts='held' keeps the prompt's."
     warn_caller(
         f"{sum(int((~cells['converged']).sum()) for cells in missed.values())} of "
         f"{sum(len(cells['converged']) for cells in flat.values())} cells missed tol={settings.tol:g} within "

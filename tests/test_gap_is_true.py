@@ -61,10 +61,17 @@ class _HiddenLayer:
 
     AREA, WIDTH = 0.05, 1e-6
     n_dst, n_groups, n_parts = 1, 1, 2
+    chunk = 64
     dtype, device = torch.float64, torch.device("cpu")
 
     def scalars(self, dst: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         return a[:, None].clone()
+
+    def switches(self) -> bool:
+        return False
+
+    def margins(self, dst: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("nothing switches")
 
     def sums(self, dst: torch.Tensor, a: torch.Tensor, factors: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
         bump = self.AREA * self.WIDTH * 2 / torch.pi / (a**2 + self.WIDTH**2)

@@ -19,6 +19,7 @@ class Analytic:
     """Scalars with known derivatives, one function per group: parts are two uneven halves of dL/da."""
 
     n_parts = 2
+    chunk, switching = 64, False
     dtype, device = torch.float64, torch.device("cpu")
 
     def __init__(self, functions, derivatives, n_dst: int = 1) -> None:
@@ -33,6 +34,12 @@ class Analytic:
         self.evaluated.index_put_((dst,), groups.float(), accumulate=True)
         slope = torch.stack([f(a.double()) for f in self.derivatives], -1) * groups
         return torch.stack([0.25 * slope, 0.75 * slope], -1)
+
+    def switches(self) -> bool:
+        return self.switching
+
+    def margins(self, dst: Tensor, a: Tensor) -> Tensor:
+        raise AssertionError("nothing switches")
 
     def sums(self, dst: Tensor, a: Tensor, factors: Tensor, groups: Tensor) -> Tensor:
         n = a.shape[1]
@@ -175,3 +182,46 @@ def test_panels_that_miss_are_the_ones_halved(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(quadrature, "PANEL_LENGTH", 0.5)
     coarse, fine = run(kink, tol=1e-3).nodes, run(kink, tol=1e-6).nodes
     assert int(fine) - int(coarse) <= 14 * 2 * NODES_PER_PANEL
+
+
+class Switching(Analytic):
+    """One cell that says where it switches."""
+
+    switching = True
+
+    def __init__(self, function, derivative, places: Tensor) -> None:
+        super().__init__([function], [derivative])
+        self.places = places
+
+    def margins(self, dst: Tensor, a: Tensor) -> Tensor:
+        assert len(a) <= self.chunk
+        return torch.sinh(a.double()[:, None] - self.places)
+
+
+@pytest.mark.parametrize(
+    "places", [[0.5**0.5], [1 / math.pi, 1 / math.e, 0.9], list(0.5 + 0.49 * np.sin(np.arange(99)))]
+)
+def test_panels_are_cut_where_the_model_switches(places: list[float]) -> None:
+    at = torch.tensor(places, dtype=torch.float64)
+    size = 1 + torch.arange(len(at)) % 3
+    kinks = Switching(
+        lambda a: a**2 + (size * (a[:, None] - at).relu()).sum(-1),
+        lambda a: 2 * a + (size * (a[:, None] > at)).sum(-1),
+        at,
+    )
+    result = run(kinks, tol=1e-8)
+    assert bool(result.converged.all()) and float(result.jumped) == 0
+    assert int(result.nodes) <= 30 * (1 + len(at))  # bisection takes 14 nodes per place and bit
+    exact = 1 + float((size * (1 - at)).sum())
+    assert abs(float(result.parts.sum()) - exact) <= 1e-8 * exact
+
+
+def test_jumps_of_the_scalar_are_its_gap() -> None:
+    at = torch.tensor([0.5**0.5, 1 / math.pi], dtype=torch.float64)
+    jumps = torch.tensor([0.3, -0.1], dtype=torch.float64)
+    result = run(Switching(lambda a: a**3 + ((a[:, None] > at) * jumps).sum(-1), lambda a: 3 * a**2, at), tol=1e-5)
+    assert not bool(result.converged.any()) and int(result.nodes) <= 50
+    torch.testing.assert_close(float(result.parts.sum()), 1.0, atol=1e-5, rtol=0)
+    for found in (result.gap, result.jumped):
+        torch.testing.assert_close(float(found), 0.4 / 1.2, atol=2e-5, rtol=0)
+    assert float(result.error) <= 1e-5

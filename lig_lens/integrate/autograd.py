@@ -93,7 +93,7 @@ class FromHeads(_ByAutograd):
 
     def __init__(self, values: Values, path: TailPath, scalar: Scalar, dst: Tensor, chunk: int) -> None:
         super().__init__(values, scalar, dst, n_groups=1, n_parts=path.z_end.shape[1] + 2)
-        self.path, self.chunk = path, chunk
+        self.path, self.chunk, self.row = path, chunk, len(values)
         self.attn_out_start = values.heads.attn_out(path.z_start, path.bias_start)
         self.attn_out_end = values.heads.attn_out(path.z_end, 1.0)
         self.tail = Tail(values, self.attn_out_start[dst], path.skip_start[dst], dst)

@@ -4,6 +4,7 @@ They give what `autograd.py` gives, for blocks whose attention has a formula: so
 instead of one backward pass for each destination and head.
 """
 
+import functools
 from abc import abstractmethod
 
 import torch
@@ -14,6 +15,7 @@ from lig_lens.blocks.tail import Tail
 from lig_lens.blocks.values import Values
 from lig_lens.integrate.attention_path import AttentionPath, Moved, OwnPaths, SharedPath
 from lig_lens.integrate.integrand import Budget, PathIntegrand
+from lig_lens.models.switches import Switches
 from lig_lens.paths.path import ResidPath
 from lig_lens.targets.target import DestinationTarget, Scalar
 
@@ -30,6 +32,7 @@ class _FromResid(PathIntegrand):
     ) -> None:
         super().__init__(values, scalar, dst, n_groups, n_parts=len(values))
         self.path, self.size = path, size
+        self.chunk = max(1, size // (values.heads.n_heads * len(values)))
         formula = values.heads.closed
         if path.start is None:
             self.attention: AttentionPath = OwnPaths(formula, dst)
@@ -70,6 +73,14 @@ class _FromResid(PathIntegrand):
             result[:, panels.rows, self.groups, : panels.n_src] = columns.permute(2, 0, 1, 3)
         return result
 
+    def switches(self) -> bool:
+        """See `quadrature.Integrand`; attention itself does not, or it would have no formula."""
+        return False
+
+    def margins(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item unit"]:
+        """See `quadrature.Integrand`."""
+        return torch.zeros(len(dst), 0)
+
 
 class _ToHeads(_FromResid):
     """resid_pre -> hook_z: groups are heads."""
@@ -99,16 +110,20 @@ class _ToBlock(_FromResid):
         self.tail = Tail(values, self.attn_out_start, self.skip_start, dst)
         self.start, self.scales = self.tail.out[:, None], self.tail.scales
 
-    def _tail(self, moved: Moved) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """What the tail gets, as leaves: [item d_model] each, and the scalars: [item 1]."""
+    def _leaves(self, moved: Moved) -> tuple[Tensor, Tensor]:
+        """What the tail gets: [item d_model] each."""
         panels = moved.panels
-        n_nodes = panels.a.shape[-1]
-        own, dst = (index[0].repeat_interleave(n_nodes) for index in (panels.own, panels.dst))
+        own = panels.own[0].repeat_interleave(panels.a.shape[-1])
         attn_out = torch.einsum("hpne,hem->pnm", moved.displacement, self.values.heads.W_O).flatten(0, 1)
-        leaves = (
+        return (
             self.attn_out_start[own] + attn_out,
             torch.addcmul(self.skip_start[own], panels.a.reshape(-1, 1), self.skip_step[own]),
         )
+
+    def _tail(self, moved: Moved) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """What the tail gets, as leaves, and the scalars: [item 1]."""
+        panels, leaves = moved.panels, self._leaves(moved)
+        own, dst = (index[0].repeat_interleave(panels.a.shape[-1]) for index in (panels.own, panels.dst))
         for leaf in leaves:
             leaf.requires_grad_(torch.is_grad_enabled())
         out = self.tail(*leaves, dst)[:, None]
@@ -131,6 +146,29 @@ class _ToBlock(_FromResid):
             by_own = (by_skip.reshape(*shape, -1) * step).sum(-1)[..., None]
             result.scatter_add_(-1, panels.dst[..., None, None].expand(1, *shape, 1), by_own[None])
         return result
+
+    def switches(self) -> bool:
+        """See `quadrature.Integrand`; here it is the tail that may."""
+        return bool(self._switches)
+
+    @functools.cached_property
+    def _switches(self) -> Switches:
+        def run(n: int) -> None:
+            dst = self.attention.dst[:1].expand(n)
+            attn_out, skip = (one[:1].expand(n, -1) for one in (self.attn_out_start, self.skip_start))
+            self.tail(attn_out, skip, dst)
+
+        return Switches(run, len(self.values))
+
+    @torch.no_grad()
+    def margins(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item unit"]:
+        """See `quadrature.Integrand`."""
+        attn_out, skip = (one.new_zeros(len(dst), one.shape[-1]) for one in (self.attn_out_start, self.skip_start))
+        for panels in self.attention.work(dst, a[:, None], None, self.size):
+            rows = panels.rows[0]
+            attn_out[rows], skip[rows] = self._leaves(self.attention.move(panels))
+        positions = self.attention.dst[dst.to(self.device)]
+        return self._switches.margins(len(dst), lambda: self.tail(attn_out, skip, positions))
 
 
 def resid_integrand(

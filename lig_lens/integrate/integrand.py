@@ -1,5 +1,6 @@
 """What integrands share: how hard to try, points run in portions, the scalars along a path, and its boundary layers."""
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from lig_lens.blocks.tail import Scales
 from lig_lens.blocks.values import Values
 from lig_lens.integrate.quadrature import Integral, integrate
+from lig_lens.models.switches import Switches
 from lig_lens.paths.path import ResidPath
 from lig_lens.targets.target import Scalar
 
@@ -36,6 +38,8 @@ class ByPoints(ABC):
     dtype: torch.dtype
     device: torch.device
     chunk: int
+    row = 1
+    """Points may stand in rows of this length, the last of them filled up."""
 
     @abstractmethod
     def _scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
@@ -74,6 +78,20 @@ class ByPoints(ABC):
                 column.index_add_(0, rows, values * factor[:, None, None])
         return result
 
+    def margins(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item unit"]:
+        """See `quadrature.Integrand`."""
+        points = dst.to(self.device), self._on_device(a)
+        return self._switches.margins(len(dst), lambda: self._scalars(*points))
+
+    def switches(self) -> bool:
+        """See `quadrature.Integrand`."""
+        return bool(self._switches)
+
+    @functools.cached_property
+    def _switches(self) -> Switches:
+        zero = torch.zeros(1, dtype=torch.long, device=self.device)
+        return Switches(lambda n: self._scalars(zero.expand(n), zero.to(self.dtype).expand(n)), self.row)
+
     def _on_device(self, values: Tensor) -> Tensor:
         # Cast first: a device may not have float64.
         return values.to(self.dtype).to(self.device)
@@ -89,6 +107,8 @@ class PathIntegrand(ABC):
 
     start: Float[Tensor, "dst group dim"]
     scales: Scales | None = None
+    chunk: int
+    """Points that fit into one run of the block."""
     all_norms_known = False
     """Whether every norm on the way is known, so that none can hide."""
 
@@ -109,6 +129,14 @@ class PathIntegrand(ABC):
         factors: Float[Tensor, "panel node column"],
         groups: Bool[Tensor, "panel group"],
     ) -> Float[Tensor, "column panel group part"]:
+        """See `quadrature.Integrand`."""
+
+    @abstractmethod
+    def switches(self) -> bool:
+        """See `quadrature.Integrand`."""
+
+    @abstractmethod
+    def margins(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item unit"]:
         """See `quadrature.Integrand`."""
 
     def noise(self, end: Float[Tensor, "pos group dim"]) -> Float[Tensor, "dst group"]:

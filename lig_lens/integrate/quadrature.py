@@ -5,7 +5,8 @@ integrand has several *parts* (source tokens, or heads, skip and bias) that shar
 the sum of the parts is the derivative of a known scalar L along the path. So every panel [a, b] of the rule
 comes with its own error estimate for free: how far the sum of its parts is from L(b) - L(a). Errors of single
 parts can cancel in that sum, so each part is also asked how much of it lies in the two highest Legendre modes
-that the nodes resolve. Panels are halved where either is too large, and only for the cells that still need it.
+that the nodes resolve. Panels are split where either is too large, and only for the cells that still need it: where
+the model switches, if it does (`split.py`), and else in the middle.
 
 Norms put boundary layers at the ends of a path: `LN(a x)` jumps from 0 to its final value within
 a ~ sqrt(eps / var(x)). Panels are therefore laid out, and halved, in a stretched variable t with
@@ -20,12 +21,14 @@ only the integrand's values live on the model's device.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from lig_lens.integrate.split import Integrand, OpenPanels, scalars_of, split
+from lig_lens.integrate.stretch import density, stretch, unstretch
 
 # Gauss's 7-point rule on [-1, 1] and Kronrod's extension by 8 points (A. S. Kronrod 1965; digits as in QUADPACK's
 # qk15): the nodes from the end to the middle, Kronrod's weights, and Gauss's where it has the node.
@@ -46,6 +49,8 @@ _GAUSS_MISSES, _KRONROD_MISSES = 14, 24
 # Errors are never taken to be smaller than these shares of what bounds them: the highest visible modes carried on, and
 # the difference of both rules.
 _OF_MODES, _OF_DIFFERENCE = 1 / 30, 1 / 10
+# The same where modes need not fall off at all, since the model may switch in a panel.
+_OF_MODES_ROUGH, _OF_DIFFERENCE_ROUGH = 1 / 2, 1.0
 # Length in t of the panels that a path starts with.
 PANEL_LENGTH = 4.0
 _NARROWEST = 1e-18
@@ -54,37 +59,6 @@ _NARROW = 0.1
 _LADDER = (1e-2, 10**-3.5, 1e-5, 10**-6.5)
 # A change is resolved where rounding is at most this share of it.
 RESOLVED = 1e-3
-_NEWTON_STEPS = 5
-
-
-@runtime_checkable
-class Integrand(Protocol):
-    """What an engine provides: scalars and their gradient parts at given points of the paths.
-
-    Everything handed over is on the CPU, so that engines can plan their work without waiting for a device; what
-    they give back is on theirs.
-    """
-
-    n_dst: int
-    n_groups: int
-    n_parts: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
-        """L at `a` on the path of destination number `dst`."""
-
-    def sums(
-        self,
-        dst: Int[Tensor, "panel"],
-        a: Float[Tensor, "panel node"],
-        factors: Float[Tensor, "panel node column"],
-        groups: Bool[Tensor, "panel group"],
-    ) -> Float[Tensor, "column panel group part"]:
-        """Parts `<x_i - x0_i, dL/dx_i>` at the nodes, times `factors`, added up over nodes.
-
-        Groups that are not asked for may hold any finite number.
-        """
 
 
 @dataclass(frozen=True)
@@ -105,66 +79,8 @@ class Integral:
     converged: Bool[Tensor, "dst group"]
     nodes: Int[Tensor, "dst group"]
     scale: Float[Tensor, "dst group"]
-
-
-def stretch(a: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
-    """`t(a)` of the module's docstring."""
-    return torch.asinh(a / s0) - torch.asinh((1 - a) / s1)
-
-
-def unstretch(t: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
-    """Inverse of `stretch`, by Newton's method from the nearer end, where `asinh` of one side is all but t."""
-    # NumPy's small operations cost a fraction of torch's, and there are many.
-    end, width0, width1 = (x.numpy() for x in (t, s0, s1))
-    half0, half1 = np.arcsinh(0.5 / width0), np.arcsinh(0.5 / width1)
-    mirrored = end > half0 - half1
-    end, near, far = (
-        np.where(mirrored, -end, end),
-        np.where(mirrored, width1, width0),
-        np.where(mirrored, width0, width1),
-    )
-    top = np.where(mirrored, half1, half0)
-    x = np.zeros_like(end)  # asinh of the distance from the near end, in units of its layer
-    for _ in range(_NEWTON_STEPS):
-        distance = near * np.sinh(x)
-        other = 1 - distance
-        value = x - np.arcsinh(other / far) - end
-        slope = 1 + near * np.cosh(x) / np.sqrt(other**2 + far**2)
-        x = np.clip(x - value / slope, 0.0, top)
-    distance = near * np.sinh(x)
-    return torch.from_numpy(np.where(mirrored, 1 - distance, distance))
-
-
-def density(a: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
-    """`da / dt` at `a`."""
-    return 1 / (1 / torch.sqrt(a**2 + s0**2) + 1 / torch.sqrt((1 - a) ** 2 + s1**2))
-
-
-@dataclass
-class _Panels:
-    """Panels under work: one row each, with the groups it is still open for.
-
-    On the CPU, but for what a panel that Kronrod's nodes are to be added to already has: the integral by Gauss's
-    rule, and the sum over his nodes with Kronrod's weights, [panel group part] each.
-    """
-
-    dst: Tensor  # [panel]
-    low: Tensor  # [panel] in t
-    high: Tensor
-    scalar_low: Tensor  # [panel group] L at the ends
-    scalar_high: Tensor
-    groups: Tensor  # bool [panel group]
-    gauss: Tensor | None = None
-    kronrod: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.dst)
-
-    def only(self, groups: Tensor) -> "_Panels":
-        """The panels that are open for any of `groups`."""
-        rows = groups.any(-1).nonzero()[:, 0]
-        kept = [x[rows] for x in (self.dst, self.low, self.high, self.scalar_low, self.scalar_high, groups)]
-        return _Panels(*kept)
+    jumped: Float[Tensor, "dst group"]
+    """What of the gap is jumps of L itself, which belong to no integral."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +128,7 @@ def integrate(
     allowed = torch.maximum(tol * total.abs(), noise)
     shape = (n_dst, integrand.n_groups, integrand.n_parts)
     parts = torch.zeros(shape, dtype=integrand.dtype, device=integrand.device)
-    gaps, errors, largest = (torch.zeros_like(total) for _ in range(3))
+    gaps, errors, largest, jumped = (torch.zeros_like(total) for _ in range(4))
     spent = torch.zeros_like(total, dtype=torch.long)
     # Nodes are charged when they are planned, so that what waits cannot overdraw a cell.
     spent.index_add_(0, panels.dst, NODES_PER_PANEL * panels.groups.long())
@@ -242,29 +158,27 @@ def integrate(
         spent += torch.where(broke, 0, cost)
         gaps.index_add_(0, dst, gap * keep)
         errors.index_add_(0, dst, error * keep)
-        halved, extended, row = [], [], 0
+        missed, extended, row = [], [], 0
         for p, v, owner in zip(work, found, owners, strict=True):
             own = slice(row, row + len(p))
             row += len(p)
             parts.index_add_(0, owner, v.integral * keep[own, :, None].to(owner.device))
             unfinished = p.groups & ~keep[own]
-            halved.append(p.only(unfinished & ~extend[own]))
+            missed.append(p.only(unfinished & ~extend[own]))
             extended += _extend(p, unfinished & extend[own], v)
-        work = _halve(integrand, halved, s0, s1) + extended
+        spare = (max_nodes - spent).clamp(min=0) // NODES_PER_PANEL
+        pieces, jumps, more = split(integrand, missed, s0, s1, noise, allowed, spare)
+        jumped += jumps
+        spent += NODES_PER_PANEL * more
+        work = pieces + extended
     # A gap relative to what rounding hides would be meaningless.
     scale = torch.maximum(total.abs(), noise / RESOLVED)
-    gap, error = gaps / scale, errors / torch.maximum(largest, noise / RESOLVED)
+    gap, error = (gaps + jumped) / scale, errors / torch.maximum(largest, noise / RESOLVED)
     converged = (gap <= tol) & (error <= tol)
     # Where nothing moves, what is left of the scalar is rounding.
     total = torch.where(total.abs() <= noise, 0.0, total)
-    return Integral(
-        parts, total.to(parts), gap.to(parts), error.to(parts), converged.to(parts.device), spent, scale.to(parts)
-    )
-
-
-def _scalars(integrand: Integrand, dst: Tensor, a: Tensor) -> Tensor:
-    """`integrand.scalars`, brought to the CPU."""
-    return integrand.scalars(dst, a).cpu().double()
+    total, gap, error, scale, jumped = (one.to(parts) for one in (total, gap, error, scale, jumped / scale))
+    return Integral(parts, total, gap, error, converged.to(parts.device), spent, scale, jumped)
 
 
 def _narrowed(integrand: Integrand, s0: Tensor, narrow: Tensor, tol: float, noise: Tensor) -> Tensor:
@@ -291,7 +205,7 @@ def _narrowed(integrand: Integrand, s0: Tensor, narrow: Tensor, tol: float, nois
         factors[:, rung, rung], factors[:, rung + 1, rung] = -a[:, rung], a[:, rung]
     groups = torch.ones(len(narrow), integrand.n_groups, dtype=torch.bool)
     between = integrand.sums(narrow, a, factors, groups).abs().amax(-1).cpu().double()
-    total = _scalars(integrand, narrow, torch.ones_like(s0[narrow])).abs()
+    total = scalars_of(integrand, narrow, torch.ones_like(s0[narrow])).abs()
     hides = (between > torch.maximum(tol * total, noise[narrow])).any(-1).T  # dst rung
     deepest = torch.where(hides, a[:, 1:], torch.inf).amin(-1)
     s0 = s0.clone()
@@ -299,7 +213,7 @@ def _narrowed(integrand: Integrand, s0: Tensor, narrow: Tensor, tol: float, nois
     return s0
 
 
-def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor) -> tuple[_Panels, Tensor]:
+def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor) -> tuple[OpenPanels, Tensor]:
     """Panels of about `PANEL_LENGTH` in t over the whole path of each destination, and the totals."""
     zero, one = torch.zeros_like(s0), torch.ones_like(s0)
     start, end = stretch(zero, s0, s1), stretch(one, s0, s1)
@@ -311,12 +225,12 @@ def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor) -> tuple[_Panels
     low, high = start[dst] + width * number, start[dst] + width * (number + 1)
     inner = (number > 0).nonzero()[:, 0]
     at = unstretch(low[inner], s0[dst[inner]], s1[dst[inner]])
-    scalars = _scalars(integrand, torch.cat([torch.arange(len(s0)), dst[inner]]), torch.cat([one, at]))
+    scalars = scalars_of(integrand, torch.cat([torch.arange(len(s0)), dst[inner]]), torch.cat([one, at]))
     total, between = scalars[: len(s0)], scalars[len(s0) :]
     scalar_low, scalar_high = torch.zeros_like(total)[dst], total[dst].clone()
     scalar_low[inner], scalar_high[inner - 1] = between, between
     groups = torch.ones(len(dst), total.shape[1], dtype=torch.bool)
-    return _Panels(dst, low, high, scalar_low, scalar_high, groups), total
+    return OpenPanels(dst, low, high, scalar_low, scalar_high, groups), total
 
 
 def _rule(added: bool) -> tuple[Tensor, Tensor]:
@@ -336,7 +250,7 @@ def _rule(added: bool) -> tuple[Tensor, Tensor]:
     return torch.as_tensor(0.5 * (x + 1)), torch.as_tensor(0.5 * np.stack(columns, -1))
 
 
-def _evaluate(integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor, noise: Tensor) -> _Values:
+def _evaluate(integrand: Integrand, panels: OpenPanels, s0: Tensor, s1: Tensor, noise: Tensor) -> _Values:
     """Parts of every panel, the gap of their sum, and the estimated error of the worst one.
 
     Gauss's rule with n nodes is exact up to mode 2n - 1 while its values show modes up to n - 1. Where modes fall
@@ -346,7 +260,8 @@ def _evaluate(integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor, noi
     their geometric mean was never below 0.6 of the worst part's error on 38,000 panels of real models where one of
     them was near 1e-3. Errors that cancel in the sum leave the bound, of which a fixed share stands. Once both rules
     are there their difference stands for the first mode that Gauss's misses; where modes fall off slowly, a fixed share
-    of it does.
+    of it does. Where the model switches modes need not fall off: there the visible ones, or the difference, count as
+    they are.
     """
     added = panels.gauss is not None
     nodes, rule = _rule(added)
@@ -368,11 +283,14 @@ def _evaluate(integrand: Integrand, panels: _Panels, s0: Tensor, s1: Tensor, noi
     if panels.gauss is not None:
         difference = (integral - panels.gauss).abs()
         now = estimate(integral, difference, _KRONROD_MISSES / _GAUSS_MISSES)
-        now = torch.maximum(now, _OF_DIFFERENCE * difference.amax(-1).cpu().double() * panels.groups)
+        share = _OF_DIFFERENCE_ROUGH if integrand.switches() else _OF_DIFFERENCE
+        now = torch.maximum(now, share * difference.amax(-1).cpu().double() * panels.groups)
         return _Values(integral, gap, now, torch.full_like(now, torch.inf))
     gauss, kronrod, *top = sums
     bound = estimate(gauss, torch.hypot(*top), _GAUSS_MISSES / (NODES_PER_PANEL - 1))
     now = torch.maximum((bound * torch.maximum(gap, noise[panels.dst])).sqrt(), _OF_MODES * bound)
+    if integrand.switches():
+        now = torch.maximum(now, _OF_MODES_ROUGH * torch.hypot(*top).amax(-1).cpu().double() * panels.groups)
     size = torch.maximum(gauss.abs().amax(-1).cpu().double(), now)
     after = size * (now / size.clamp(min=torch.finfo(torch.float32).tiny)) ** (_KRONROD_MISSES / _GAUSS_MISSES)
     return _Values(integral, gap, now, after, gauss, kronrod)
@@ -401,29 +319,9 @@ def _choose(dst: Tensor, groups: Tensor, use: Tensor, used: Tensor) -> Tensor:
     return keep
 
 
-def _extend(panels: _Panels, groups: Tensor, values: _Values) -> list[_Panels]:
+def _extend(panels: OpenPanels, groups: Tensor, values: _Values) -> list[OpenPanels]:
     """The panels that are to get Kronrod's nodes, with what they have already."""
     if values.gauss is None or values.kronrod is None or not bool(groups.any()):
         return []
     rows = groups.any(-1).nonzero()[:, 0].to(values.gauss.device)
     return [replace(panels.only(groups), gauss=values.gauss[rows], kronrod=values.kronrod[rows])]
-
-
-def _halve(integrand: Integrand, panels: list[_Panels], s0: Tensor, s1: Tensor) -> list[_Panels]:
-    """Two halves, in t, of every panel."""
-    names = ("dst", "low", "high", "scalar_low", "scalar_high", "groups")
-    p = _Panels(*(torch.cat([getattr(one, name) for one in panels]) for name in names))
-    if not len(p):
-        return []
-    middle = 0.5 * (p.low + p.high)
-    scalar = _scalars(integrand, p.dst, unstretch(middle, s0[p.dst], s1[p.dst]))
-    return [
-        _Panels(
-            torch.cat([p.dst, p.dst]),
-            torch.cat([p.low, middle]),
-            torch.cat([middle, p.high]),
-            torch.cat([p.scalar_low, scalar]),
-            torch.cat([scalar, p.scalar_high]),
-            torch.cat([p.groups, p.groups]),
-        )
-    ]

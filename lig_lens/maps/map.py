@@ -130,5 +130,5 @@ class DestinationMap(Map):
 
 def cells_of(integral: Integral) -> dict[str, Float[Tensor, "group dst"]]:
     """How certain an integral is, as `Columns` has it."""
-    names = ("total", "gap", "error", "converged", "nodes", "scale")
+    names = ("total", "gap", "error", "converged", "nodes", "scale", "jumped")
     return {name: getattr(integral, name).T for name in names}

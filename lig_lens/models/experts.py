@@ -26,7 +26,12 @@ Routes = tuple[Tensor, ...]
 
 def has_experts(block: nn.Module) -> bool:
     """Whether there are experts in a block, by what transformers calls them."""
-    return any(type(one).__name__.endswith("Experts") for one in block.modules())
+    return any(is_experts(one) for one in block.modules())
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is a block's experts."""
+    return type(module).__name__.endswith("Experts")
 
 
 _TOP_K, _MAX, _MASKED = (torch.topk, Tensor.topk), (torch.max, Tensor.max), (torch.masked_fill, Tensor.masked_fill)

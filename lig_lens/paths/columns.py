@@ -23,6 +23,7 @@ class Columns:
         converged: whether both are within the tolerance.
         nodes: points of the path that were evaluated.
         scale: what the gap is relative to, see `quadrature.Integral`.
+        jumped: what of the gap is jumps of the target itself.
         skip: what the skip connection contributes.
         bias: what the attention output's bias contributes.
     """
@@ -34,6 +35,7 @@ class Columns:
     converged: Bool[Tensor, "..."]
     nodes: Int[Tensor, "..."]
     scale: Float[Tensor, "..."]
+    jumped: Float[Tensor, "..."]
     skip: Float[Tensor, "..."] | None = None
     bias: Float[Tensor, "..."] | None = None
 
