@@ -1,4 +1,4 @@
-"""What norms divide a token's vectors by."""
+"""What norms divide a token's vectors by, and the vectors that they divide."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,6 +6,18 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+def centred(norm: str, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """The vectors whose mean square the norm takes."""
+    return resid - resid.mean(-1, keepdim=True) if norm == "layer" else resid
+
+
+def sigma(norm: str, eps: float, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
+    """What the norm divides by."""
+    if norm == "none":
+        return torch.ones_like(resid[..., :1])
+    return (centred(norm, resid).square().mean(-1, keepdim=True) + eps).sqrt()
 
 
 @dataclass(frozen=True)
@@ -53,3 +65,29 @@ class Divisor:
         return sum(
             (weight / x.shape[-1] * (x[:, rows] @ x.mT) for weight, x in parts), torch.zeros(()).to(self.vectors[0])
         )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Vectors that are linear in the residual, and what divides them."""
+
+    vectors: Float[Tensor, "head pos dim"]
+    of: Divisor
+
+    @property
+    def divided(self) -> Float[Tensor, "head pos dim"]:
+        """What they give."""
+        return self.vectors / self.of.value(self.vectors)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Residual vectors and what attention's linear maps make of them before norms divide.
+
+    A query is the sum of the parts of `q`, each divided by its own norm, and `b_q`; a key likewise. Without norms of
+    queries, keys and latents there is one part of each, and their divisors are one object.
+    """
+
+    q: tuple[Part, ...]
+    k: tuple[Part, ...]
+    v: Part

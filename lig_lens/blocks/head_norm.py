@@ -45,8 +45,11 @@ class HeadNorm:
 
     def __call__(self, vectors: Float[Tensor, "*run head pos d_head"]) -> Float[Tensor, "*run head pos d_head"]:
         """What comes out."""
-        base = self.base(vectors)
-        return base * (base.square().mean(self._axes, keepdim=True) + self.eps).rsqrt() * self.weight + self.bias
+        return self.base(vectors) / self.divides_by(vectors) * self.weight + self.bias
+
+    def divides_by(self, vectors: Float[Tensor, "*run head pos d_head"]) -> Float[Tensor, "*run #head pos 1"]:
+        """The root of the mean square and eps."""
+        return (self.base(vectors).square().mean(self._axes, keepdim=True) + self.eps).sqrt()
 
     def homogeneous(self, vectors: Float[Tensor, "head pos d_head"]) -> Float[Tensor, "head pos d_head"]:
         """What comes out but for the divisor and the bias, of vectors before the block's own norm divides."""

@@ -1,0 +1,93 @@
+"""Norms of latent vectors from which queries, or keys and values, are made (DeepSeek).
+
+A key `U w C / rho` with C linear in the residual and `rho^2 = mean(C^2) + eps sigma^2` is what a norm on keys makes, but
+for the vectors whose mean square is taken. A part of each key comes from no latent, and keeps the block's own divisor.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lig_lens.blocks.call import BlockCall
+from lig_lens.blocks.divisor import Divisor, Part, Tokens
+from lig_lens.blocks.head_norm import HeadNorm, fit_head_norm
+from lig_lens.blocks.norms import AnyHeads, Norms, many_vectors, read_at
+from lig_lens.blocks.reading import LATENT_PATHS, LATENT_QUERY_PATHS, FromLatents, Heads, SeenAttention
+
+_BIASED = "latent vectors are biased before they are normed"
+_OTHER = "norms of latent vectors are neither LayerNorm nor RMSNorm"
+
+
+@dataclass(frozen=True)
+class LatentNorms(Norms):
+    """Norms of the latents of queries, if they have any, and of keys and values.
+
+    Attributes:
+        q: of those of queries.
+        kv: of those of keys and values.
+        n_turning: how many dimensions of keys, the first, come from no latent.
+        biases: b_q, b_k, b_v.
+    """
+
+    q: HeadNorm | None
+    kv: HeadNorm
+    n_turning: int
+    biases: tuple[Tensor, Tensor, Tensor]
+    weight: Float[Tensor, "head 1 d_head"] | None = None
+    shown: bool = True
+
+    @property
+    def depth(self) -> int:
+        """See the base class."""
+        return 1
+
+    @property
+    def before(self) -> tuple[Tensor, ...]:
+        """See the base class."""
+        return *self.biases, *[torch.zeros(()).to(self.biases[0]) for _ in range(1 if self.q is None else 2)]
+
+    def normed(self, heads: AnyHeads) -> AnyHeads:
+        """See the base class."""
+        by = self.kv.divides_by(heads.latents[-1])
+        q = heads.q if self.q is None else heads.q / self.q.divides_by(heads.latents[0])
+        k = torch.cat([heads.k[..., : self.n_turning], heads.k[..., self.n_turning :] / by], -1)
+        return replace(heads, q=q, k=k, v=heads.v / by)
+
+    def tokens(self, heads: Heads, plain: Divisor) -> Tokens:
+        """See the base class."""
+        of_kv = self.kv.divisor(heads.latents[-1], plain)
+        of_q = plain if self.q is None else self.q.divisor(heads.latents[0], plain)
+        turning = torch.arange(heads.k.shape[-1], device=heads.k.device) < self.n_turning
+        k = Part(heads.k * turning, plain), Part(heads.k * ~turning, of_kv)
+        return Tokens((Part(heads.q, of_q),), k, Part(heads.v, of_kv))
+
+
+def find_latent_norms(
+    call: BlockCall, reader: FromLatents, norm: str, eps: float, own: SeenAttention, biases: tuple[Tensor, ...]
+) -> LatentNorms | str:
+    """The norms of latents, or why they are not to be understood.
+
+    Args:
+        call: the block on a prompt.
+        reader: of queries, keys and values.
+        norm: the block's own norm.
+        eps: what that adds to the mean square.
+        own: attention on the prompt.
+        biases: what the linear maps add to `Heads.all`.
+    """
+    b_q, b_k, b_v = biases[:3]
+    if any(bool(one.any()) for one in (*biases[3:], b_v, b_k[..., reader.n_turning :])):
+        return _BIASED
+    if reader.latent_queries and bool(b_q.any()):
+        return _BIASED
+    resid = many_vectors(call.resid_pre, norm, eps, own)
+    shown = (*((LATENT_QUERY_PATHS[2],) if reader.latent_queries else ()), LATENT_PATHS[2])
+    read = read_at(call, resid, (*reader.paths, *shown))
+    latents = reader.heads(read, resid.shape[:1], resid.shape[1]).latents
+    norms = [fit_head_norm(one, read[path][:, None]) for one, path in zip(latents, shown, strict=True)]
+    kv, q = norms[-1], norms[0] if reader.latent_queries else None
+    if kv is None or kv.bias.any() or (reader.latent_queries and (q is None or bool(q.bias.any()))):
+        return _OTHER
+    return LatentNorms(q, kv, reader.n_turning, (b_q, b_k, b_v))
