@@ -159,9 +159,9 @@ class FormulaValues:
 
     @property
     def relative(self) -> Relative | None:
-        """What relative positions add to scores, scale and all."""
+        """What relative positions add to products of `turn_queries` with keys."""
         relative = self.pairing.relative
-        return None if relative is None else relative.times(self.formula.score.scale)
+        return None if relative is None else relative.beside(self.formula.score.scale)
 
     def values(self) -> Float[Tensor, "pos head d_head"]:
         """Values of the prompt's tokens, for each query head."""

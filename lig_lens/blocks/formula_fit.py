@@ -16,7 +16,7 @@ from lig_lens.blocks.call import BlockCall
 from lig_lens.blocks.divisor import sigma
 from lig_lens.blocks.formula import ALLOWED, AttentionFormula, FormulaValues, mixture
 from lig_lens.blocks.head_norms import find_head_norms, hidden_norms, read_head_norms
-from lig_lens.blocks.latent import find_latent_norms
+from lig_lens.blocks.latent import fit_latents, latent_norms
 from lig_lens.blocks.norms import Norms, near_zero
 from lig_lens.blocks.pairing import Pairing
 from lig_lens.blocks.reading import (
@@ -74,19 +74,27 @@ def find_formula(
         return "no hooks on queries, keys, values and pattern"
     with torch.no_grad():
         try:
-            own, seen = reader.seen(values, ()), probe.seen(reader)
+            shown, other = reader.seen(values, ()), probe.seen(reader)
         except UnreadableError as error:
             return str(error)
-        other = seen.runs(slice(1, None))
-        if len(own.q) != z.shape[1] or len(own.pattern) != z.shape[1] or z.shape[1] % len(own.k):
-            return f"{z.shape[1]} heads of z, but {len(own.q)} of q, {len(own.k)} of k, {len(own.pattern)} patterns"
+        n_heads = len(shown.q), len(shown.k), len(shown.pattern)
+        if n_heads[0] != z.shape[1] or n_heads[2] != z.shape[1] or z.shape[1] % n_heads[1]:
+            return f"{z.shape[1]} heads of z, but {n_heads[0]} of q, {n_heads[1]} of k, {n_heads[2]} patterns"
         reason = "queries, keys or values are not affine in the normalised residual"
         for norm in ("none", "rms", "layer"):
-            biases = _affine(probe, norm, eps, own, seen)
+            own = shown
+            if isinstance(reader, FromLatents):
+                fitted = fit_latents(call, reader, norm, eps, shown)
+                if fitted is None:
+                    reason = "norms of latent vectors are neither LayerNorm nor RMSNorm, or have biases"
+                    continue
+                reader, own, other = fitted, fitted.seen(values, ()), probe.seen(fitted)
+            biases = _affine(probe, norm, eps, own, other)
             if biases is None:
                 continue
             reason = "the pattern is not a softmax of scaled, possibly normed, rotated or capped q.k plus a fixed bias"
-            part = _Part(call, reader, norm, eps, _scale_path(call, values, norm, eps), own, other, z)
+            scale_path = _scale_path(call, values, norm, eps)
+            part = _Part(call, reader, norm, eps, scale_path, own, other.runs(slice(1, None)), z)
             for kinds, pairing, norms in _between(part, biases):
                 found = norms if isinstance(norms, str) else _with_scores(part, kinds, pairing, norms)
                 if isinstance(found, FormulaValues):
@@ -125,7 +133,7 @@ def _between(part: _Part, biases: tuple[Tensor, ...]) -> Iterator[tuple[_Kinds, 
     apart = ((kind, kind.on(call, d_head)) for kind in RELATIVE_KINDS)
     pairings += [((None, kind), Pairing(None, relative)) for kind, relative in apart if relative is not None]
     if isinstance(reader, FromLatents):
-        latent = find_latent_norms(call, reader, part.norm, part.eps, part.own, biases)
+        latent = latent_norms(reader, biases)
         yield from ((kinds, pairing, latent) for kinds, pairing in pairings)
         return
     q, k, v = biases

@@ -1,7 +1,7 @@
 """Norms of latent vectors from which queries, or keys and values, are made (DeepSeek).
 
-A key `U w C / rho` with C linear in the residual and `rho^2 = mean(C^2) + eps sigma^2` is what a norm on keys makes, but
-for the vectors whose mean square is taken. A part of each key comes from no latent, and keeps the block's own divisor.
+A key `U w C / rho` with C linear in the residual and `rho^2 = mean(C^2) + eps sigma^2` is what a norm on keys makes,
+but for the vectors whose mean square is taken. A part of each key comes from no latent and keeps the block's divisor.
 """
 
 from dataclasses import dataclass, replace
@@ -15,9 +15,6 @@ from lig_lens.blocks.divisor import Divisor, Part, Tokens
 from lig_lens.blocks.head_norm import HeadNorm, fit_head_norm
 from lig_lens.blocks.norms import AnyHeads, Norms, many_vectors, read_at
 from lig_lens.blocks.reading import LATENT_PATHS, LATENT_QUERY_PATHS, FromLatents, Heads, SeenAttention
-
-_BIASED = "latent vectors are biased before they are normed"
-_OTHER = "norms of latent vectors are neither LayerNorm nor RMSNorm"
 
 
 @dataclass(frozen=True)
@@ -64,30 +61,30 @@ class LatentNorms(Norms):
         return Tokens((Part(heads.q, of_q),), k, Part(heads.v, of_kv))
 
 
-def find_latent_norms(
-    call: BlockCall, reader: FromLatents, norm: str, eps: float, own: SeenAttention, biases: tuple[Tensor, ...]
-) -> LatentNorms | str:
-    """The norms of latents, or why they are not to be understood.
+def fit_latents(call: BlockCall, reader: FromLatents, norm: str, eps: float, own: SeenAttention) -> FromLatents | None:
+    """The reader with the norms of latents, or None where they are neither LayerNorm nor RMSNorm, or have biases.
 
     Args:
         call: the block on a prompt.
         reader: of queries, keys and values.
         norm: the block's own norm.
         eps: what that adds to the mean square.
-        own: attention on the prompt.
-        biases: what the linear maps add to `Heads.all`.
+        own: what the reader shows there without them.
     """
-    b_q, b_k, b_v = biases[:3]
-    if any(bool(one.any()) for one in (*biases[3:], b_v, b_k[..., reader.n_turning :])):
-        return _BIASED
-    if reader.latent_queries and bool(b_q.any()):
-        return _BIASED
     resid = many_vectors(call.resid_pre, norm, eps, own)
-    shown = (*((LATENT_QUERY_PATHS[2],) if reader.latent_queries else ()), LATENT_PATHS[2])
+    shown = (*(LATENT_QUERY_PATHS[1:] if reader.latent_queries else ()), LATENT_PATHS[1])
     read = read_at(call, resid, (*reader.paths, *shown))
     latents = reader.heads(read, resid.shape[:1], resid.shape[1]).latents
-    norms = [fit_head_norm(one, read[path][:, None]) for one, path in zip(latents, shown, strict=True)]
-    kv, q = norms[-1], norms[0] if reader.latent_queries else None
-    if kv is None or kv.bias.any() or (reader.latent_queries and (q is None or bool(q.bias.any()))):
-        return _OTHER
-    return LatentNorms(q, kv, reader.n_turning, (b_q, b_k, b_v))
+    found = [fit_head_norm(one, read[path][:, None]) for one, path in zip(latents, shown, strict=True)]
+    norms = [one for one in found if one is not None and not bool(one.bias.any())]
+    return replace(reader, norms=tuple(norms)) if len(norms) == len(found) else None
+
+
+def latent_norms(reader: FromLatents, biases: tuple[Tensor, ...]) -> LatentNorms | str:
+    """The norms of a reader's latents, or why they do not do: `biases` are what linear maps add to `Heads.all`."""
+    b_q, b_k, b_v, *of_latents = biases
+    biased = [b_v, b_k[..., reader.n_turning :], *of_latents, *([b_q] if reader.latent_queries else [])]
+    if any(bool(one.any()) for one in biased):
+        return "latent vectors are biased before they are normed"
+    q = reader.norms[0] if reader.latent_queries else None
+    return LatentNorms(q, reader.norms[-1], reader.n_turning, (b_q, b_k, b_v))

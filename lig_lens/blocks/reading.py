@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lig_lens.blocks.call import BlockCall
+from lig_lens.blocks.head_norm import HeadNorm
 from lig_lens.models.running import Hook, Stop
 
 # Where the two generations show queries, keys and values before rotary, and the pattern.
@@ -20,10 +21,10 @@ QKV_PATHS = (
 PATTERN_PATH = "attn.hook_pattern"
 # Whichever of them a block has show its messages, pattern times values.
 MESSAGE_PATHS = (PATTERN_PATH, *(paths[2] for paths in QKV_PATHS))
-# Where attention shows latent vectors, which are normed and then become queries, or keys and values: what makes them,
-# what their norm divides by, what it gives, and what that becomes. Some have no latent queries.
-LATENT_PATHS = ("attn.kv_a_proj_with_mqa.hook_out", "attn.kv_a_layernorm.hook_scale", "attn.hook_kv_latent")
-LATENT_QUERY_PATHS = ("attn.q_a_proj.hook_out", "attn.q_a_layernorm.hook_scale", "attn.hook_q_latent")
+# Where attention shows latent vectors, and what norms make of them, which becomes queries, or keys and values. Some
+# have no latent queries.
+LATENT_PATHS = ("attn.kv_a_proj_with_mqa.hook_out", "attn.hook_kv_latent")
+LATENT_QUERY_PATHS = ("attn.q_a_proj.hook_out", "attn.hook_q_latent")
 _FROM_LATENTS = "attn.kv_b_proj.hook_out"
 _QUERY_PATHS = ("attn.q_proj.hook_out", "attn.q_b_proj.hook_out")
 # All that a block's attention may be read at.
@@ -122,6 +123,16 @@ class FromLatents(Reader):
 
     A part of the keys, of `n_turning` dimensions, comes from no latent and is the same in all heads; it stands first
     here, and so does that of queries.
+
+    Attributes:
+        q_path: where queries are shown.
+        n_heads: how many there are.
+        d_value: dimensions of a value.
+        rank: of the latent of keys and values.
+        n_turning: see above.
+        latent_queries: whether queries have a latent.
+        norms: of the latents in the order of `Heads.latents`; none before they are found, and what they divide by is
+            then not taken off.
     """
 
     q_path: str
@@ -130,29 +141,31 @@ class FromLatents(Reader):
     rank: int
     n_turning: int
     latent_queries: bool
+    norms: tuple[HeadNorm, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:  # type: ignore[override]
         """See the base class."""
-        return (self.q_path, _FROM_LATENTS, *LATENT_PATHS[:2], *(LATENT_QUERY_PATHS[:2] if self.latent_queries else ()))
+        return (self.q_path, _FROM_LATENTS, LATENT_PATHS[0], *(LATENT_QUERY_PATHS[:1] if self.latent_queries else ()))
 
     def heads(self, values: Mapping[str, Tensor], runs: tuple[int, ...], n_pos: int) -> Heads:
         """See the base class."""
         shown = {path: _shown(values, path, runs, n_pos) for path in self.paths}
-        made, scale = shown[_FROM_LATENTS], shown[LATENT_PATHS[1]][..., None, :, :]
-        made = _by_head(made, _FROM_LATENTS, made.shape[-1] // self.n_heads) * scale
-        k, v = made[..., : -self.d_value], made[..., -self.d_value :]
         both = shown[LATENT_PATHS[0]][..., None, :, :]
-        turning = both[..., self.rank :].expand(*k.shape[:-1], -1)
-        n_rest = k.shape[-1]
-        q = _by_head(shown[self.q_path], self.q_path, n_rest + self.n_turning)
-        latents = [both[..., : self.rank]]
+        latents = (both[..., : self.rank],)
         if self.latent_queries:
-            q = q * shown[LATENT_QUERY_PATHS[1]][..., None, :, :]
-            latents.insert(0, shown[LATENT_QUERY_PATHS[0]][..., None, :, :])
+            latents = shown[LATENT_QUERY_PATHS[0]][..., None, :, :], *latents
+        made = _by_head(shown[_FROM_LATENTS], _FROM_LATENTS, shown[_FROM_LATENTS].shape[-1] // self.n_heads)
+        n_rest = made.shape[-1] - self.d_value
+        q = _by_head(shown[self.q_path], self.q_path, n_rest + self.n_turning).roll(self.n_turning, -1)
         if q.shape[-3] != self.n_heads:
             raise UnreadableError(f"{self.q_path} shows {q.shape[-3]} heads of {self.n_heads}")
-        return Heads(q.roll(self.n_turning, -1), torch.cat([turning, k], -1), v.contiguous(), tuple(latents))
+        if self.norms:
+            made = made * self.norms[-1].divides_by(latents[-1])
+            q = q * self.norms[0].divides_by(latents[0]) if self.latent_queries else q
+        turning = both[..., self.rank :].expand(*made.shape[:-1], -1)
+        k = torch.cat([turning, made[..., :n_rest]], -1)
+        return Heads(q, k, made[..., n_rest:].contiguous(), latents)
 
 
 def reader_of(call: BlockCall, values: Mapping[str, Tensor], z: Float[Tensor, "pos head d_head"]) -> Reader | None:
@@ -168,7 +181,7 @@ def reader_of(call: BlockCall, values: Mapping[str, Tensor], z: Float[Tensor, "p
     n_heads, d_value = z.shape[1:]
     q_path = next((path for path in reversed(_QUERY_PATHS) if path in values), None)
     if q_path is not None and {*LATENT_PATHS, _FROM_LATENTS} <= set(values):
-        rank = values[LATENT_PATHS[2]].shape[-1]
+        rank = values[LATENT_PATHS[1]].shape[-1]
         n_turning = values[LATENT_PATHS[0]].shape[-1] - rank
         return FromLatents(q_path, n_heads, d_value, rank, n_turning, set(LATENT_QUERY_PATHS) <= set(values))
     paths = next((paths for paths in QKV_PATHS if set(paths) <= set(call.modules)), None)

@@ -54,18 +54,14 @@ class Relative:
             return these.new_zeros(len(these), *distances.shape)
         return (these @ vectors.mT).gather(-1, distances.expand(len(these), -1, -1))
 
-    def times(self, factor: float) -> "Relative":
-        """The same, multiplied."""
-        return replace(self, with_queries=_times(self.with_queries, factor), with_keys=_times(self.with_keys, factor))
+    def beside(self, scale: float) -> "Relative":
+        """What stands beside queries that hold the scale already: R with it."""
+        return self if self.with_keys is None else replace(self, with_keys=scale * self.with_keys)
 
     def of_heads(self, some: slice) -> "Relative":
         """Of some heads."""
         vectors = (None if one is None else one[some] for one in (self.with_queries, self.with_keys))
         return Relative(*vectors, self.of_query, self.of_key)
-
-
-def _times(vectors: Tensor | None, factor: float) -> Tensor | None:
-    return None if vectors is None else factor * vectors
 
 
 @dataclass(frozen=True)
