@@ -22,7 +22,7 @@ def sigma(norm: str, eps: float, resid: Float[Tensor, "*batch d_model"]) -> Floa
 
 @dataclass(frozen=True)
 class Divisor:
-    """A root of mean squares: `sigma_i^2 = floor + sum_t weight_t mean(vectors_ti^2)`.
+    """A root of mean squares: `sigma_i^2 = floor + sum_t weight_t mean(vectors_ti^2)`, and more behind a bias.
 
     All of the vectors are linear in the residual, so along a straight path sigma^2 is a parabola. A norm on heads that
     follows the block's own gives such a root too: with a key K / sigma, it divides K by the root of
@@ -32,11 +32,13 @@ class Divisor:
         weights: of the terms; none where no norm divides, and then the floor is 1.
         vectors: of the terms, one set for all heads or one each.
         floor: what is added, eps.
+        biased: what is added where a bias comes before the norm.
     """
 
     weights: Sequence[float]
     vectors: Sequence[Float[Tensor, "#head pos _"]] = field(repr=False)
     floor: float
+    biased: "Biased | None" = field(default=None, repr=False)
 
     @classmethod
     def of_norm(cls, norm: str, eps: float, centred: Float[Tensor, "pos d_model"]) -> "Divisor":
@@ -52,7 +54,11 @@ class Divisor:
         """Sigma of every token; `like` gives the dtype and, without a norm, the number of tokens."""
         if self.constant:
             return torch.ones_like(like[..., :1])
-        return (self.product(self.vectors, self.vectors) + self.floor).sqrt()[..., None]
+        square = self.product(self.vectors, self.vectors) + self.floor
+        if self.biased is not None:
+            before = self.biased.before.value(like)[..., 0]
+            square = square + before * (self.biased.along + before * self.biased.rest)
+        return square.sqrt()[..., None]
 
     def product(self, these: Sequence[Tensor], those: Sequence[Tensor]) -> Float[Tensor, "#head pos"]:
         """Mean products of two sets of vectors, token by token, weighed as the squares are."""
@@ -68,16 +74,33 @@ class Divisor:
 
 
 @dataclass(frozen=True)
+class Biased:
+    """What a bias b adds to a mean square: with a key `K / sigma + b`, `2 sigma mean(K b) + sigma^2 (mean(b^2) + eps)`.
+
+    Attributes:
+        before: sigma, of the block's own norm.
+        along: twice the mean of K b, which is linear in the residual.
+        rest: what stands with sigma^2.
+    """
+
+    before: Divisor
+    along: Float[Tensor, "#head pos"]
+    rest: Float[Tensor, "#head 1"]
+
+
+@dataclass(frozen=True)
 class Part:
-    """Vectors that are linear in the residual, and what divides them."""
+    """Vectors that are linear in the residual, or rest, and what divides them; what rests may be multiplied first."""
 
     vectors: Float[Tensor, "head pos dim"]
     of: Divisor
+    times: Divisor | None = None
 
     @property
     def divided(self) -> Float[Tensor, "head pos dim"]:
         """What they give."""
-        return self.vectors / self.of.value(self.vectors)
+        made = self.vectors / self.of.value(self.vectors)
+        return made if self.times is None else made * self.times.value(self.vectors)
 
 
 @dataclass(frozen=True)

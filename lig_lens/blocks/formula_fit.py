@@ -140,9 +140,8 @@ def _between(part: _Part, biases: tuple[Tensor, ...]) -> Iterator[tuple[_Kinds, 
     shown = read_head_norms(call, reader, part.norm, part.eps, part.own)
     for kinds, pairing in pairings:
         yield kinds, pairing, find_head_norms(shown, pairing.rotary, (q, k, v))
-    hidden = None if shown is not None else hidden_norms(part.eps, (q, k, v))
-    if hidden is not None:
-        yield from ((kinds, pairing, hidden) for kinds, pairing in pairings)
+    if shown is None:
+        yield from ((kinds, pairing, hidden_norms(part.eps, (q, k, v))) for kinds, pairing in pairings)
 
 
 def _with_scores(part: _Part, kinds: _Kinds, pairing: Pairing, norms: Norms) -> FormulaValues | str | None:

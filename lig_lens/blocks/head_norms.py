@@ -16,7 +16,6 @@ from lig_lens.blocks.rotary import Rotary
 
 # Both generations call them so.
 _PATHS = ("attn.q_norm", "attn.k_norm")
-_BIASED = "queries or keys are biased before they are normed"
 _OTHER = "norms of queries and keys are neither LayerNorm nor RMSNorm"
 
 
@@ -37,14 +36,14 @@ class HeadNorms(Norms):
         q: of queries.
         k: of keys.
         weight: what queries are multiplied with after rotary, where norms with weights come after it.
-        biases: b_q, b_k, b_v behind all norms.
+        added: to queries, keys and values by the linear maps.
         shown: whether hooks show what they do.
     """
 
     q: HeadNorm | None
     k: HeadNorm | None
     weight: Float[Tensor, "head 1 d_head"] | None
-    biases: tuple[Tensor, Tensor, Tensor]
+    added: tuple[Tensor, Tensor, Tensor]
     shown: bool = True
 
     @property
@@ -53,10 +52,15 @@ class HeadNorms(Norms):
         return int(self.q is not None or self.k is not None)
 
     @property
+    def biases(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See the base class."""
+        b_q, b_k, b_v = self.added
+        return b_q if self.q is None else self.q.bias, b_k if self.k is None else self.k.bias, b_v
+
+    @property
     def before(self) -> tuple[Tensor, ...]:
         """See the base class."""
-        b_q, b_k, b_v = self.biases
-        return b_q if self.q is None else torch.zeros_like(b_q), b_k if self.k is None else torch.zeros_like(b_k), b_v
+        return self.added
 
     def normed(self, heads: AnyHeads) -> AnyHeads:
         """See the base class."""
@@ -66,10 +70,10 @@ class HeadNorms(Norms):
     def tokens(self, heads: Heads, plain: Divisor) -> Tokens:
         """See the base class."""
         q, k = (
-            Part(vectors, plain) if norm is None else Part(norm.homogeneous(vectors), norm.divisor(vectors, plain))
-            for norm, vectors in ((self.q, heads.q), (self.k, heads.k))
+            (Part(vectors, plain),) if norm is None else norm.parts(vectors, bias, plain)
+            for norm, vectors, bias in zip((self.q, self.k), (heads.q, heads.k), self.added, strict=False)
         )
-        return Tokens((q,), (k,), Part(heads.v, plain))
+        return Tokens(q, k, Part(heads.v, plain))
 
 
 def read_head_norms(call: BlockCall, reader: Reader, norm: str, eps: float, own: SeenAttention) -> ShownNorms | None:
@@ -103,13 +107,9 @@ def find_head_norms(
     if shown is None:
         return HeadNorms(None, None, None, biases)
     pairs = list(zip((shown.q, shown.k), shown.outputs, strict=True))
-    if any(out is not None and bool(bias.any()) for (_, out), bias in zip(pairs, biases, strict=False)):
-        return _BIASED
     before = [None if out is None else _fit(vectors, out, None) for vectors, out in pairs]
     if all(out is None or norm is not None for (_, out), norm in zip(pairs, before, strict=True)):
-        q, k = before
-        b_q, b_k = (bias if norm is None else norm.bias for norm, bias in zip(before, biases, strict=False))
-        return HeadNorms(q, k, None, (b_q, b_k, biases[2]))
+        return HeadNorms(before[0], before[1], None, biases)
     after = [None if out is None or rotary is None else _fit(vectors, out, rotary) for vectors, out in pairs]
     q, k = after
     if q is None or k is None or q.centred or k.centred:
@@ -119,15 +119,15 @@ def find_head_norms(
     return HeadNorms(q, k, weight, biases)
 
 
-def hidden_norms(eps: float, biases: tuple[Tensor, Tensor, Tensor]) -> HeadNorms | None:
+def hidden_norms(eps: float, biases: tuple[Tensor, Tensor, Tensor]) -> HeadNorms:
     """RMSNorm without weights on queries and keys, which no hook shows (Llama 4); the pattern has to tell.
 
     Args:
         eps: what the model's norms add.
-        biases: what the linear maps add, [head 1 d_head] each; what is normed must have none.
+        biases: what the linear maps add, [head 1 d_head] each.
     """
-    q, k = (None if bool(bias.any()) else HeadNorm.plain(bias, eps) for bias in biases[:2])
-    return None if q is None or k is None else HeadNorms(q, k, None, biases, shown=False)
+    q, k = (HeadNorm.plain(bias, eps) for bias in biases[:2])
+    return HeadNorms(q, k, None, biases, shown=False)
 
 
 def _fit(vectors: Float[Tensor, "run head pos d_head"], out: Tensor, rotary: Rotary | None) -> HeadNorm | None:

@@ -25,13 +25,13 @@ class LatentNorms(Norms):
         q: of those of queries.
         kv: of those of keys and values.
         n_turning: how many dimensions of keys, the first, come from no latent.
-        biases: b_q, b_k, b_v.
+        added: b_q, b_k, b_v.
     """
 
     q: HeadNorm | None
     kv: HeadNorm
     n_turning: int
-    biases: tuple[Tensor, Tensor, Tensor]
+    added: tuple[Tensor, Tensor, Tensor]
     weight: Float[Tensor, "head 1 d_head"] | None = None
     shown: bool = True
 
@@ -43,7 +43,12 @@ class LatentNorms(Norms):
     @property
     def before(self) -> tuple[Tensor, ...]:
         """See the base class."""
-        return *self.biases, *[torch.zeros(()).to(self.biases[0]) for _ in range(1 if self.q is None else 2)]
+        return *self.added, *[torch.zeros(()).to(self.added[0]) for _ in range(1 if self.q is None else 2)]
+
+    @property
+    def biases(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See the base class."""
+        return self.added
 
     def normed(self, heads: AnyHeads) -> AnyHeads:
         """See the base class."""

@@ -25,18 +25,21 @@ class Norms(ABC):
 
     Attributes:
         weight: what queries are multiplied with after rotary, where norms with weights come after it.
-        biases: b_q, b_k, b_v behind all norms.
         shown: whether hooks show what they do.
     """
 
     weight: Float[Tensor, "head 1 d_head"] | None
-    biases: tuple[Tensor, Tensor, Tensor]
     shown: bool
 
     @property
     @abstractmethod
     def depth(self) -> int:
         """How many of them queries, keys or values pass one after the other."""
+
+    @property
+    @abstractmethod
+    def biases(self) -> tuple[Tensor, Tensor, Tensor]:
+        """b_q, b_k and b_v behind all norms."""
 
     @property
     @abstractmethod

@@ -76,7 +76,10 @@ class SeenAttention(Heads):
 class Reader(ABC):
     """Where queries, keys and values are read."""
 
-    paths: tuple[str, ...]
+    @property
+    @abstractmethod
+    def paths(self) -> tuple[str, ...]:
+        """The hooks."""
 
     @abstractmethod
     def heads(self, values: Mapping[str, Tensor], runs: tuple[int, ...], n_pos: int) -> Heads:
@@ -99,15 +102,20 @@ class Reader(ABC):
         n_heads, n_pos = heads.q.shape[-3:-1]
         if pattern.shape != (*runs, n_heads, n_pos, n_pos):
             raise UnreadableError(f"{PATTERN_PATH} has shape {list(pattern.shape)} for {n_heads} heads")
-        return SeenAttention(*heads.all[:3], heads.latents, pattern.to(heads.q))
+        return SeenAttention(heads.q, heads.k, heads.v, heads.latents, pattern.to(heads.q))
 
 
 @dataclass(frozen=True)
 class ByName(Reader):
     """From hooks on queries, keys and values, all of heads of `d_head` dimensions."""
 
-    paths: tuple[str, str, str]
+    qkv: tuple[str, str, str]
     d_head: int
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """See the base class."""
+        return self.qkv
 
     def heads(self, values: Mapping[str, Tensor], runs: tuple[int, ...], n_pos: int) -> Heads:
         """See the base class."""
@@ -144,7 +152,7 @@ class FromLatents(Reader):
     norms: tuple[HeadNorm, ...] = ()
 
     @property
-    def paths(self) -> tuple[str, ...]:  # type: ignore[override]
+    def paths(self) -> tuple[str, ...]:
         """See the base class."""
         return (self.q_path, _FROM_LATENTS, LATENT_PATHS[0], *(LATENT_QUERY_PATHS[:1] if self.latent_queries else ()))
 
@@ -152,9 +160,8 @@ class FromLatents(Reader):
         """See the base class."""
         shown = {path: _shown(values, path, runs, n_pos) for path in self.paths}
         both = shown[LATENT_PATHS[0]][..., None, :, :]
-        latents = (both[..., : self.rank],)
-        if self.latent_queries:
-            latents = shown[LATENT_QUERY_PATHS[0]][..., None, :, :], *latents
+        of_queries = (shown[LATENT_QUERY_PATHS[0]][..., None, :, :],) if self.latent_queries else ()
+        latents = (*of_queries, both[..., : self.rank])
         made = _by_head(shown[_FROM_LATENTS], _FROM_LATENTS, shown[_FROM_LATENTS].shape[-1] // self.n_heads)
         n_rest = made.shape[-1] - self.d_value
         q = _by_head(shown[self.q_path], self.q_path, n_rest + self.n_turning).roll(self.n_turning, -1)
@@ -201,7 +208,7 @@ def _shown(values: Mapping[str, Tensor], path: str, runs: tuple[int, ...], n_pos
 def _by_head(value: Float[Tensor, "*run pos _"], path: str, d_head: int) -> Float[Tensor, "*run head pos d_head"]:
     if value.shape[-1] % d_head:
         raise UnreadableError(f"{path} does not show heads of {d_head} dimensions")
-    return value.unflatten(-1, (-1, d_head)).transpose(-3, -2).contiguous()
+    return value.reshape(*value.shape[:-1], -1, d_head).transpose(-3, -2).contiguous()
 
 
 class AttentionReading:

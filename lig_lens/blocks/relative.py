@@ -1,7 +1,6 @@
 """Relative positions in scores (DeBERTa): products of queries, and of keys, with vectors that belong to distances."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -60,8 +59,8 @@ class Relative:
 
     def of_heads(self, some: slice) -> "Relative":
         """Of some heads."""
-        vectors = (None if one is None else one[some] for one in (self.with_queries, self.with_keys))
-        return Relative(*vectors, self.of_query, self.of_key)
+        of_heads = [None if one is None else one[some] for one in (self.with_queries, self.with_keys)]
+        return replace(self, with_queries=of_heads[0], with_keys=of_heads[1])
 
 
 @dataclass(frozen=True)
@@ -79,17 +78,17 @@ class RelativeKind:
         n_pos = len(call.resid_pre)
         if distances.numel() != n_pos**2 or embedded.ndim != 2:
             return None
-        made: list[Any] = []
+        made: list[Tensor | None] = []
         for wanted, names in zip((self.with_queries, self.with_keys), _NAMES, strict=True):
             modules = [one for name, one in call.modules["attn"].named_modules() if name.split(".")[-1] in names]
             if wanted and not modules:
                 return None
             table = modules[0](embedded.to(call.resid_pre)) if wanted else None
-            made.append(None if table is None else table.unflatten(-1, (-1, d_head)).transpose(0, 1).contiguous())
+            made.append(None if table is None else table.reshape(len(table), -1, d_head).transpose(0, 1).contiguous())
         # Row n / 2 is that of distance 0; what is further away than the table goes takes its end.
         distances, half = distances.reshape(n_pos, n_pos).long().to(call.resid_pre.device), len(embedded) // 2
         last = len(embedded) - 1
-        return Relative(*made, (half + distances).clamp(0, last), (half - distances.T).clamp(0, last))
+        return Relative(made[0], made[1], (half + distances).clamp(0, last), (half - distances.T).clamp(0, last))
 
 
 RELATIVE_KINDS = tuple(RelativeKind(*which) for which in ((True, True), (True, False), (False, True)))

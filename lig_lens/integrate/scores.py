@@ -6,9 +6,10 @@ destinations and sources. No query or key is evaluated at a node. Where relative
 `q_j.P_ji` stands with what b_k gives, and `k_i.R_ji` with what b_q gives.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,10 +18,9 @@ from torch import Tensor
 from lig_lens.blocks.divisor import Divisor, Part, Tokens
 from lig_lens.blocks.formula import FormulaValues
 from lig_lens.blocks.pairing import per_query_head
-from lig_lens.integrate.panels import OwnDivisor, Panels, SharedDivisor
+from lig_lens.integrate.panels import OwnDivisor, Panels, Quotient, SharedDivisor
 
-D = TypeVar("D", OwnDivisor, SharedDivisor)
-_Line = tuple[Tensor, Tensor]
+_Numbers = tuple[Tensor, Tensor]
 
 
 def each(
@@ -31,7 +31,7 @@ def each(
     return (rows.reshape(len(maps), -1, rows.shape[-1]) @ maps).reshape(*rows.shape[:-1], maps.shape[-1])
 
 
-class _Scores(Generic[D]):
+class _Scores:
     """What both kinds of paths share: `fixed`, which does not move, and divisors, each made once."""
 
     def __init__(self, values: FormulaValues, dst: Int[Tensor, "dst"]) -> None:
@@ -41,12 +41,13 @@ class _Scores(Generic[D]):
         # A cap comes before the bias.
         self.fixed = self.bias if self.score.cap is None else torch.zeros_like(self.bias)
         self.b_k = values.turn(values.formula.b_k.expand_as(values.end.k[0].vectors))
-        self._divisors: dict[int, D] = {}
+        self._divisors: dict[tuple[int, int], Any] = {}
 
-    def _divisor(self, end: Divisor, make: Callable[[], D]) -> D:
-        if id(end) not in self._divisors:
-            self._divisors[id(end)] = make()
-        return self._divisors[id(end)]
+    def _made(self, of: Divisor, times: Divisor | None, make: Callable[[], Any]) -> Any:
+        key = id(of), id(times)
+        if key not in self._divisors:
+            self._divisors[key] = make()
+        return self._divisors[key]
 
     def softmax(
         self, products: Float[Tensor, "head panel node src"], panels: Panels
@@ -62,7 +63,7 @@ class _Scores(Generic[D]):
         return self.score.softmax(capped if steepness is None else capped + panels.pick(self.bias)), steepness
 
 
-class OwnScores(_Scores[OwnDivisor]):
+class OwnScores(_Scores):
     """Of paths on which queries rest, and every key goes from the destination's own to the source's.
 
     A part of a key is `r ((1 - a) K_j + a K_i)` there, at the place of i: tables of `q_j.K_j` and of how far the
@@ -82,16 +83,24 @@ class OwnScores(_Scores[OwnDivisor]):
 
     def divisor(self, end: Divisor) -> OwnDivisor:
         """What divides along the paths."""
-        return self._divisor(end, lambda: OwnDivisor(end, self.dst, self.n_heads))
+        made: OwnDivisor = self._made(end, None, lambda: OwnDivisor(end, self.dst, self.n_heads))
+        return made
 
-    def _term(self, q: Float[Tensor, "head dst d_head"], part: Part) -> tuple[Tensor, Tensor, OwnDivisor]:
+    def _of(self, part: Part) -> OwnDivisor | Quotient:
+        of, times = self.divisor(part.of), part.times
+        if times is None:
+            return of
+        made: Quotient = self._made(part.of, times, lambda: Quotient(of, self.divisor(times)))
+        return made
+
+    def _term(self, q: Float[Tensor, "head dst d_head"], part: Part) -> tuple[Tensor, Tensor, OwnDivisor | Quotient]:
         """Where the products of one part start, how far they rise, and what divides them."""
         keys = per_query_head(part.vectors, self.n_heads)
         start, end = self._at_start(q, keys[:, self.dst]), each(q, self.values.turn(part.vectors).mT)
         if self.relative is not None:
             start = start + self.relative.of_own_keys(keys[:, self.dst], self.dst)
             end = end + self.relative.of_keys(keys, self.dst)
-        return start, end - start, self.divisor(part.of)
+        return start, end - start, self._of(part)
 
     def _at_start(
         self, q: Float[Tensor, "head dst d_head"], own: Float[Tensor, "head dst d_head"]
@@ -111,7 +120,7 @@ class OwnScores(_Scores[OwnDivisor]):
     def at(self, panels: Panels) -> "OwnScoresAt":
         """Scores at the points of `panels`."""
         a, scores, terms = panels.a[..., None], panels.pick(self.fixed), []
-        divided = _Divided[OwnDivisor](lambda one: one.on(panels))
+        divided = _Divided(lambda one: one.on(panels))
         for start, rise, of in self.terms:
             term = _OwnTerm(torch.addcmul(panels.pick(start), a, picked := panels.pick(rise)), picked, *divided(of))
             scores = torch.addcmul(scores, term.line, term.r)
@@ -119,13 +128,14 @@ class OwnScores(_Scores[OwnDivisor]):
         return OwnScoresAt(*self.softmax(scores, panels), terms, divided)
 
 
-class _Divided(Generic[D]):
+class _Divided:
     """What divisors give at some points, each evaluated once."""
 
-    def __init__(self, on: Callable[[D], _Line]) -> None:
-        self._on, self._known = on, dict[int, _Line]()
+    def __init__(self, on: Callable[[Any], _Numbers]) -> None:
+        self._on = on
+        self._known: dict[int, _Numbers] = {}
 
-    def __call__(self, of: D) -> _Line:
+    def __call__(self, of: OwnDivisor | SharedDivisor | Quotient) -> _Numbers:
         if id(of) not in self._known:
             self._known[id(of)] = self._on(of)
         return self._known[id(of)]
@@ -148,7 +158,7 @@ class OwnScoresAt:
     pattern: Float[Tensor, "head panel node src"]
     steepness: Float[Tensor, "head panel node src"] | None
     terms: Sequence[_OwnTerm]
-    divided: "_Divided[OwnDivisor]"
+    divided: _Divided
     """R = 1 / sigma there and (dr / da) / r, of a divisor: [#head panel node #src]."""
 
     def along(self, r_of_values: Tensor) -> Float[Tensor, "head panel node src"]:
@@ -196,7 +206,7 @@ class _Part:
     """A part of queries or keys on its way, and what divides it, if anything does."""
 
     way: Way
-    of: SharedDivisor | None
+    of: SharedDivisor | Quotient | None
 
     def along(self, ends: Sequence[Tensor], line: Tensor, slope: Tensor | None) -> Tensor | None:
         """How fast products move with this part, but for 1 / sigma; None where they rest."""
@@ -205,7 +215,7 @@ class _Part:
         return self.way.step(ends) if slope is None else torch.addcmul(self.way.step(ends), line, slope)
 
 
-class SharedScores(_Scores[SharedDivisor]):
+class SharedScores(_Scores):
     """Of one path for all destinations, on which queries and keys move token by token.
 
     `s_ji = sum r_j r_i Q_j.K_i` over the parts of both, b_q and b_k among them.
@@ -234,7 +244,8 @@ class SharedScores(_Scores[SharedDivisor]):
 
     def divisor(self, start: Divisor, end: Divisor) -> SharedDivisor:
         """What divides along the path."""
-        return self._divisor(end, lambda: SharedDivisor(start, end, self.n_heads))
+        made: SharedDivisor = self._made(end, None, lambda: SharedDivisor(start, end, self.n_heads))
+        return made
 
     def _parts(
         self, start: Sequence[Part], end: Sequence[Part], turn: Callable[[Tensor], Tensor], bias: Tensor
@@ -242,10 +253,14 @@ class SharedScores(_Scores[SharedDivisor]):
         made = []
         for first, last in zip(start, end, strict=True):
             ends = turn(first.vectors), turn(last.vectors)
-            if last.of.constant:  # what no norm divides can stand with its bias
+            of = self.divisor(first.of, last.of)
+            if first.times is not None and last.times is not None:
+                quotient = functools.partial(Quotient, of, self.divisor(first.times, last.times))
+                made.append(_Part(Way(ends[1:], rests=True), self._made(last.of, last.times, quotient)))
+            elif last.of.constant:  # what no norm divides can stand with its bias
                 made.append(_Part(Way.of(ends[0] + bias, ends[1] + bias), None))
             else:
-                made.append(_Part(Way.of(*ends), self.divisor(first.of, last.of)))
+                made.append(_Part(Way.of(*ends), of))
         return made
 
     def _resting(self, bias: Tensor, divisors: Sequence[Divisor]) -> list[_Part]:
@@ -265,9 +280,10 @@ class SharedScores(_Scores[SharedDivisor]):
 
     def at(self, panels: Panels) -> "SharedScoresAt":
         """Scores at the points of `panels`."""
-        a, scores = panels.a[..., None], panels.pick(self.fixed)
-        by_dst = _Divided[SharedDivisor](lambda one: one.of_dst(panels))
-        sources = _Divided[SharedDivisor](lambda one: one.of_sources(panels))
+        a, fixed = panels.a[..., None], panels.pick(self.fixed)
+        by_dst = _Divided(lambda one: one.of_dst(panels))
+        sources = _Divided(lambda one: one.of_sources(panels))
+        scores: Tensor | None = None
         along_k: Tensor | None = None
         along_q: Tensor | None = None
         for q, k, tables in self.terms:
@@ -278,12 +294,14 @@ class SharedScores(_Scores[SharedDivisor]):
             by_k = [q.way.between(ends, a) for ends in zip(*picked, strict=True)]  # at this query, the ends of the key
             by_q = [k.way.between(ends, a) for ends in picked]
             line = k.way.between(by_k, a)
-            first = along_k is None
-            scores = _added(scores, line, both, fresh=first)
+            if scores is None:
+                scores = fixed + line if both is None else torch.addcmul(fixed, line, both)
+            else:
+                _added(scores, line, both)
             # Derivatives of the scores along the keys' and along the query's path.
             along_k = _added(along_k, k.along(by_k, line, slope), both)
             along_q = _added(along_q, q.along(by_q, line, slope_own), both)
-        assert along_k is not None and along_q is not None  # what moves stands first
+        assert scores is not None and along_k is not None and along_q is not None  # what moves stands first
         pattern, steepness = self.softmax(scores, panels)
         if steepness is not None:
             along_k, along_q = along_k.mul_(steepness), along_q.mul_(steepness)
@@ -297,16 +315,14 @@ class SharedScoresAt:
     pattern: Float[Tensor, "head panel node src"]
     along_k: Float[Tensor, "head panel node src"]
     along_q: Float[Tensor, "head panel node src"]
-    sources: "_Divided[SharedDivisor]"
+    sources: _Divided
     """R = 1 / sigma of the sources there and (dr / da) / r, of a divisor."""
 
 
-def _added(total: Tensor | None, term: Tensor | None, factor: Tensor | None, fresh: bool = False) -> Tensor | None:
-    """`total + factor term`, in place unless that would be too small."""
+def _added(total: Tensor | None, term: Tensor | None, factor: Tensor | None) -> Tensor | None:
+    """`total + factor term`, in place."""
     if term is None:
         return total
     if total is None:
         return term if factor is None else term * factor
-    if factor is None:
-        return total + term if fresh else total.add_(term)
-    return torch.addcmul(total, term, factor) if fresh else total.addcmul_(term, factor)
+    return total.add_(term) if factor is None else total.addcmul_(term, factor)
