@@ -56,8 +56,7 @@ class Divisor:
             return torch.ones_like(like[..., :1])
         square = self.product(self.vectors, self.vectors) + self.floor
         if self.biased is not None:
-            before = self.biased.before.value(like)[..., 0]
-            square = square + before * (self.biased.along + before * self.biased.rest)
+            square = self.biased.on(square, self.biased.before.value(like)[..., 0], self.biased.along)
         return square.sqrt()[..., None]
 
     def product(self, these: Sequence[Tensor], those: Sequence[Tensor]) -> Float[Tensor, "#head pos"]:
@@ -80,12 +79,20 @@ class Biased:
     Attributes:
         before: sigma, of the block's own norm.
         along: twice the mean of K b, which is linear in the residual.
-        rest: what stands with sigma^2.
+        square: the mean of b^2.
+        eps: see above.
     """
 
     before: Divisor
     along: Float[Tensor, "#head pos"]
-    rest: Float[Tensor, "#head 1"]
+    square: Float[Tensor, "#head 1"]
+    eps: float
+
+    def on(self, square: Tensor, sigma: Tensor, along: Tensor, own: Tensor | None = None) -> Tensor:
+        """The mean square with that, of the square without; `own` is `square` in another shape."""
+        # A vector that its bias cancels has a square of nearly 0, which rounding must not make negative.
+        with_bias = square + sigma * (along + sigma * (self.square if own is None else own))
+        return with_bias.clamp_(min=0.0).add_(self.eps * sigma * sigma)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class HeadNorm:
             return Divisor(weights, (joined, *before.vectors), self.eps * before.floor)
         added = self.base(bias)
         along, square = ((one * added).mean(self._axes, keepdim=True)[..., 0] for one in (base, added))
-        return Divisor((1.0,), (joined,), 0.0, Biased(before, 2 * along, square + self.eps))
+        return Divisor((1.0,), (joined,), 0.0, Biased(before, 2 * along, square, self.eps))
 
     @property
     def _axes(self) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field, replace
 
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from lig_lens.blocks.call import BlockCall
 
@@ -80,15 +81,22 @@ class RelativeKind:
             return None
         made: list[Tensor | None] = []
         for wanted, names in zip((self.with_queries, self.with_keys), _NAMES, strict=True):
-            modules = [one for name, one in call.modules["attn"].named_modules() if name.split(".")[-1] in names]
-            if wanted and not modules:
+            named = call.modules["attn"].named_modules()
+            maps = [one for name, one in named if name.split(".")[-1] in names and isinstance(one, nn.Linear)]
+            if wanted and not maps:
                 return None
-            table = modules[0](embedded.to(call.resid_pre)) if wanted else None
-            made.append(None if table is None else table.reshape(len(table), -1, d_head).transpose(0, 1).contiguous())
+            made.append(_made(maps[0], embedded.detach().to(call.resid_pre), d_head) if wanted else None)
         # Row n / 2 is that of distance 0; what is further away than the table goes takes its end.
         distances, half = distances.reshape(n_pos, n_pos).long().to(call.resid_pre.device), len(embedded) // 2
         last = len(embedded) - 1
         return Relative(made[0], made[1], (half + distances).clamp(0, last), (half - distances.T).clamp(0, last))
+
+
+def _made(by: nn.Linear, embedded: Float[Tensor, "distance _"], d_head: int) -> Float[Tensor, "head distance d_head"]:
+    # Weights in half precision are raised while their block runs, and not now.
+    bias = None if by.bias is None else by.bias.detach().to(embedded)
+    table = functional.linear(embedded, by.weight.detach().to(embedded), bias)
+    return table.reshape(len(table), -1, d_head).transpose(0, 1).contiguous()
 
 
 RELATIVE_KINDS = tuple(RelativeKind(*which) for which in ((True, True), (True, False), (False, True)))

@@ -129,7 +129,7 @@ class _Bias:
     """What a bias before a norm adds to the square of its divisor, along a path."""
 
     def __init__(self, start: Biased, end: Biased, n_heads: int) -> None:
-        self.rest = _for_heads(end.rest, n_heads)
+        self.biased, self.square = end, _for_heads(end.square, n_heads)[:, :, None, None]
         self.along = [_for_heads(one.along, n_heads) for one in (start, end)]
 
     def on(
@@ -152,11 +152,11 @@ class _Bias:
             last: and of those that it ends at.
         """
         r, slope = before
-        start, end, rest = first(self.along[0]), last(self.along[1]), self.rest[:, :, None, None]
-        sigma, rise = 1 / r, end - start
+        sigma, start = 1 / r, first(self.along[0])
+        rise = last(self.along[1]) - start
         along = start + a * rise
-        moves = (slope * along - rise) / 2
-        return square + sigma * (along + sigma * rest), fall + sigma * (moves + sigma * slope * rest)
+        moves = (slope * along - rise) / 2 + sigma * slope * (self.square + self.biased.eps)
+        return self.biased.on(square, sigma, along, self.square), fall + sigma * moves
 
 
 class Quotient:
