@@ -254,6 +254,13 @@ def test_the_formula_refuses_other_attention(kind: str) -> None:
     assert all(b.engine == "hooks" and re.search(reason, b.why_hooks) for b in boundaries)
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3", "stablelm_normed"])
+def test_engines_agree_on_a_metric(kind: str) -> None:
+    asked = {"corrupted": IDS[::-1], "target": lig_lens.logit_difference(9, 17), "layers": [1], "progress": False}
+    fast, slow = (lig_lens.attribute(bridge(kind), IDS, engine=e, tol=TOL, **asked) for e in ("closed_form", "hooks"))
+    assert difference([fast, slow], "attn") <= 2e-5 and difference([fast, slow], "skip") <= 2e-5
+
+
 def test_other_norms_of_latents_go_through_hooks() -> None:
     model = config_bridge(KINDS["deepseek_v3"][0])
     model.blocks[1].attn.kv_a_layernorm.register_forward_hook(lambda _module, _args, output: torch.tanh(output))

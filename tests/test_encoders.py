@@ -288,6 +288,9 @@ def test_engines_agree_on_relative_positions(name: str, tmp_path: Path) -> None:
         flows = both(model, ids, ("attn", "block"), baseline, "l2", layers=1, tol=1e-5)
         for map_name in ("attn", "block"):
             assert difference(flows, map_name) <= 2e-5
+    asked = {"corrupted": OTHER, "target": ll.logit_difference(9, 17), "layers": [1], "progress": False}
+    flows = [ll.attribute(model, IDS, engine=engine, tol=1e-5, **asked) for engine in ("closed_form", "hooks")]
+    assert difference(flows, "attn") <= 2e-5
 
 
 @pytest.mark.parametrize("family", [DEBERTA, DEBERTA_V2], ids=lambda family: family.name)

@@ -2,12 +2,12 @@
 
 Covered is
 
-    x -> [norm] -> affine q, k, v -> [norm of q, k] -> [rotary]
-    pattern = softmax(cap(scale q.k) + bias),  z = pattern v
+    x -> [norm] -> affine q, k, v, or latents that are normed and become these -> [norm of q, k] -> [rotary]
+    pattern = softmax(cap(scale (q.k + products with vectors of relative positions)) + bias),  z = pattern v
 
 with LayerNorm, RMSNorm or no norm, any number of key-value heads, and any fixed bias (causal or sliding-window masks,
-ALiBi, relative positions); norms of queries and keys may follow rotary, scores may be capped, and rows of the pattern
-may lose to a sink. `formula_fit.py` finds it on the model at hand.
+ALiBi, relative positions that are numbers); norms of queries and keys may follow rotary, scores may be capped, and rows
+of the pattern may lose to a sink. `formula_fit.py` finds it on the model at hand.
 """
 
 from collections.abc import Mapping

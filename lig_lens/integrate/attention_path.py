@@ -10,7 +10,7 @@ attention-sized matrix products per node of the rule, and no automatic different
 
 Scores may be capped, `s = cap(x)`, and then ds = cap'(x) dx; where a sink takes part in the softmax, p adds up to less
 than 1 and the same formula holds. Norms divide vectors by numbers r = 1 / sigma of their own (`panels.py`), those of
-queries and keys by others than those of values. Tensors are laid out as `panels.py` says.
+queries and keys by others than those of values; scores are `scores.py`'s. Tensors are laid out as `panels.py` says.
 """
 
 from abc import ABC, abstractmethod
@@ -187,18 +187,15 @@ class OwnMoved(Moved):
 class SharedPath(AttentionPath):
     """One path for all destinations (zero, corrupted, a tensor): queries, keys and values move token by token.
 
-    With Q and K homogeneous, on straight lines from start to end, scores are
-    `r_j r_i Q_j.K_i + r_j Q_j.b_k + r_i b_q.K_i` and a constant: the products are polynomials in a, whose coefficients
-    are tables of destinations and sources, so no query or key is evaluated at a node.
+    Homogeneous queries, keys and values are on straight lines from start to end, so no query or key is evaluated at a
+    node, and values at both ends are enough.
     """
 
     def __init__(self, values: FormulaValues, dst: Int[Tensor, "dst"], start: Tokens) -> None:
         super().__init__(values, dst)
         self.scores = SharedScores(values, dst, start)
-        self.v, self.of_v = (
-            Way.of(start.v.vectors, values.end.v.vectors),
-            self.scores.divisor(start.v.of, values.end.v.of),
-        )
+        self.v = Way.of(start.v.vectors, values.end.v.vectors)
+        self.of_v = self.scores.divisor(start.v.of, values.end.v.of)
         self.b_v = self.per_head(self.formula.b_v)
         # Values without their bias, which drops out of every difference, but for what a sink takes.
         self.v_start = torch.zeros_like(self.per_head(values.end.v.vectors)[:, dst])

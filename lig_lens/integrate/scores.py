@@ -153,7 +153,7 @@ class _OwnTerm:
 
 @dataclass(frozen=True)
 class OwnScoresAt:
-    """The pattern at some points, and what its scores are made of."""
+    """The pattern at some points, which may be worked on in place, and what its scores are made of."""
 
     pattern: Float[Tensor, "head panel node src"]
     steepness: Float[Tensor, "head panel node src"] | None
@@ -218,7 +218,7 @@ class _Part:
 class SharedScores(_Scores):
     """Of one path for all destinations, on which queries and keys move token by token.
 
-    `s_ji = sum r_j r_i Q_j.K_i` over the parts of both, b_q and b_k among them.
+    With one part each, `s_ji = r_j r_i Q_j.K_i + r_j Q_j.b_k + r_i b_q.K_i` and a constant: b_q and b_k are parts too.
     """
 
     def __init__(self, values: FormulaValues, dst: Int[Tensor, "dst"], start: Tokens) -> None:
