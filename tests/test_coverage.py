@@ -22,6 +22,7 @@ from tiny_models import VOCAB, config_bridge
 import lig_lens
 from lig_lens.blocks.head_norms import HeadNorms
 from lig_lens.blocks.latent import LatentNorms
+from lig_lens.blocks.rotary import RotaryKind
 from lig_lens.blocks.values import Values
 
 IDS = [5, 12, 30, 7, 22, 39]
@@ -175,9 +176,13 @@ def kinds(**marks: pytest.MarkDecorator) -> list[Any]:
     return [pytest.param(kind, marks=marks.get(kind, ())) for kind in KINDS]
 
 
-@functools.cache
 def bridge(kind: str) -> Any:
-    return config_bridge(KINDS[kind][0])
+    return bridge_in(kind, torch.float32)
+
+
+@functools.cache
+def bridge_in(kind: str, dtype: torch.dtype) -> Any:
+    return config_bridge(KINDS[kind][0], dtype)
 
 
 @functools.cache
@@ -190,8 +195,8 @@ def shown(values: Values) -> Attention:
     boundaries, rotary = values.block.boundaries, "none"
     assert values.heads.formula is not None, boundaries.why_hooks
     formula, bias = values.heads.formula.formula, values.heads.formula.bias
-    if formula.rotary is not None:
-        rotary = "neighbours" if formula.rotary.adjacent else "halves"
+    if isinstance(formula.positions, RotaryKind):
+        rotary = "neighbours" if formula.positions.adjacent else "halves"
     score, norms = formula.score, formula.norms
     if isinstance(norms, LatentNorms):
         normed = "latents"

@@ -38,16 +38,15 @@ class AttentionFormula:
 
     `reader` tells where q, k and v are read; `norm` is `layer`, `rms` or `none`, and `scale_path` the hook that shows
     what it divides by, if one does. `norms` are those inside attention and have the biases b_q, b_k, b_v, which hold
-    what norms' own biases give too. Where something is normed, what enters is homogeneous in the residual. `relative`
-    says which products with vectors of relative positions are added to q.k.
+    what norms' own biases give too. `positions` tells what turns queries and keys, or which products with vectors of
+    relative positions are added.
     """
 
     reader: Reader
     norm: str
     eps: float
     scale_path: str | None
-    rotary: RotaryKind | None
-    relative: RelativeKind | None
+    positions: RotaryKind | RelativeKind | None
     score: Score
     bias: ScoreBias = field(repr=False)
     norms: Norms = field(repr=False)
@@ -99,13 +98,11 @@ class AttentionFormula:
         return self.norms.tokens(Heads(q, k, v, tuple(latents)), plain)
 
     def pairing(self, call: BlockCall) -> Pairing | None:
-        """What the positions of a prompt do to products, or None where the block does not show it."""
-        d_head = self.b_q.shape[-1]
-        rotary = None if self.rotary is None else self.rotary.on(call, d_head)
-        relative = None if self.relative is None else self.relative.on(call, d_head)
-        if (rotary is None) != (self.rotary is None) or (relative is None) != (self.relative is None):
-            return None
-        return Pairing(rotary, relative)
+        """Products of queries and keys at the positions of a prompt, or None where the block does not show these."""
+        if self.positions is None:
+            return Pairing()
+        positions = self.positions.on(call, self.b_q.shape[-1])
+        return None if positions is None else Pairing(positions)
 
     def on(
         self, call: BlockCall, values: Mapping[str, Tensor], z: Float[Tensor, "pos head d_head"]

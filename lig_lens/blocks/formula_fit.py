@@ -95,8 +95,8 @@ def find_formula(
             reason = "the pattern is not a softmax of scaled, possibly normed, rotated or capped q.k plus a fixed bias"
             scale_path = _scale_path(call, values, norm, eps)
             part = _Part(call, reader, norm, eps, scale_path, own, other.runs(slice(1, None)), z)
-            for kinds, pairing, norms in _between(part, biases):
-                found = norms if isinstance(norms, str) else _with_scores(part, kinds, pairing, norms)
+            for kind, pairing, norms in _between(part, biases):
+                found = norms if isinstance(norms, str) else _with_scores(part, kind, pairing, norms)
                 if isinstance(found, FormulaValues):
                     return found
                 reason = found or reason
@@ -117,34 +117,31 @@ class _Part:
     z: Float[Tensor, "pos head d_head"]
 
 
-_Kinds = tuple[RotaryKind | None, RelativeKind | None]
+_Kind = RotaryKind | RelativeKind | None
 
 
-def _between(part: _Part, biases: tuple[Tensor, ...]) -> Iterator[tuple[_Kinds, Pairing, Norms | str]]:
+def _between(part: _Part, biases: tuple[Tensor, ...]) -> Iterator[tuple[_Kind, Pairing, Norms | str]]:
     """Everything that may lie between the linear maps and scores: what positions do, and norms that hooks show, or not.
 
     Where norms cannot be understood, the reason stands in their place.
     """
     call, d_head, reader = part.call, part.own.q.shape[-1], part.reader
-    turns = [*((kind, kind.on(call, d_head)) for kind in ROTARY_KINDS), (None, None)]
-    pairings: list[tuple[_Kinds, Pairing]] = [
-        ((kind, None), Pairing(rotary)) for kind, rotary in turns if kind is None or rotary is not None
-    ]
-    apart = ((kind, kind.on(call, d_head)) for kind in RELATIVE_KINDS)
-    pairings += [((None, kind), Pairing(None, relative)) for kind, relative in apart if relative is not None]
+    kinds: tuple[_Kind, ...] = (*ROTARY_KINDS, None, *RELATIVE_KINDS)
+    found = ((kind, None if kind is None else kind.on(call, d_head)) for kind in kinds)
+    pairings = [(kind, Pairing(at)) for kind, at in found if kind is None or at is not None]
     if isinstance(reader, FromLatents):
         latent = latent_norms(reader, biases)
-        yield from ((kinds, pairing, latent) for kinds, pairing in pairings)
+        yield from ((kind, pairing, latent) for kind, pairing in pairings)
         return
     q, k, v = biases
     shown = read_head_norms(call, reader, part.norm, part.eps, part.own)
-    for kinds, pairing in pairings:
-        yield kinds, pairing, find_head_norms(shown, pairing.rotary, (q, k, v))
+    for kind, pairing in pairings:
+        yield kind, pairing, find_head_norms(shown, pairing.rotary, (q, k, v))
     if shown is None:
-        yield from ((kinds, pairing, hidden_norms(part.eps, (q, k, v))) for kinds, pairing in pairings)
+        yield from ((kind, pairing, hidden_norms(part.eps, (q, k, v))) for kind, pairing in pairings)
 
 
-def _with_scores(part: _Part, kinds: _Kinds, pairing: Pairing, norms: Norms) -> FormulaValues | str | None:
+def _with_scores(part: _Part, kind: _Kind, pairing: Pairing, norms: Norms) -> FormulaValues | str | None:
     """The formula, if scores follow from such queries and keys; a reason, if there is a better one than that."""
     call, own, other = part.call, part.own, part.other
     reason = None
@@ -156,7 +153,7 @@ def _with_scores(part: _Part, kinds: _Kinds, pairing: Pairing, norms: Norms) -> 
             continue
         score, bias = fitted
         formula = AttentionFormula(
-            part.reader, part.norm, part.eps, part.scale_path, *kinds, score, ScoreBias.of(bias), norms
+            part.reader, part.norm, part.eps, part.scale_path, kind, score, ScoreBias.of(bias), norms
         )
         found = FormulaValues(formula, call, pairing, bias, formula.homogeneous(call.resid_pre, own))
         if not found.gives(own, part.z) or not _holds_on(found, other):

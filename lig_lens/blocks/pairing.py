@@ -31,15 +31,19 @@ def products(
 
 @dataclass(frozen=True)
 class Pairing:
-    """What the positions of a prompt do to products of queries and keys.
+    """Products of queries and keys at the positions of a prompt, which turn both, or add something, or do nothing."""
 
-    Attributes:
-        rotary: what turns both; None for none.
-        relative: what is added that is linear in queries, or in keys; None for none.
-    """
+    positions: Rotary | Relative | None = None
 
-    rotary: Rotary | None = None
-    relative: Relative | None = None
+    @property
+    def rotary(self) -> Rotary | None:
+        """What turns queries and keys."""
+        return self.positions if isinstance(self.positions, Rotary) else None
+
+    @property
+    def relative(self) -> Relative | None:
+        """What is added that is linear in queries, or in keys."""
+        return self.positions if isinstance(self.positions, Relative) else None
 
     def products(
         self,
@@ -49,13 +53,11 @@ class Pairing:
         weight: Float[Tensor, "head 1 d_head"] | None = None,
     ) -> Float[Tensor, "head row src"]:
         """Of the queries `rows` with every source; `weight` is on the queries once they are turned."""
-        made = products(self.rotary, q, k, rows, weight)
-        if self.relative is None:
+        made, relative = products(self.rotary, q, k, rows, weight), self.relative
+        if relative is None:
             return made
-        return (
-            made + self.relative.of_queries(q[:, rows], rows) + self.relative.of_keys(per_query_head(k, len(q)), rows)
-        )
+        return made + relative.of_queries(q[:, rows], rows) + relative.of_keys(per_query_head(k, len(q)), rows)
 
     def of_heads(self, some: slice) -> "Pairing":
         """Of some heads."""
-        return self if self.relative is None else Pairing(self.rotary, self.relative.of_heads(some))
+        return self if self.relative is None else Pairing(self.relative.of_heads(some))
