@@ -74,7 +74,7 @@ def find_formula(
         return "no hooks on queries, keys, values and pattern"
     with torch.no_grad():
         try:
-            shown, other = reader.seen(values, ()), probe.seen(reader)
+            shown, _ = reader.seen(values, ()), probe.seen(reader)
         except UnreadableError as error:
             return str(error)
         n_heads = len(shown.q), len(shown.k), len(shown.pattern)
@@ -82,19 +82,19 @@ def find_formula(
             return f"{z.shape[1]} heads of z, but {n_heads[0]} of q, {n_heads[1]} of k, {n_heads[2]} patterns"
         reason = "queries, keys or values are not affine in the normalised residual"
         for norm in ("none", "rms", "layer"):
-            own = shown
+            fitted: Reader | None = reader
             if isinstance(reader, FromLatents):
                 fitted = fit_latents(call, reader, norm, eps, shown)
-                if fitted is None:
-                    reason = "norms of latent vectors are neither LayerNorm nor RMSNorm, or have biases"
-                    continue
-                reader, own, other = fitted, fitted.seen(values, ()), probe.seen(fitted)
+            if fitted is None:
+                reason = "norms of latent vectors are neither LayerNorm nor RMSNorm, or have biases"
+                continue
+            own, other = fitted.seen(values, ()), probe.seen(fitted)
             biases = _affine(probe, norm, eps, own, other)
             if biases is None:
                 continue
             reason = "the pattern is not a softmax of scaled, possibly normed, rotated or capped q.k plus a fixed bias"
             scale_path = _scale_path(call, values, norm, eps)
-            part = _Part(call, reader, norm, eps, scale_path, own, other.runs(slice(1, None)), z)
+            part = _Part(call, fitted, norm, eps, scale_path, own, other.runs(slice(1, None)), z)
             for kind, pairing, norms in _between(part, biases):
                 found = norms if isinstance(norms, str) else _with_scores(part, kind, pairing, norms)
                 if isinstance(found, FormulaValues):

@@ -49,7 +49,7 @@ class Heads:
     q: Float[Tensor, "*run head pos d_head"]
     k: Float[Tensor, "*run kv_head pos d_head"]
     v: Float[Tensor, "*run kv_head pos d_value"]
-    latents: tuple[Float[Tensor, "*run 1 pos rank"], ...]
+    latents: tuple[Float[Tensor, "*run 1 pos _"], ...]
 
     @property
     def all(self) -> tuple[Tensor, ...]:
