@@ -88,18 +88,23 @@ def _layout(config: dict[str, Any], layout: str = "pre_ln", **more: Any) -> Fami
 
 
 def _hooks(config: dict[str, Any], layout: str = "pre_ln", **more: Any) -> Family:
-    """Biases that are normed, gates, or latent attention, which the formula does not have."""
+    """What the formula does not have."""
     return Family(config, layout=layout, engine="hooks", **more)
 
 
 def _no_messages(config: dict[str, Any], layout: str = "pre_ln", **more: Any) -> Family:
-    """The same, where head outputs are not pattern times values that a hook shows: gates, latent values."""
+    """The same, where head outputs are not pattern times values that a hook shows: gates."""
     return replace(_hooks(config, layout, **more), knock_outs=False)
 
 
 def _mixer(config: dict[str, Any], layers: str = "model.layers", layer: int = 0, **more: Any) -> Family:
     """A block that mixes positions by something else than attention with separable heads."""
     return Family(config, layers, "", "block_only", "hooks", knock_outs=False, layer=layer, **more)
+
+
+def _latent(**config: Any) -> Family:
+    """No hook shows values from latent vectors by position."""
+    return Family({**_LATENT, **config}, knock_outs=False)
 
 
 def _falcon(layout: str = "parallel", **config: Any) -> Family:
@@ -220,7 +225,7 @@ FAMILIES: dict[str, Family] = {
     "NanoChatForCausalLM": _layout(_HEADS),
     "HunYuanDenseV1ForCausalLM": _layout(_HEADS, wrong_on="3."),  # rotates before it norms queries and keys
     "BitNetForCausalLM": _no_messages(GQA),
-    "StableLmForCausalLM, parallel": _hooks({**GQA, "use_parallel_residual": True, "qk_layernorm": True}, "parallel"),
+    "StableLmForCausalLM, parallel": _layout({**GQA, "use_parallel_residual": True, "qk_layernorm": True}, "parallel"),
     "Glm4ForCausalLM": Family(_HEADS, layout="pre_post_ln"),
     "Olmo2ForCausalLM": _layout(GQA, "pre_post_ln"),
     "Olmo3ForCausalLM": _layout(
@@ -239,23 +244,16 @@ FAMILIES: dict[str, Family] = {
             "interleave_moe_layer_step": 3,
         }
     ),
-    "DeepseekV2ForCausalLM": _no_messages({**_LATENT, "first_k_dense_replace": 2}),
-    "DeepseekV2ForCausalLM, latent queries": _no_messages({**_LATENT, "first_k_dense_replace": 2, "q_lora_rank": 8}),
-    "DeepseekV2ForCausalLM, experts": _no_messages({**_LATENT, "first_k_dense_replace": 1}),
-    "DeepseekV3ForCausalLM": _no_messages({**_LATENT, "first_k_dense_replace": 2}),
-    "DeepseekV3ForCausalLM, latent queries": _no_messages({**_LATENT, "first_k_dense_replace": 2, "q_lora_rank": 8}),
-    "DeepseekV3ForCausalLM, experts": _no_messages({**_LATENT, "first_k_dense_replace": 1}),
-    "YoutuForCausalLM": _no_messages(_LATENT),
-    "Glm4MoeLiteForCausalLM": _no_messages({**_LATENT, "mlp_layer_types": ["dense", "dense"], "q_lora_rank": 8}),
-    "GlmMoeDsaForCausalLM": _no_messages(
-        {
-            **_LATENT,
-            "mlp_layer_types": ["dense", "dense"],
-            "q_lora_rank": 8,
-            "index_head_dim": 8,
-            "index_n_heads": 2,
-            "index_topk": 64,
-        }
+    "DeepseekV2ForCausalLM": _latent(first_k_dense_replace=2),
+    "DeepseekV2ForCausalLM, latent queries": _latent(first_k_dense_replace=2, q_lora_rank=8),
+    "DeepseekV2ForCausalLM, experts": _latent(first_k_dense_replace=1),
+    "DeepseekV3ForCausalLM": _latent(first_k_dense_replace=2),
+    "DeepseekV3ForCausalLM, latent queries": _latent(first_k_dense_replace=2, q_lora_rank=8),
+    "DeepseekV3ForCausalLM, experts": _latent(first_k_dense_replace=1),
+    "YoutuForCausalLM": _latent(),
+    "Glm4MoeLiteForCausalLM": _latent(mlp_layer_types=["dense", "dense"], q_lora_rank=8),
+    "GlmMoeDsaForCausalLM": _latent(
+        mlp_layer_types=["dense", "dense"], q_lora_rank=8, index_head_dim=8, index_n_heads=2, index_topk=64
     ),
     # Experts.
     "MixtralForCausalLM": Family({**GQA, **_EXPERTS}),

@@ -20,6 +20,9 @@ from tiny_hooked import has_hooked_transformer
 from tiny_models import VOCAB, config_bridge
 
 import lig_lens
+from lig_lens.blocks.head_norms import HeadNorms
+from lig_lens.blocks.latent import LatentNorms
+from lig_lens.blocks.rotary import RotaryKind
 from lig_lens.blocks.values import Values
 
 IDS = [5, 12, 30, 7, 22, 39]
@@ -34,6 +37,11 @@ GPT = {"vocab_size": VOCAB, "n_embd": 24, "n_layer": 2, "n_positions": 32, "pad_
 # Half of 8 dimensions: the default quarter is one pair, where all pairings are the same.
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8}
+# Values have fewer dimensions than keys, of which no two parts are alike.
+LATENT = {
+    **SMALL, "num_key_value_heads": 4, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6,
+    "v_head_dim": 5, "first_k_dense_replace": 2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Attention:
     scale: float | None = None
     """None for 1 / sqrt(d_head)."""
     normed: str = ""
-    """Norms of queries and keys: each `head`, or all `together`, and whether rotary comes `first`."""
+    """Norms of queries and keys: each `head`, or all `together`, and whether rotary comes `first`; or of `latents`."""
     cap: float | None = None
     sink: bool = False
 
@@ -133,16 +141,32 @@ KINDS: dict[str, tuple[Any, ...]] = {
         tf.Llama4TextConfig(**SMALL, head_dim=6, num_local_experts=1, interleave_moe_layer_step=5),
         replace(RMS, rotary="neighbours", normed="head"),
     ),
+    # Biases come before its norms.
+    "stablelm_normed": (
+        tf.StableLmConfig(**WIDE, use_qkv_bias=True, qk_layernorm=True, rope_parameters=PARTIAL),
+        replace(LAYER, normed="head"),
+    ),
+    "deepseek_v2": (tf.DeepseekV2Config(**LATENT), replace(RMS, n_kv=4, rotary="neighbours", normed="latents")),
+    "deepseek_v3": (
+        tf.DeepseekV3Config(**LATENT, q_lora_rank=7, rope_interleave=False),
+        replace(RMS, n_kv=4, normed="latents"),
+    ),
     "gpt_oss": (
         tf.GptOssConfig(**SMALL, head_dim=6, num_local_experts=2, num_experts_per_tok=2, attention_bias=True),
         replace(RMS, sink=True),
     ),
 }
-# Gates, clipped queries, biases that are normed: the formula does not cover them and has to notice.
+# Gates, clipped queries, biases of latents, sources that are chosen: the formula does not cover them and has to notice.
 REFUSED: dict[str, tuple[Any, str]] = {
     "afmoe": (tf.AfmoeConfig(**SMALL, head_dim=6), "not a softmax"),
     "olmo": (tf.OlmoConfig(**SMALL, clip_qkv=1.0), "not affine|not a softmax"),
-    "stablelm_normed": (tf.StableLmConfig(**WIDE, qk_layernorm=True), "biased before they are normed"),
+    "deepseek_biased": (tf.DeepseekV3Config(**LATENT, q_lora_rank=7, attention_bias=True), "latent vectors are biased"),
+    "glm_moe_dsa": (
+        tf.GlmMoeDsaConfig(
+            **LATENT, q_lora_rank=7, mlp_layer_types=["dense"] * 2, index_head_dim=8, index_n_heads=2, index_topk=2
+        ),
+        "not a softmax|may be masked",
+    ),
 }
 COHERE = pytest.mark.skipif(has_hooked_transformer(), reason="TransformerLens 3.9 pairs Cohere's dimensions wrongly")
 HUNYUAN = pytest.mark.skipif(has_hooked_transformer(), reason="TransformerLens 3.9 norms HunYuan's queries too early")
@@ -152,9 +176,13 @@ def kinds(**marks: pytest.MarkDecorator) -> list[Any]:
     return [pytest.param(kind, marks=marks.get(kind, ())) for kind in KINDS]
 
 
-@functools.cache
 def bridge(kind: str) -> Any:
-    return config_bridge(KINDS[kind][0])
+    return bridge_in(kind, torch.float32)
+
+
+@functools.cache
+def bridge_in(kind: str, dtype: torch.dtype) -> Any:
+    return config_bridge(KINDS[kind][0], dtype)
 
 
 @functools.cache
@@ -167,11 +195,15 @@ def shown(values: Values) -> Attention:
     boundaries, rotary = values.block.boundaries, "none"
     assert values.heads.formula is not None, boundaries.why_hooks
     formula, bias = values.heads.formula.formula, values.heads.formula.bias
-    if formula.rotary is not None:
-        rotary = "neighbours" if formula.rotary.adjacent else "halves"
-    score, norm = formula.score, formula.q_norm
-    normed = "" if norm is None else "together" if norm.together else "head"
-    is_usual = abs(score.scale * boundaries.d_head**0.5 - 1) < 1e-4
+    if isinstance(formula.positions, RotaryKind):
+        rotary = "neighbours" if formula.positions.adjacent else "halves"
+    score, norms = formula.score, formula.norms
+    if isinstance(norms, LatentNorms):
+        normed = "latents"
+    else:
+        assert isinstance(norms, HeadNorms)
+        normed = "" if norms.q is None else "together" if norms.q.together else "head"
+    is_usual = abs(score.scale * formula.b_q.shape[-1] ** 0.5 - 1) < 1e-4
     return Attention(
         layout=boundaries.layout,
         norm=formula.norm,
@@ -225,3 +257,17 @@ def test_the_formula_refuses_other_attention(kind: str) -> None:
     config, reason = REFUSED[kind]
     boundaries = lig_lens.describe_boundaries(config_bridge(config))
     assert all(b.engine == "hooks" and re.search(reason, b.why_hooks) for b in boundaries)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3", "stablelm_normed"])
+def test_engines_agree_on_a_metric(kind: str) -> None:
+    asked = {"corrupted": IDS[::-1], "target": lig_lens.logit_difference(9, 17), "layers": [1], "progress": False}
+    fast, slow = (lig_lens.attribute(bridge(kind), IDS, engine=e, tol=TOL, **asked) for e in ("closed_form", "hooks"))
+    assert difference([fast, slow], "attn") <= 2e-5 and difference([fast, slow], "skip") <= 2e-5
+
+
+def test_other_norms_of_latents_go_through_hooks() -> None:
+    model = config_bridge(KINDS["deepseek_v3"][0])
+    model.blocks[1].attn.kv_a_layernorm.register_forward_hook(lambda _module, _args, output: torch.tanh(output))
+    first, second = lig_lens.describe_boundaries(model)
+    assert (first.engine, second.engine) == ("closed_form", "hooks") and "norms of latent vectors" in second.why_hooks

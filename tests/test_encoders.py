@@ -1,6 +1,7 @@
 """Encoders that adapters of this package serve, against the plain transformers models."""
 
 import copy
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import IDS, OTHER, SMALL, saved
+from engine_pairs import both, difference
 from family_oracle import maps_from_zero, missed
 from recorded import held
 from tiny_models import VOCAB, tiny_tokenizer
@@ -62,12 +64,11 @@ MODERNBERT = Family(
     "head.dense",
     "pre_ln",
 )
-DEBERTA = Family("Deberta", RELATIVE, *DEBERTA_LAYERS, engine="hooks")
+DEBERTA = Family("Deberta", RELATIVE, *DEBERTA_LAYERS)
 DEBERTA_V2 = Family(
     "DebertaV2",
     {**RELATIVE, "share_att_key": True, "position_buckets": 4, "norm_rel_ebd": "layer_norm"},
     *DEBERTA_LAYERS,
-    engine="hooks",
 )
 FAMILIES = (
     ALBERT,
@@ -259,13 +260,52 @@ def test_variants(name: str, tmp_path: Path) -> None:
     plain = saved(f"{family.name}ForMaskedLM", tmp_path, **{**family.config, **config})
     model = ll.load_model(str(tmp_path), device="cpu")
     assert_same_logits(model, plain)
-    if not config.get("relative_attention", True):  # what is left is the softmax of q.k, by which hooks are told apart
-        assert ll.describe_boundaries(model)[0].engine == "closed_form"
+    engine = "hooks" if config.get("talking_head") else "closed_form"
+    assert {boundaries.engine for boundaries in ll.describe_boundaries(model)} == {engine}
     change = logits_of(plain, IDS)[0, -1] - logits_of(plain, OTHER)[0, -1]
     asked = {"corrupted": OTHER, "target": ll.logit_difference(9, 17), "progress": False}
     flow = ll.attribute(model, IDS, layers=[0, len(model.blocks) - 1], **asked)
     found = flow.attn.sum((1, 2, 3)) + flow.skip.sum(1)
     torch.testing.assert_close(found, (change[9] - change[17]).expand(2), rtol=2e-3, atol=1e-5)
+
+
+RELATIVE_KINDS = {
+    "first version": (DEBERTA, {}),
+    "second version": (DEBERTA_V2, {}),
+    "of queries alone": (DEBERTA, {"pos_att_type": ["c2p"]}),
+    "of keys alone": (DEBERTA_V2, {"pos_att_type": ["p2c"]}),
+    "with other tokens alone": (DEBERTA_V2, {"pos_att_type": []}),
+}
+
+
+@pytest.mark.parametrize("name", RELATIVE_KINDS)
+def test_engines_agree_on_relative_positions(name: str, tmp_path: Path) -> None:
+    """On prompts of any length: what was found on one of them serves the others."""
+    family, config = RELATIVE_KINDS[name]
+    saved(f"{family.name}ForMaskedLM", tmp_path, **{**family.config, **config})
+    model = ll.load_model(str(tmp_path), device="cpu")
+    for ids, baseline in ((IDS[:4], "zero"), (IDS, "itb"), (IDS, "corrupted"), (IDS[:2], "itb"), (IDS[:1], "zero")):
+        flows = both(model, ids, ("attn", "block"), baseline, "l2", layers=1, tol=1e-5)
+        for map_name in ("attn", "block"):
+            assert difference(flows, map_name) <= 2e-5
+    asked = {"corrupted": OTHER, "target": ll.logit_difference(9, 17), "layers": [1], "progress": False}
+    flows = [ll.attribute(model, IDS, engine=engine, tol=1e-5, **asked) for engine in ("closed_form", "hooks")]
+    assert difference(flows, "attn") <= 2e-5
+
+
+@pytest.mark.parametrize("family", [DEBERTA, DEBERTA_V2], ids=lambda family: family.name)
+def test_other_scores_than_those_of_relative_positions_go_through_hooks(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(f"{family.name}ForMaskedLM", tmp_path, **family.config)
+    model = ll.load_model(str(tmp_path), device="cpu")
+    part = "att_bias" if family is DEBERTA else "attention_bias"
+    for module in model.modules():
+        if hasattr(module, f"disentangled_{part}") and not hasattr(module, "original_component"):
+            usual = getattr(module, f"disentangled_{part}")
+            changed = functools.partial(lambda usual, *inputs: torch.tanh(usual(*inputs)), usual)
+            monkeypatch.setattr(module, f"disentangled_{part}", changed)
+    assert {found.engine for found in ll.describe_boundaries(model)} == {"hooks"}
 
 
 def test_a_convolution_belongs_to_the_layer_before_it(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def test_rows_are_true() -> None:
     rows = {one.family: one for one in ll.supported()}
     assert len(rows) == len(ll.supported()) > 100
     assert all(0 <= one.difference <= 1e-4 and one.tested for one in rows.values())
-    assert rows["Qwen3ForCausalLM"].engine == "closed_form" and rows["DebertaV2ForMaskedLM"].engine == "hooks"
+    assert rows["Qwen3ForCausalLM"].engine == "closed_form" and rows["AfmoeForCausalLM"].engine == "hooks"
     assert {one.takes for one in rows.values()} == {"text", "images", "source and target"}
 
 

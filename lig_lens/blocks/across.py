@@ -14,8 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lig_lens.blocks.call import BlockCall
-from lig_lens.blocks.formula import ALLOWED, PATTERN_PATH, QKV_PATHS, per_query_head, products
+from lig_lens.blocks.formula import ALLOWED
 from lig_lens.blocks.inside import Inside, by_position, relative
+from lig_lens.blocks.pairing import per_query_head, products
+from lig_lens.blocks.reading import PATTERN_PATH, QKV_PATHS
 from lig_lens.blocks.score import Score
 from lig_lens.blocks.score_fit import fit_scale
 from lig_lens.models.running import Hook

@@ -6,8 +6,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lig_lens.blocks.across import AcrossFormula
-from lig_lens.blocks.formula import MESSAGE_PATHS, AttentionFormula
+from lig_lens.blocks.formula import AttentionFormula
 from lig_lens.blocks.layouts.layout import Layout
+from lig_lens.blocks.reading import MESSAGE_PATHS
 
 
 @dataclass(frozen=True)

@@ -6,28 +6,29 @@ from the formula makes `find_formula` return the reason instead.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lig_lens.blocks.call import BlockCall
-from lig_lens.blocks.formula import (
-    ALLOWED,
-    PATTERN_PATH,
-    QKV_PATHS,
-    AttentionFormula,
+from lig_lens.blocks.divisor import sigma
+from lig_lens.blocks.formula import ALLOWED, AttentionFormula, FormulaValues, mixture
+from lig_lens.blocks.head_norms import find_head_norms, hidden_norms, read_head_norms
+from lig_lens.blocks.latent import fit_latents, latent_norms
+from lig_lens.blocks.norms import Norms, near_zero
+from lig_lens.blocks.pairing import Pairing
+from lig_lens.blocks.reading import (
     AttentionReading,
-    FormulaValues,
+    FromLatents,
+    Reader,
     SeenAttention,
     UnreadableError,
-    mixture,
-    seen_attention,
-    sigma,
+    reader_of,
 )
-from lig_lens.blocks.head_norms import HeadNorms, find_head_norms, hidden_norms, near_zero, read_head_norms
-from lig_lens.blocks.rotary import ROTARY_KINDS, Rotary, RotaryKind
+from lig_lens.blocks.relative import RELATIVE_KINDS, RelativeKind
+from lig_lens.blocks.rotary import ROTARY_KINDS, RotaryKind
 from lig_lens.blocks.score import Score, ScoreBias
 from lig_lens.blocks.score_fit import fit_scores
 
@@ -68,27 +69,34 @@ def find_formula(
         z: head outputs on that prompt.
         probe: of the same block; runs its attention unless a run has been read already.
     """
-    paths = next((p for p in QKV_PATHS if set(p) <= set(call.modules)), None)
-    if paths is None or PATTERN_PATH not in call.modules:
+    reader, eps = reader_of(call, values, z), probe.eps
+    if reader is None:
         return "no hooks on queries, keys, values and pattern"
-    eps, d_head = probe.eps, z.shape[-1]
     with torch.no_grad():
         try:
-            own, seen = seen_attention(values, paths, (), d_head), probe.seen(paths, d_head)
+            shown, _ = reader.seen(values, ()), probe.seen(reader)
         except UnreadableError as error:
             return str(error)
-        other = seen.runs(slice(1, None))
-        if len(own.q) != z.shape[1] or len(own.pattern) != z.shape[1] or z.shape[1] % len(own.k):
-            return f"{z.shape[1]} heads of z, but {len(own.q)} of q, {len(own.k)} of k, {len(own.pattern)} patterns"
+        n_heads = len(shown.q), len(shown.k), len(shown.pattern)
+        if n_heads[0] != z.shape[1] or n_heads[2] != z.shape[1] or z.shape[1] % n_heads[1]:
+            return f"{z.shape[1]} heads of z, but {n_heads[0]} of q, {n_heads[1]} of k, {n_heads[2]} patterns"
         reason = "queries, keys or values are not affine in the normalised residual"
         for norm in ("none", "rms", "layer"):
-            biases = _affine(probe, norm, eps, own, seen)
+            fitted: Reader | None = reader
+            if isinstance(reader, FromLatents):
+                fitted = fit_latents(call, reader, norm, eps, shown)
+            if fitted is None:
+                reason = "norms of latent vectors are neither LayerNorm nor RMSNorm, or have biases"
+                continue
+            own, other = fitted.seen(values, ()), probe.seen(fitted)
+            biases = _affine(probe, norm, eps, own, other)
             if biases is None:
                 continue
             reason = "the pattern is not a softmax of scaled, possibly normed, rotated or capped q.k plus a fixed bias"
-            part = _Part(call, paths, norm, eps, _scale_path(call, values, norm, eps), own, other, z)
-            for kind, rotary, norms in _turned(part, biases):
-                found = norms if isinstance(norms, str) else _with_scores(part, kind, rotary, norms)
+            scale_path = _scale_path(call, values, norm, eps)
+            part = _Part(call, fitted, norm, eps, scale_path, own, other.runs(slice(1, None)), z)
+            for kind, pairing, norms in _between(part, biases):
+                found = norms if isinstance(norms, str) else _with_scores(part, kind, pairing, norms)
                 if isinstance(found, FormulaValues):
                     return found
                 reason = found or reason
@@ -100,7 +108,7 @@ class _Part:
     """What is known of a block's attention once its linear maps are found: on the prompt, and on the probe."""
 
     call: BlockCall
-    paths: tuple[str, str, str]
+    reader: Reader
     norm: str
     eps: float
     scale_path: str | None
@@ -109,44 +117,45 @@ class _Part:
     z: Float[Tensor, "pos head d_head"]
 
 
-def _turned(
-    part: _Part, biases: tuple[Tensor, Tensor, Tensor]
-) -> Iterator[tuple[RotaryKind | None, Rotary | None, HeadNorms | str]]:
-    """Everything that may lie between the linear maps and q.k: rotary of any kind, and norms that hooks show, or not.
+_Kind = RotaryKind | RelativeKind | None
+
+
+def _between(part: _Part, biases: tuple[Tensor, ...]) -> Iterator[tuple[_Kind, Pairing, Norms | str]]:
+    """Everything that may lie between the linear maps and scores: what positions do, and norms that hooks show, or not.
 
     Where norms cannot be understood, the reason stands in their place.
     """
-    call, d_head = part.call, part.z.shape[-1]
-    kinds = [(kind, kind.on(call, d_head)) for kind in ROTARY_KINDS]
-    turns = [*((kind, rotary) for kind, rotary in kinds if rotary is not None), (None, None)]
-    shown = read_head_norms(call, part.paths, part.norm, part.eps, part.own)
-    for kind, rotary in turns:
-        yield kind, rotary, find_head_norms(shown, rotary, biases)
-    hidden = None if shown is not None else hidden_norms(part.eps, biases)
-    if hidden is not None:
-        for kind, rotary in turns:
-            yield kind, rotary, hidden
+    call, d_head, reader = part.call, part.own.q.shape[-1], part.reader
+    kinds: tuple[_Kind, ...] = (*ROTARY_KINDS, None, *RELATIVE_KINDS)
+    found = ((kind, None if kind is None else kind.on(call, d_head)) for kind in kinds)
+    pairings = [(kind, Pairing(at)) for kind, at in found if kind is None or at is not None]
+    if isinstance(reader, FromLatents):
+        latent = latent_norms(reader, biases)
+        yield from ((kind, pairing, latent) for kind, pairing in pairings)
+        return
+    q, k, v = biases
+    shown = read_head_norms(call, reader, part.norm, part.eps, part.own)
+    for kind, pairing in pairings:
+        yield kind, pairing, find_head_norms(shown, pairing.rotary, (q, k, v))
+    if shown is None:
+        yield from ((kind, pairing, hidden_norms(part.eps, (q, k, v))) for kind, pairing in pairings)
 
 
-def _with_scores(
-    part: _Part, kind: RotaryKind | None, rotary: Rotary | None, norms: HeadNorms
-) -> FormulaValues | str | None:
+def _with_scores(part: _Part, kind: _Kind, pairing: Pairing, norms: Norms) -> FormulaValues | str | None:
     """The formula, if scores follow from such queries and keys; a reason, if there is a better one than that."""
     call, own, other = part.call, part.own, part.other
-    normed = [replace(seen, q=norms.of_q(seen.q), k=norms.of_k(seen.k)) for seen in (own, other)]
     reason = None
     for cap in (None, *_caps(call)):
-        fitted = fit_scores(Score(part.z.shape[-1] ** -0.5, cap, weight=norms.weight), rotary, *normed)
+        usual = Score(own.q.shape[-1] ** -0.5, cap, weight=norms.weight)
+        fitted = fit_scores(usual, pairing, norms.normed(own), norms.normed(other))
         if fitted is None:
             reason = UNTOLD
             continue
         score, bias = fitted
         formula = AttentionFormula(
-            part.paths, part.norm, part.eps, part.scale_path, kind, score, ScoreBias.of(bias), *norms.biases,
-            norms.q, norms.k,
-        )  # fmt: skip
-        end = formula.homogeneous(call.resid_pre, (own.q, own.k, own.v))
-        found = FormulaValues(formula, call, rotary, bias, end)
+            part.reader, part.norm, part.eps, part.scale_path, kind, score, ScoreBias.of(bias), norms
+        )
+        found = FormulaValues(formula, call, pairing, bias, formula.homogeneous(call.resid_pre, own))
         if not found.gives(own, part.z) or not _holds_on(found, other):
             continue
         if norms.shown or _holds_on(found, _near_zero(part)):
@@ -157,7 +166,7 @@ def _with_scores(
 def _near_zero(part: _Part) -> SeenAttention:
     """Attention on vectors that show what norms of queries and keys add to the mean square."""
     small = near_zero(part.call.resid_pre, part.norm, part.eps, part.own)
-    return AttentionReading(part.call, small[None]).seen(part.paths, part.z.shape[-1])
+    return AttentionReading(part.call, small[None]).seen(part.reader)
 
 
 def _holds_on(found: FormulaValues, other: SeenAttention) -> bool:
@@ -165,8 +174,8 @@ def _holds_on(found: FormulaValues, other: SeenAttention) -> bool:
 
     Of a few tokens a bias can make any scores fit the prompt's own pattern, capped ones say; not two patterns at once.
     """
-    for q, k, pattern in zip(other.q, other.k, other.pattern, strict=True):
-        if not float((found.pattern(q, k) - pattern).abs().max()) <= ALLOWED:
+    for run, pattern in enumerate(other.pattern):
+        if not float((found.pattern(other.run(run)) - pattern).abs().max()) <= ALLOWED:
             return False
     return True
 
@@ -179,10 +188,8 @@ def _caps(call: BlockCall) -> tuple[float, ...]:
     return tuple({float(value) for value in found if value and float(value) > 0})
 
 
-def _affine(
-    probe: Probe, norm: str, eps: float, own: SeenAttention, seen: SeenAttention
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Bias b of q, k and v, if they are affine in the normalised residual.
+def _affine(probe: Probe, norm: str, eps: float, own: SeenAttention, seen: SeenAttention) -> tuple[Tensor, ...] | None:
+    """Bias b of `Heads.all`, if they are affine in the normalised residual.
 
     With `y = Y / sigma + b`, the mixtures' y follow from those of what is mixed but for (1 - sum of weights) b, which
     every token must give alike.
@@ -191,7 +198,7 @@ def _affine(
     weights = (probe.own * plain / mixed)[:, None], (probe.other * partner / mixed)[:, None]
     rest = 1 - weights[0] - weights[1]
     result = []
-    for y, of_runs in ((own.q, seen.q), (own.k, seen.k), (own.v, seen.v)):
+    for y, of_runs in zip(own.all, seen.all, strict=True):
         left = of_runs[1:] - weights[0] * y - weights[1] * of_runs[0]
         # Least squares: tokens whose weights add up to 1 say nothing about b.
         bias = (rest * left).sum((0, -2)).unsqueeze(-2) / rest.square().sum()
@@ -202,8 +209,7 @@ def _affine(
         if float(bias.abs().max()) <= 8 * torch.finfo(torch.float32).eps * size:
             bias = torch.zeros_like(bias)
         result.append(bias)
-    q, k, v = result
-    return q, k, v
+    return tuple(result)
 
 
 def _scale_path(call: BlockCall, values: Mapping[str, Tensor], norm: str, eps: float) -> str | None:

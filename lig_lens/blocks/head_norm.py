@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lig_lens.blocks.divisor import Divisor
+from lig_lens.blocks.divisor import Biased, Divisor, Part
 
 # How far what it gives may be from what the block shows, relative to the largest value.
 ALLOWED = 1e-4
@@ -45,20 +45,44 @@ class HeadNorm:
 
     def __call__(self, vectors: Float[Tensor, "*run head pos d_head"]) -> Float[Tensor, "*run head pos d_head"]:
         """What comes out."""
-        base = self.base(vectors)
-        return base * (base.square().mean(self._axes, keepdim=True) + self.eps).rsqrt() * self.weight + self.bias
+        return self.base(vectors) / self.divides_by(vectors) * self.weight + self.bias
+
+    def divides_by(self, vectors: Float[Tensor, "*run head pos d_head"]) -> Float[Tensor, "*run #head pos 1"]:
+        """The root of the mean square and eps."""
+        return (self.base(vectors).square().mean(self._axes, keepdim=True) + self.eps).sqrt()
 
     def homogeneous(self, vectors: Float[Tensor, "head pos d_head"]) -> Float[Tensor, "head pos d_head"]:
         """What comes out but for the divisor and the bias, of vectors before the block's own norm divides."""
         return self.base(vectors) * self.weight
 
-    def divisor(self, vectors: Float[Tensor, "head pos d_head"], before: Divisor) -> Divisor:
-        """What `homogeneous` is then divided by; `before` is the divisor of the block's own norm."""
+    def parts(
+        self, vectors: Float[Tensor, "head pos d_head"], bias: Float[Tensor, "head 1 d_head"], before: Divisor
+    ) -> tuple[Part, ...]:
+        """What comes out but for this norm's bias.
+
+        Args:
+            vectors: what enters, before the block's own norm divides.
+            bias: what is added in between.
+            before: what the block's own norm divides by.
+        """
+        of = self.divisor(vectors, before, bias)
+        parts = Part(self.base(vectors) * self.weight, of)
+        if of.biased is None:
+            return (parts,)
+        return parts, Part((self.base(bias) * self.weight).expand_as(vectors), of, times=before)
+
+    def divisor(
+        self, vectors: Float[Tensor, "head pos d_head"], before: Divisor, bias: Tensor | None = None
+    ) -> Divisor:
+        """What divides there; arguments as in `parts`."""
         base = self.base(vectors)
-        if self.together:
-            base = base.transpose(0, 1).flatten(1)[None]
-        weights = (1.0, *(self.eps * weight for weight in before.weights))
-        return Divisor(weights, (base, *before.vectors), self.eps * before.floor)
+        joined = base.transpose(0, 1).flatten(1)[None] if self.together else base
+        if bias is None or not bool(bias.any()):
+            weights = (1.0, *(self.eps * weight for weight in before.weights))
+            return Divisor(weights, (joined, *before.vectors), self.eps * before.floor)
+        added = self.base(bias)
+        along, square = ((one * added).mean(self._axes, keepdim=True)[..., 0] for one in (base, added))
+        return Divisor((1.0,), (joined,), 0.0, Biased(before, 2 * along, square, self.eps))
 
     @property
     def _axes(self) -> tuple[int, ...]:

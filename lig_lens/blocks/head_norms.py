@@ -1,6 +1,5 @@
 """Finds the norms on a block's queries and keys: before rotary or after it."""
 
-import functools
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -8,17 +7,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lig_lens.blocks.call import BlockCall
-from lig_lens.blocks.formula import SeenAttention, per_query_head, sigma
+from lig_lens.blocks.divisor import Divisor, Part, Tokens
 from lig_lens.blocks.head_norm import HeadNorm, fit_head_norm
+from lig_lens.blocks.norms import AnyHeads, Norms, many_vectors, read_at
+from lig_lens.blocks.pairing import per_query_head
+from lig_lens.blocks.reading import Heads, Reader, SeenAttention
 from lig_lens.blocks.rotary import Rotary
 
 # Both generations call them so.
 _PATHS = ("attn.q_norm", "attn.k_norm")
-# Root mean square of queries and keys that shows what a norm adds to the mean square.
-_SMALL = 1e-4
-# How many vectors are normed to see a norm's weights.
-_VECTORS = 64
-_BIASED = "queries or keys are biased before they are normed"
 _OTHER = "norms of queries and keys are neither LayerNorm nor RMSNorm"
 
 
@@ -32,70 +29,69 @@ class ShownNorms:
 
 
 @dataclass(frozen=True)
-class HeadNorms:
+class HeadNorms(Norms):
     """Norms on queries and keys.
 
     Attributes:
         q: of queries.
         k: of keys.
         weight: what queries are multiplied with after rotary, where norms with weights come after it.
-        biases: b_q, b_k, b_v behind all norms.
+        added: to queries, keys and values by the linear maps.
         shown: whether hooks show what they do.
     """
 
     q: HeadNorm | None
     k: HeadNorm | None
     weight: Float[Tensor, "head 1 d_head"] | None
-    biases: tuple[Tensor, Tensor, Tensor]
+    added: tuple[Tensor, Tensor, Tensor]
     shown: bool = True
 
-    def of_q(self, vectors: Float[Tensor, "*run head pos d_head"]) -> Float[Tensor, "*run head pos d_head"]:
-        """Queries, normed."""
-        return vectors if self.q is None else self.q(vectors)
+    @property
+    def depth(self) -> int:
+        """See the base class."""
+        return int(self.q is not None or self.k is not None)
 
-    def of_k(self, vectors: Float[Tensor, "*run head pos d_head"]) -> Float[Tensor, "*run head pos d_head"]:
-        """Keys, normed."""
-        return vectors if self.k is None else self.k(vectors)
+    @property
+    def biases(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See the base class."""
+        b_q, b_k, b_v = self.added
+        return b_q if self.q is None else self.q.bias, b_k if self.k is None else self.k.bias, b_v
+
+    @property
+    def before(self) -> tuple[Tensor, ...]:
+        """See the base class."""
+        return self.added
+
+    def normed(self, heads: AnyHeads) -> AnyHeads:
+        """See the base class."""
+        q = heads.q if self.q is None else self.q(heads.q)
+        return replace(heads, q=q, k=heads.k if self.k is None else self.k(heads.k))
+
+    def tokens(self, heads: Heads, plain: Divisor) -> Tokens:
+        """See the base class."""
+        q, k = (
+            (Part(vectors, plain),) if norm is None else norm.parts(vectors, bias, plain)
+            for norm, vectors, bias in zip((self.q, self.k), (heads.q, heads.k), self.added, strict=False)
+        )
+        return Tokens(q, k, Part(heads.v, plain))
 
 
-def read_head_norms(
-    call: BlockCall, paths: tuple[str, str, str], norm: str, eps: float, own: SeenAttention
-) -> ShownNorms | None:
+def read_head_norms(call: BlockCall, reader: Reader, norm: str, eps: float, own: SeenAttention) -> ShownNorms | None:
     """Run attention on vectors at random and read its norms of queries and keys; None if it has none.
 
     Args:
         call: the block on a prompt.
-        paths: hooks of queries, keys and values.
+        reader: of queries, keys and values.
         norm: the block's own norm.
         eps: what that adds to the mean square.
         own: attention on the prompt.
     """
     if not any(path in call.modules for path in _PATHS):
         return None
-    x = call.resid_pre
-    # Any vectors of the prompt's size will do; a prompt of one token would show no more than one of each weight.
-    runs = -(-_VECTORS // len(x))
-    noise = torch.randn(runs, *x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    resid = torch.cat([noise * x.square().mean().sqrt(), near_zero(x, norm, eps, own)[None]])
-    read: dict[str, Tensor] = {}
-
-    def note(path: str, value: Tensor) -> None:
-        read.setdefault(path, value.detach().clone())
-
-    wanted = [path for path in (*paths[:2], *_PATHS) if path in call.modules]
-    call.read(resid, {path: functools.partial(note, path) for path in wanted}, stop_at="attn")
-    d_head = own.q.shape[-1]
-    q, k = (read[path].reshape(*resid.shape[:2], -1, d_head).transpose(1, 2) for path in paths[:2])
-    return ShownNorms(q, k, (read.get(_PATHS[0]), read.get(_PATHS[1])))
-
-
-def near_zero(
-    x: Float[Tensor, "pos d_model"], norm: str, eps: float, own: SeenAttention
-) -> Float[Tensor, "pos d_model"]:
-    """A prompt's residual vectors made so small that queries and keys show what a norm adds to their mean square."""
-    # How long queries and keys are before anything divides, on average at each position.
-    size = (torch.cat([own.q, own.k]).square().mean((0, -1)).sqrt()[:, None] * sigma(norm, eps, x)).clamp(min=1e-12)
-    return _SMALL / size * (1.0 if norm == "none" else eps**0.5) * x
+    resid = many_vectors(call.resid_pre, norm, eps, own)
+    read = read_at(call, resid, (*reader.paths, *_PATHS))
+    heads = reader.heads(read, resid.shape[:1], resid.shape[1])
+    return ShownNorms(heads.q, heads.k, (read.get(_PATHS[0]), read.get(_PATHS[1])))
 
 
 def find_head_norms(
@@ -111,13 +107,9 @@ def find_head_norms(
     if shown is None:
         return HeadNorms(None, None, None, biases)
     pairs = list(zip((shown.q, shown.k), shown.outputs, strict=True))
-    if any(out is not None and bool(bias.any()) for (_, out), bias in zip(pairs, biases, strict=False)):
-        return _BIASED
     before = [None if out is None else _fit(vectors, out, None) for vectors, out in pairs]
     if all(out is None or norm is not None for (_, out), norm in zip(pairs, before, strict=True)):
-        q, k = before
-        b_q, b_k = (bias if norm is None else norm.bias for norm, bias in zip(before, biases, strict=False))
-        return HeadNorms(q, k, None, (b_q, b_k, biases[2]))
+        return HeadNorms(before[0], before[1], None, biases)
     after = [None if out is None or rotary is None else _fit(vectors, out, rotary) for vectors, out in pairs]
     q, k = after
     if q is None or k is None or q.centred or k.centred:
@@ -127,15 +119,15 @@ def find_head_norms(
     return HeadNorms(q, k, weight, biases)
 
 
-def hidden_norms(eps: float, biases: tuple[Tensor, Tensor, Tensor]) -> HeadNorms | None:
+def hidden_norms(eps: float, biases: tuple[Tensor, Tensor, Tensor]) -> HeadNorms:
     """RMSNorm without weights on queries and keys, which no hook shows (Llama 4); the pattern has to tell.
 
     Args:
         eps: what the model's norms add.
-        biases: what the linear maps add, [head 1 d_head] each; what is normed must have none.
+        biases: what the linear maps add, [head 1 d_head] each.
     """
-    q, k = (None if bool(bias.any()) else HeadNorm.plain(bias, eps) for bias in biases[:2])
-    return None if q is None or k is None else HeadNorms(q, k, None, biases, shown=False)
+    q, k = (HeadNorm.plain(bias, eps) for bias in biases[:2])
+    return HeadNorms(q, k, None, biases, shown=False)
 
 
 def _fit(vectors: Float[Tensor, "run head pos d_head"], out: Tensor, rotary: Rotary | None) -> HeadNorm | None:

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lig_lens.blocks.block import AttentionNodes, Block
 from lig_lens.blocks.call import BlockCall, Seen
 from lig_lens.blocks.find import check_finite, find_block, inside_of, replay
-from lig_lens.blocks.formula import PATTERN_PATH
 from lig_lens.blocks.inside import Inside, relative
 from lig_lens.blocks.layouts.layout import SumLayout
 from lig_lens.blocks.messages import ROWS_MISS, messages_of
+from lig_lens.blocks.reading import PATTERN_PATH
 from lig_lens.blocks.recording import Recording, record_calls
 from lig_lens.blocks.values import HeadValues, Values
 from lig_lens.errors import BoundaryError, InputError, NonFiniteError

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lig_lens.blocks.formula import QKV_PATHS, per_query_head
 from lig_lens.blocks.inside import by_position
+from lig_lens.blocks.pairing import per_query_head
+from lig_lens.blocks.reading import QKV_PATHS
 from lig_lens.blocks.values import Messages
 
 # How far rounding may take a row of a pattern from 1, in half precision too.

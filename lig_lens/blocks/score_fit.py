@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lig_lens.blocks.formula import SeenAttention, products
-from lig_lens.blocks.rotary import Rotary
+from lig_lens.blocks.pairing import Pairing
+from lig_lens.blocks.reading import SeenAttention
 from lig_lens.blocks.score import Score
 
 # Destinations whose scores show whether there is a bias.
@@ -21,7 +21,7 @@ _GAUSS_NEWTON_STEPS = 20
 
 
 def fit_scores(
-    start: Score, rotary: Rotary | None, own: SeenAttention, other: SeenAttention
+    start: Score, pairing: Pairing, own: SeenAttention, other: SeenAttention
 ) -> tuple[Score, Float[Tensor, "#head dst src"]] | None:
     """The score and the bias of each pair, or None where the mask cannot be told.
 
@@ -29,16 +29,16 @@ def fit_scores(
 
     Args:
         start: cap and weight, and a scale to begin with.
-        rotary: of the prompt.
+        pairing: of the prompt.
         own: attention on the prompt, queries and keys normed.
         other: the same on the probe.
     """
     n_pos = own.q.shape[-2]
     some = torch.linspace(0, n_pos - 1, min(n_pos, _ROWS), device=own.q.device).round().long()
-    score, bias = _fit_rows(start, rotary, own, other, some)
+    score, bias = _fit_rows(start, pairing, own, other, some)
     visible = (own.pattern > 0) | (other.pattern[0] > 0)
     only_mask = bool(((bias == 0) | (bias == -torch.inf)).all())
-    masked = _masked(score, rotary, own, other, visible)
+    masked = _masked(score, pairing, own, other, visible)
     if masked is None:
         return None
     if only_mask:
@@ -46,8 +46,8 @@ def fit_scores(
     elif bool((~visible & ~masked).any()):
         return None
     else:
-        score, bias = _fit_rows(start, rotary, own, other, _ALL)
-    score = replace(score, sink=_sink(score, rotary, own, bias))
+        score, bias = _fit_rows(start, pairing, own, other, _ALL)
+    score = replace(score, sink=_sink(score, pairing, own, bias))
     # A copy, since a view would keep all heads alive.
     return score, bias[:1].clone() if bool((bias == bias[:1]).all()) else bias
 
@@ -84,12 +84,12 @@ def fit_scale(
     return score, clear
 
 
-def _sink(score: Score, rotary: Rotary | None, own: SeenAttention, bias: Tensor) -> Float[Tensor, "head"] | None:
+def _sink(score: Score, pairing: Pairing, own: SeenAttention, bias: Tensor) -> Float[Tensor, "head"] | None:
     """What the rows of a pattern lose, as the score of a source that is not there; the same in all rows of a head."""
     lost = 1 - own.pattern.double().sum(-1)
     if float(lost.max()) <= _LOST:
         return None
-    scores = score.capped(score.scale * products(rotary, own.q, own.k, weight=score.weight)) + bias
+    scores = score.capped(score.scale * pairing.products(own.q, own.k, weight=score.weight)) + bias
     sinks = torch.logsumexp(scores.double(), -1) + torch.logit(lost.clamp(1e-9, 1 - 1e-9))
     # Rounding of the rows' sums weighs least where both sides are large.
     certain = (lost * (1 - lost)).clamp(min=0)
@@ -97,7 +97,7 @@ def _sink(score: Score, rotary: Rotary | None, own: SeenAttention, bias: Tensor)
 
 
 def _masked(
-    score: Score, rotary: Rotary | None, own: SeenAttention, other: SeenAttention, visible: Bool[Tensor, "head dst src"]
+    score: Score, pairing: Pairing, own: SeenAttention, other: SeenAttention, visible: Bool[Tensor, "head dst src"]
 ) -> Bool[Tensor, "head dst src"] | None:
     """What a mask hides, or None: a pattern that underflows is 0 too.
 
@@ -105,9 +105,9 @@ def _masked(
     """
     hidden = ~visible
     in_all = hidden.all(0)
-    first = _would_show(score, rotary, own, other, visible, slice(1))[0]
+    first = _would_show(score, pairing, own, other, visible, slice(1))[0]
     if bool((in_all & ~first).any()) or bool((hidden & ~in_all).any()):
-        shows = _would_show(score, rotary, own, other, visible, _ALL)
+        shows = _would_show(score, pairing, own, other, visible, _ALL)
         if bool((in_all & ~shows.any(0)).any()):
             return None
         # What some heads show is masked in others only if they would show it.
@@ -116,7 +116,7 @@ def _masked(
 
 
 def _would_show(
-    score: Score, rotary: Rotary | None, own: SeenAttention, other: SeenAttention, visible: Tensor, heads: slice
+    score: Score, pairing: Pairing, own: SeenAttention, other: SeenAttention, visible: Tensor, heads: slice
 ) -> Bool[Tensor, "head dst src"]:
     """Where the score is near enough to the best visible one, in one of the runs, to be seen in the pattern."""
     found = torch.zeros_like(visible[heads])
@@ -124,14 +124,14 @@ def _would_show(
         if heads != _ALL:
             q, k = q[heads], k[:1]
         weight = None if score.weight is None else score.weight[heads]
-        scores = score.capped(score.scale * products(rotary, q, k, weight=weight))
+        scores = score.capped(score.scale * pairing.of_heads(heads).products(q, k, weight=weight))
         best = torch.where(visible[heads], scores, -torch.inf).amax(-1, keepdim=True)
         found |= scores - best > _UNDERFLOW
     return found
 
 
 def _fit_rows(
-    start: Score, rotary: Rotary | None, own: SeenAttention, other: SeenAttention, rows: Int[Tensor, "row"] | slice
+    start: Score, pairing: Pairing, own: SeenAttention, other: SeenAttention, rows: Int[Tensor, "row"] | slice
 ) -> tuple[Score, Float[Tensor, "head row src"]]:
     """Scale and bias of the scores of these destinations.
 
@@ -141,8 +141,8 @@ def _fit_rows(
     dots, patterns = (
         torch.stack(
             [
-                products(rotary, own.q, own.k, rows, start.weight),
-                products(rotary, other.q[0], other.k[0], rows, start.weight),
+                pairing.products(own.q, own.k, rows, start.weight),
+                pairing.products(other.q[0], other.k[0], rows, start.weight),
             ]
         ),
         torch.stack([own.pattern[:, rows], other.pattern[0][:, rows]]),

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lig_lens.blocks.formula import per_query_head
+from lig_lens.blocks.pairing import per_query_head
 from lig_lens.blocks.values import Values
 from lig_lens.integrate.integrand import ByPoints, PathIntegrand
 from lig_lens.paths.path import ResidPath

@@ -10,19 +10,22 @@ attention-sized matrix products per node of the rule, and no automatic different
 
 Scores may be capped, `s = cap(x)`, and then ds = cap'(x) dx; where a sink takes part in the softmax, p adds up to less
 than 1 and the same formula holds. Norms divide vectors by numbers r = 1 / sigma of their own (`panels.py`), those of
-queries and keys by others than those of values. Tensors are laid out as `panels.py` says.
+queries and keys by others than those of values; scores are `scores.py`'s. Tensors are laid out as `panels.py` says.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lig_lens.blocks.formula import FormulaValues, Tokens, per_query_head
-from lig_lens.integrate.panels import OwnDivisor, Panels, SharedDivisor
+from lig_lens.blocks.divisor import Tokens
+from lig_lens.blocks.formula import FormulaValues
+from lig_lens.blocks.pairing import per_query_head
+from lig_lens.integrate.panels import Panels
+from lig_lens.integrate.scores import OwnScores, OwnScoresAt, SharedScores, Way, each
 
 # Heads get lists of their own where the longest of them is shorter than this share of all panels.
 _OWN_LISTS = 0.7
@@ -62,9 +65,6 @@ class AttentionPath(ABC):
         self.n_heads, self.n_kv_heads = self.formula.n_heads, self.formula.n_kv_heads
         self.heads = torch.arange(self.n_heads, device=dst.device)[:, None]
         self.bias = values.bias[:, dst]
-        # A cap comes before the bias.
-        self.fixed = self.bias if self.score.cap is None else torch.zeros_like(self.bias)
-        self.b_k = values.turn(self.formula.b_k.expand_as(values.end.k))
         sources = torch.arange(1, self.bias.shape[-1] + 1, device=dst.device)
         seen = (torch.isfinite(self.bias).any(0) * sources).amax(-1)
         self._n_seen = torch.maximum(seen, dst + 1).cpu()
@@ -96,7 +96,7 @@ class AttentionPath(ABC):
             stop = start + max(1, fitting)
             part = rows[:, start:stop]
             on_device = own[part].to(self.dst.device)
-            points = a[part].to(self.b_k.dtype).to(self.dst.device)
+            points = a[part].to(self.bias.dtype).to(self.dst.device)
             n_src = int(reach[start:stop].max())
             yield Panels(self.heads, part.to(self.dst.device), on_device, self.dst[on_device], points, n_src)
             start = stop
@@ -113,26 +113,6 @@ class AttentionPath(ABC):
         """The start of every path, in portions as `work` makes them."""
         return self.work(torch.arange(len(self.dst)), torch.zeros(len(self.dst), 1), None, size)
 
-    def scores(
-        self, products: Float[Tensor, "head panel node src"], panels: Panels
-    ) -> tuple[Float[Tensor, "head panel node src"], Float[Tensor, "head panel node src"] | None]:
-        """What enters the softmax, and how fast it follows the products (None: just as fast).
-
-        Args:
-            products: scaled, with `fixed`, which holds the bias where no cap comes between.
-            panels: where they are taken.
-        """
-        capped = self.score.capped(products)
-        steepness = self.score.steepness(capped)
-        return (capped if steepness is None else capped + panels.pick(self.bias)), steepness
-
-    def each(
-        self, rows: Float[Tensor, "head *rows dim"], maps: Float[Tensor, "kv_head dim out"]
-    ) -> Float[Tensor, "head *rows out"]:
-        """Rows of every head times the matrix of its key-value head."""
-        # Heads that share a key-value head stand one below the other.
-        return (rows.reshape(self.n_kv_heads, -1, rows.shape[-1]) @ maps).reshape(*rows.shape[:-1], maps.shape[-1])
-
 
 class OwnPaths(AttentionPath):
     """ITB: every source goes from the destination's own residual to its own, one set of paths per destination.
@@ -144,76 +124,33 @@ class OwnPaths(AttentionPath):
 
     def __init__(self, values: FormulaValues, dst: Int[Tensor, "dst"]) -> None:
         super().__init__(values, dst)
-        formula, end = self.formula, values.end
-        self.of_k = OwnDivisor(end.of_k, dst, self.n_heads)
-        self.of_v = self.of_k if end.of_v is end.of_k else OwnDivisor(end.of_v, dst, self.n_heads)
-        q = values.turn_queries(end.q / end.of_q.value(end.q) + formula.b_q)[:, dst]
-        self.at_start = self._at_start(values, q)
-        self.rise = self.each(q, values.turn(end.k).mT) - self.at_start
-        self.fixed = self.each(q, self.b_k.mT) + self.fixed
-        self.v, self.v_and_minus = end.v, torch.cat([end.v, -torch.ones_like(end.v[..., :1])], -1).mT
-        self.own_v, self.b_v = self.per_head(end.v)[:, dst], self.per_head(formula.b_v)
-        self.r_own = self.of_v.end(end.v)[:, dst].expand(self.n_heads, -1, -1)
+        v = values.end.v.vectors
+        self.scores = OwnScores(values, dst)
+        self.of_v = self.scores.divisor(values.end.v.of)
+        self.v, self.v_and_minus = v, torch.cat([v, -torch.ones_like(v[..., :1])], -1).mT
+        self.own_v, self.b_v = self.per_head(v)[:, dst], self.per_head(self.formula.b_v)
+        self.r_own = self.of_v.end(v)[:, dst].expand(self.n_heads, -1, -1)
         # What the sink leaves of the pattern at the start, where all sources have the destination's own value.
         self.mass = torch.ones_like(self.r_own)
         if self.score.sink is not None:
-            for panels in self.starts(q.numel()):
-                self.mass[panels.heads, panels.own] = self._attend(panels)[0].sum(-1)
+            for panels in self.starts(self.own_v.numel()):
+                self.mass[panels.heads, panels.own] = self.scores.at(panels).pattern.sum(-1)
         self.z_start = self.mass * (self.own_v * self.r_own + self.b_v)
-
-    def _at_start(self, values: FormulaValues, q: Float[Tensor, "head dst d_head"]) -> Float[Tensor, "head dst src"]:
-        """`q_j.K_j` turned to the place of every source."""
-        own, rotary = self.per_head(values.end.k[:, self.dst]), values.rotary
-        if rotary is None:
-            return (q * own).sum(-1, keepdim=True).expand(-1, -1, values.end.k.shape[1])
-        n_pairs = rotary.cos.shape[-1]
-        first, second, rest = rotary.split(own)
-        q1, q2, q_rest = q[..., :n_pairs], q[..., n_pairs : 2 * n_pairs], q[..., 2 * n_pairs :]
-        # In q.turn(k) the cos and sin of the place of i stand apart from what belongs to j.
-        factors = torch.cat([q1 * first + q2 * second, q2 * first - q1 * second], -1)
-        tables = torch.cat([rotary.cos, rotary.sin], -1)
-        return factors @ tables.T + (q_rest * rest).sum(-1, keepdim=True)
-
-    def _attend(self, panels: Panels) -> tuple[Tensor, "_Keys"]:
-        """The pattern, and how the scores move."""
-        a = panels.a[..., None]
-        rise, (r, slope) = panels.pick(self.rise), self.of_k.on(panels)
-        line = torch.addcmul(panels.pick(self.at_start), a, rise)
-        scores, steepness = self.scores(torch.addcmul(panels.pick(self.fixed), line, r), panels)
-        return self.score.softmax(scores), _Keys(line, rise, r, slope, steepness)
 
     def move(self, panels: Panels) -> "OwnMoved":
         """See the base class."""
         a = panels.a[..., None]
-        pattern, keys = self._attend(panels)
-        r, slope = (keys.r, keys.slope) if self.of_v is self.of_k else self.of_v.on(panels)
+        scores = self.scores.at(panels)
+        pattern, (r, slope) = scores.pattern, scores.divided(self.of_v)
         own, r_own = panels.of_own(self.own_v), panels.of_own(self.r_own)
         kept = panels.of_own(self.mass)
         shift = None if self.score.sink is None else (pattern.sum(-1, keepdim=True) - kept) * self.b_v[:, None]
         weights = pattern.mul_(r)
-        summed, total = self.each(weights, self.v[:, : panels.n_src]), weights.sum(-1, keepdim=True)
+        summed, total = each(weights, self.v[:, : panels.n_src]), weights.sum(-1, keepdim=True)
         displacement = a * (summed - total * own) + (total - kept * r_own) * own
         if shift is not None:
             displacement += shift
-        return OwnMoved(panels, displacement, self, keys, weights, r, slope, own)
-
-
-@dataclass(frozen=True)
-class _Keys:
-    """Scores of `OwnPaths`, before any cap `r line + fixed`, on the way: `line` rises by `rise`."""
-
-    line: Float[Tensor, "head panel node src"]
-    rise: Float[Tensor, "head panel 1 src"]
-    r: Float[Tensor, "#head panel node #src"]
-    slope: Float[Tensor, "#head panel node #src"]
-    steepness: Float[Tensor, "head panel node src"] | None
-
-    def along(self, r_of_values: Tensor) -> Float[Tensor, "head panel node src"]:
-        """How fast the scores move, in units of 1 / sigma of the values."""
-        result = torch.addcmul(self.rise, self.line, self.slope)
-        if self.r is not r_of_values:
-            result.mul_(self.r / r_of_values)
-        return result if self.steepness is None else result.mul_(self.steepness)
+        return OwnMoved(panels, displacement, self, scores, weights, r, slope, own)
 
 
 @dataclass(frozen=True)
@@ -221,7 +158,7 @@ class OwnMoved(Moved):
     """What `OwnPaths.move` keeps."""
 
     path: OwnPaths
-    keys: _Keys
+    scores: OwnScoresAt
     weights: Float[Tensor, "head panel node src"]
     """Pattern times r."""
     r: Float[Tensor, "#head panel node #src"]
@@ -239,10 +176,10 @@ class OwnMoved(Moved):
         if path.score.sink is not None:
             rest = rest + (1 - kept) * (gradient * path.b_v[:, None]).sum(-1, keepdim=True)
         # g.(V_i - V_j), and from it g.v_i / r and g.v_i - g.u_j
-        values = path.each(torch.cat([gradient, along_own], -1), path.v_and_minus[..., : panels.n_src])
+        values = each(torch.cat([gradient, along_own], -1), path.v_and_minus[..., : panels.n_src])
         line = torch.addcmul(along_own, a, values)
         above = torch.addcmul(rest, line, self.r)
-        result = self.keys.along(self.r).mul_(above).add_(values).addcmul_(line, self.slope).mul_(self.weights)
+        result = self.scores.along(self.r).mul_(above).add_(values).addcmul_(line, self.slope).mul_(self.weights)
         # A source that does not move contributes nothing, rounding included.
         return result.scatter_(-1, panels.dst[..., None, None].expand(*result.shape[:-1], 1), 0.0)
 
@@ -250,86 +187,33 @@ class OwnMoved(Moved):
 class SharedPath(AttentionPath):
     """One path for all destinations (zero, corrupted, a tensor): queries, keys and values move token by token.
 
-    With Q and K homogeneous, on straight lines from start to end, scores are
-    `r_j r_i Q_j.K_i + r_j Q_j.b_k + r_i b_q.K_i` and a constant: the products are polynomials in a, whose coefficients
-    are tables of destinations and sources, so no query or key is evaluated at a node.
+    Homogeneous queries, keys and values are on straight lines from start to end, so no query or key is evaluated at a
+    node, and values at both ends are enough.
     """
 
     def __init__(self, values: FormulaValues, dst: Int[Tensor, "dst"], start: Tokens) -> None:
         super().__init__(values, dst)
-        formula, end = self.formula, values.end
-        self.of_v = SharedDivisor(start.of_v, end.of_v, self.n_heads)
-        self.of_q, self.of_k = (
-            self.of_v if last is end.of_v else SharedDivisor(first, last, self.n_heads)
-            for first, last in ((start.of_q, end.of_q), (start.of_k, end.of_k))
-        )
-        b_q, b_k = values.turn_queries(formula.b_q.expand_as(end.q)), self.b_k
-        q = [values.turn_queries(tokens.q) for tokens in (start, end)]
-        k = [values.turn(tokens.k) for tokens in (start, end)]
-        # What no norm divides can stand with its bias.
-        if self.of_q.constant:
-            q, b_q = [x + b_q for x in q], torch.zeros_like(b_q)
-        if self.of_k.constant:
-            k, b_k = [x + b_k for x in k], torch.zeros_like(b_k)
-        self.from_zero = not bool(torch.stack([x.any() for x in (*q[:1], *k[:1], start.v)]).any())
-        q, b_q = [x[:, dst] for x in q], b_q[:, dst]
-        self.products_qk = [[self.each(x, y.mT) for y in k] for x in q]
-        self.products_q = [self.each(x, b_k.mT) for x in q] if bool(b_k.any()) else None
-        self.products_k = [self.each(b_q, y.mT) for y in k] if bool(b_q.any()) else None
-        if bool(b_q.any() & b_k.any()):
-            self.fixed = self.fixed + self.each(b_q, b_k.mT)
-        self.v, self.b_v = (start.v, end.v), self.per_head(formula.b_v)
+        self.scores = SharedScores(values, dst, start)
+        self.v = Way.of(start.v.vectors, values.end.v.vectors)
+        self.of_v = self.scores.divisor(start.v.of, values.end.v.of)
+        self.b_v = self.per_head(self.formula.b_v)
         # Values without their bias, which drops out of every difference, but for what a sink takes.
-        self.v_start = torch.zeros_like(self.per_head(end.v)[:, dst])
-        if not self.from_zero or self.score.sink is not None:
-            for panels in self.starts(q[0].numel()):
+        self.v_start = torch.zeros_like(self.per_head(values.end.v.vectors)[:, dst])
+        if not self.v.from_zero or self.score.sink is not None:
+            for panels in self.starts(self.v_start.numel()):
                 self.v_start[:, panels.own[0]] = self.move(panels).displacement[:, :, 0]
         self.z_start = self.v_start + self.b_v if self.score.sink is None else self.v_start
 
-    def between(self, ends: Sequence[Tensor], a: Tensor) -> Tensor:
-        """A point on the line between two ends; lines from 0 cost less."""
-        return a * ends[1] if self.from_zero else torch.lerp(ends[0], ends[1], a)
-
-    def step(self, ends: Sequence[Tensor]) -> Tensor:
-        """From one end to the other."""
-        return ends[1] if self.from_zero else ends[1] - ends[0]
-
     def move(self, panels: Panels) -> "SharedMoved":
         """See the base class."""
-        a, n_src = panels.a[..., None], panels.n_src
-        r_own, slope_own = self.of_q.of_dst(panels)
-        r, slope = self.of_k.of_sources(panels)
-        qk = [[panels.pick(table) for table in row] for row in self.products_qk]
-        by_k = [self.between((qk[0][i], qk[1][i]), a) for i in (0, 1)]  # at this query, both ends of the key
-        by_q = [self.between(qk[i], a) for i in (0, 1)]
-        line, both = self.between(by_k, a), r * r_own
-        scores = torch.addcmul(panels.pick(self.fixed), line, both)
-        # Derivatives of the scores along the keys' and along the query's path.
-        along_k = torch.addcmul(self.step(by_k), line, slope).mul_(both)
-        along_q = torch.addcmul(self.step(by_q), line, slope_own).mul_(both)
-        if self.products_q is not None:
-            ends = [panels.pick(table) for table in self.products_q]
-            line = self.between(ends, a)
-            scores.addcmul_(line, r_own)
-            along_q.addcmul_(torch.addcmul(self.step(ends), line, slope_own), r_own)
-        if self.products_k is not None:
-            ends = [panels.pick(table) for table in self.products_k]
-            line = self.between(ends, a)
-            scores.addcmul_(line, r)
-            along_k.addcmul_(torch.addcmul(self.step(ends), line, slope), r)
-        scores, steepness = self.scores(scores, panels)
-        if steepness is not None:
-            along_k, along_q = along_k.mul_(steepness), along_q.mul_(steepness)
-        pattern = self.score.softmax(scores)
-        if self.of_v is not self.of_k:
-            r, slope = self.of_v.of_sources(panels)
+        scores = self.scores.at(panels)
+        pattern, (r, slope) = scores.pattern, scores.sources(self.of_v)
         weights = pattern * r
-        ends = [torch.empty(0) if self.from_zero else self.each(weights, self.v[0][:, :n_src])]
-        ends.append(self.each(weights, self.v[1][:, :n_src]))
-        displacement = self.between(ends, a) - panels.of_own(self.v_start)
+        ends = [each(weights, one[:, : panels.n_src]) for one in self.v.ends]
+        displacement = self.v.between(ends, panels.a[..., None]) - panels.of_own(self.v_start)
         if self.score.sink is not None:
             displacement += pattern.sum(-1, keepdim=True) * self.b_v[:, None]
-        return SharedMoved(panels, displacement, self, pattern, weights, r, slope, along_k, along_q)
+        return SharedMoved(panels, displacement, self, pattern, weights, r, slope, scores.along_k, scores.along_q)
 
 
 @dataclass(frozen=True)
@@ -372,7 +256,6 @@ class SharedMoved(Moved):
     def _at_values(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """With V homogeneous: `g.V_i`, and `g.dv_i / r`: [head panel node src] each."""
         path = self.path
-        v = [values[:, : self.panels.n_src].mT for values in path.v]
-        ends = [torch.empty(0) if path.from_zero else path.each(gradient, v[0]), path.each(gradient, v[1])]
-        line = path.between(ends, self.panels.a[..., None])
-        return line, torch.addcmul(path.step(ends), line, self.slope)
+        ends = [each(gradient, one[:, : self.panels.n_src].mT) for one in path.v.ends]
+        line = path.v.between(ends, self.panels.a[..., None])
+        return line, torch.addcmul(path.v.step(ends), line, self.slope)

@@ -7,12 +7,13 @@ but the panel has a head axis too; else that axis has length 1.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lig_lens.blocks.divisor import Divisor
+from lig_lens.blocks.divisor import Biased, Divisor
 
 
 @dataclass
@@ -59,14 +60,16 @@ class OwnDivisor:
     """Of every source on its way from a destination's residual to its own: sigma from products of tokens alone."""
 
     def __init__(self, divisor: Divisor, dst: Int[Tensor, "dst"], n_heads: int) -> None:
-        self.constant, self.floor = divisor.constant, divisor.floor
+        self.divisor, self.constant, self.floor, self.n_heads = divisor, divisor.constant, divisor.floor, n_heads
         if not self.constant:
             square, table = divisor.product(divisor.vectors, divisor.vectors), divisor.table(dst)
             self.square, self.cross = (_for_heads(x, n_heads) for x in (square, table))
+        self.bias = None if divisor.biased is None else _Bias(divisor.biased, divisor.biased, n_heads)
+        self.before = None if divisor.biased is None else OwnDivisor(divisor.biased.before, dst, n_heads)
 
     def end(self, like: Float[Tensor, "_ pos _"]) -> Float[Tensor, "#head pos 1"]:
         """1 / sigma of every token where it is itself; `like` gives the dtype."""
-        return torch.ones_like(like[:1, :, :1]) if self.constant else (self.square + self.floor).rsqrt()[..., None]
+        return _for_heads(self.divisor.value(like[:1]).reciprocal(), self.n_heads)
 
     def on(self, panels: Panels) -> tuple[Tensor, Tensor]:
         """R = 1 / sigma and (dr / da) / r: [#head panel node #src]."""
@@ -76,8 +79,11 @@ class OwnDivisor:
         cross, start, end = panels.pick(self.cross), panels.at_dst(self.square), panels.seen(self.square)
         rest = 1 - a
         square = torch.addcmul(rest * rest * start + self.floor, 2 * a * rest, cross).addcmul_(a * a, end)
-        r = square.clamp_(min=self.floor).rsqrt()
         fall = torch.addcmul(rest * start, a - rest, cross).addcmul_(a, end, value=-1)
+        square.clamp_(min=self.floor)
+        if self.bias is not None and self.before is not None:
+            square, fall = self.bias.on(square, fall, self.before.on(panels), a, panels.at_dst, panels.seen)
+        r = square.rsqrt_()
         return r, fall.mul_(r).mul_(r)
 
 
@@ -95,6 +101,10 @@ class SharedDivisor:
         closest = [x + nearest[..., None] * d for x, d in zip(start.vectors, step, strict=True)]
         least = end.product(closest, closest) + end.floor
         self.steep, self.nearest, self.least = (_for_heads(x, n_heads) for x in (steep, nearest, least))
+        self.bias = None
+        if start.biased is not None and end.biased is not None:
+            self.bias = _Bias(start.biased, end.biased, n_heads)
+            self.before = SharedDivisor(start.biased.before, end.biased.before, n_heads)
 
     def of_dst(self, panels: Panels) -> tuple[Tensor, Tensor]:
         """R = 1 / sigma and (dr / da) / r of the destinations: [#head panel node 1]."""
@@ -108,8 +118,70 @@ class SharedDivisor:
         if self.constant:
             return torch.ones_like(a), torch.zeros_like(a)
         away, steep = a - pick(self.nearest), pick(self.steep)
-        r = torch.addcmul(pick(self.least), steep, away * away).rsqrt()
-        return r, -steep * away * r * r
+        square, fall = torch.addcmul(pick(self.least), steep, away * away), -steep * away
+        if self.bias is not None:
+            square, fall = self.bias.on(square, fall, self.before._at(a, pick), a, pick, pick)
+        r = square.rsqrt()
+        return r, fall * r * r
+
+
+class _Bias:
+    """What a bias before a norm adds to the square of its divisor, along a path."""
+
+    def __init__(self, start: Biased, end: Biased, n_heads: int) -> None:
+        self.biased, self.square = end, _for_heads(end.square, n_heads)[:, :, None, None]
+        self.along = [_for_heads(one.along, n_heads) for one in (start, end)]
+
+    def on(
+        self,
+        square: Tensor,
+        fall: Tensor,
+        before: tuple[Tensor, Tensor],
+        a: Tensor,
+        first: Callable[[Tensor], Tensor],
+        last: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """The square and minus half its derivative, from those without the bias.
+
+        Args:
+            square: see above.
+            fall: see above.
+            before: 1 / sigma of the block's own norm, and its derivative relative to it.
+            a: points on the path.
+            first: picks numbers of the tokens that a path starts at.
+            last: and of those that it ends at.
+        """
+        r, slope = before
+        sigma, start = 1 / r, first(self.along[0])
+        rise = last(self.along[1]) - start
+        along = start + a * rise
+        moves = (slope * along - rise) / 2 + sigma * slope * (self.square + self.biased.eps)
+        return self.biased.on(square, sigma, along, self.square), fall + sigma * moves
+
+
+class Quotient:
+    """One divisor over another: what rests is multiplied by the second's sigma and divided by the first's."""
+
+    constant = False
+
+    def __init__(self, of: "OwnDivisor | SharedDivisor", times: "OwnDivisor | SharedDivisor") -> None:
+        self._of, self._times = of, times
+
+    def on(self, panels: Panels) -> tuple[Tensor, Tensor]:
+        """See `OwnDivisor`."""
+        return self._each(lambda one: one.on(panels))
+
+    def of_dst(self, panels: Panels) -> tuple[Tensor, Tensor]:
+        """See `SharedDivisor`."""
+        return self._each(lambda one: one.of_dst(panels))
+
+    def of_sources(self, panels: Panels) -> tuple[Tensor, Tensor]:
+        """See `SharedDivisor`."""
+        return self._each(lambda one: one.of_sources(panels))
+
+    def _each(self, on: "Callable[[Any], tuple[Tensor, Tensor]]") -> tuple[Tensor, Tensor]:
+        (r, slope), (r_times, slope_times) = on(self._of), on(self._times)
+        return r / r_times, slope - slope_times
 
 
 def _for_heads(table: Tensor, n_heads: int) -> Tensor:

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lig_lens.blocks.formula import PATTERN_PATH
 from lig_lens.blocks.messages import by_head
+from lig_lens.blocks.reading import PATTERN_PATH
 from lig_lens.blocks.values import Values
 from lig_lens.errors import BoundaryError
 from lig_lens.integrate.attention_path import SharedPath
