@@ -32,8 +32,21 @@ class AcrossFormula:
     paths: tuple[str, str, str]
     scale: float
 
-    def on(self, values: Mapping[str, Tensor], z: Float[Tensor, "dst head d_head"]) -> "AcrossValues | None":
-        """The formula with a prompt's values, or None where it does not give its head outputs."""
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Hooks that have to be read for a prompt's values."""
+        return (*self.paths, PATTERN_PATH)
+
+    def on(
+        self, call: BlockCall, values: Mapping[str, Tensor], z: Float[Tensor, "dst head d_head"]
+    ) -> "AcrossValues | None":
+        """The formula with a prompt's values, or None where it does not give its head outputs.
+
+        Args:
+            call: the block on the prompt.
+            values: what its hooks showed, without a batch axis.
+            z: head outputs.
+        """
         heads, pattern = _heads(self.paths, values, z), values.get(PATTERN_PATH)
         if heads is None or pattern is None:
             return None
@@ -46,7 +59,7 @@ class AcrossFormula:
             bias = pattern.log() - dots
         elif not float((dots.softmax(-1) - pattern).abs().max()) <= ALLOWED:
             return None  # what a mask hides cannot be told from what is too small for its dtype
-        found = AcrossValues(self, q, k, v, bias)
+        found = AcrossValues(self, call, q, k, v, bias)
         made = found.pattern(k) @ per_query_head(v, len(q))
         missed = by_position(made.transpose(0, 1).flatten(1) - z.flatten(1), z.flatten(1))
         return found if missed <= ALLOWED else None
@@ -57,6 +70,7 @@ class AcrossValues:
     """The formula with a prompt's values."""
 
     formula: AcrossFormula
+    call: BlockCall = field(repr=False)
     q: Float[Tensor, "head dst d_head"] = field(repr=False)
     k: Float[Tensor, "kv_head src d_head"] = field(repr=False)
     v: Float[Tensor, "kv_head src d_head"] = field(repr=False)
@@ -72,10 +86,10 @@ class AcrossValues:
         return (self.dots(k) + self.bias).softmax(-1)
 
     def keys_and_values(
-        self, call: BlockCall, encoded: Float[Tensor, "src d_model"]
+        self, encoded: Float[Tensor, "src d_model"]
     ) -> tuple[Float[Tensor, "kv_head src d_head"], Float[Tensor, "kv_head src d_head"]]:
         """Those of another output of the encoder."""
-        read = _read(call, encoded[None], self.formula.paths[1:])
+        read = _read(self.call, encoded[None], self.formula.paths[1:])
         k, v = (_by_head(read[path][0], self.q.shape[-1]) for path in self.formula.paths[1:])
         return k, v
 
@@ -106,7 +120,7 @@ def find_across(inside: Inside) -> AcrossFormula | str:
         dots = torch.stack([products(None, q, keys) for keys in (first[0], k)])
         usual = Score(q.shape[-1] ** -0.5)
         formula = AcrossFormula(paths, fit_scale(usual, dots, torch.stack([shown[0], shown[2]]))[0].scale)
-        found = formula.on(at_end, inside.z)
+        found = formula.on(call, at_end, inside.z)
         if found is None:
             return "head outputs of cross-attention are not pattern times values"
         for keys, pattern in ((first[0], shown[0]), (half[0], shown[1])):

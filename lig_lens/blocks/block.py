@@ -45,9 +45,8 @@ class AttentionNodes:
         ends_there: whether what attention returns is that, with nothing done to it.
         b_O: its bias.
         missed: how far head outputs times W_O, with b_O, were from the attention output, relative.
-        formula: of attention, if there is one; `BlockBoundaries.why_hooks` says why not.
+        formula: of attention, or of cross-attention, if there is one; `BlockBoundaries.why_hooks` says why not.
         reads: hooks that `layout` needs for resid_mid.
-        across: formula of cross-attention, if there is one.
     """
 
     layout: Layout
@@ -56,9 +55,8 @@ class AttentionNodes:
     ends_there: bool
     b_O: Float[Tensor, "d_model"] = field(repr=False)
     missed: float
-    formula: AttentionFormula | None
+    formula: AttentionFormula | AcrossFormula | None
     reads: tuple[str, ...]
-    across: AcrossFormula | None = None
 
 
 @dataclass(frozen=True)
@@ -100,5 +98,4 @@ class Block:
             nodes = self.attention
             paths += [nodes.z_path, nodes.attn_out_path, *nodes.reads]
             paths += nodes.formula.reads if nodes.formula is not None else MESSAGE_PATHS
-            paths += () if nodes.across is None else nodes.across.paths
         return tuple(dict.fromkeys(paths))

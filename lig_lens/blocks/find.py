@@ -139,12 +139,12 @@ def _with_heads(block: Block, inside: Inside, replayed: bool) -> Block:
     if not replayed and (common is None or isinstance(found, str)):
         replay(call)
     layout, b_O = common or diagnose(inside)
-    formula: AttentionFormula | None = None if isinstance(found, str) else found.formula
-    block = _joined(block, inside, layout, b_O, formula, found if isinstance(found, str) else "")
+    formula = found if isinstance(found, str) else found.formula
+    block = _joined(block, inside, layout, b_O, formula)
     seen_norms = int(norm_before(inside.seen.order, inside.z_path)) + int(qk_normed(inside))
     return replace(
         block,
-        norms_to_z=seen_norms if formula is None else formula.depth,
+        norms_to_z=seen_norms if isinstance(formula, str) else formula.depth,
         tail_norms=tuple(tail_scales(call, inside.seen, inside.attn_out_path if layout.norms_in_series else None)),
         settled=found != UNTOLD,
     )
@@ -159,24 +159,14 @@ def _with_heads_across(block: Block, inside: Inside, replayed: bool) -> Block:
     b_O = find_bias(inside)
     if not replayed:
         replay(inside.call)
-    found = find_across(inside)
-    if isinstance(found, str):
-        block = _joined(block, inside, ACROSS, b_O, None, found)
-    else:
-        block = _joined(block, inside, ACROSS, b_O, None, "", found)
+    block = _joined(block, inside, ACROSS, b_O, find_across(inside))
     return replace(block, norms_to_z=int(qk_normed(inside)), tail_norms=())
 
 
 def _joined(
-    block: Block,
-    inside: Inside,
-    layout: Layout,
-    b_O: Tensor,
-    formula: AttentionFormula | None,
-    why_hooks: str,
-    across: AcrossFormula | None = None,
+    block: Block, inside: Inside, layout: Layout, b_O: Tensor, formula: AttentionFormula | AcrossFormula | str
 ) -> Block:
-    """A block with what was found of its attention."""
+    """A block with what was found of its attention; `formula` may be why there is none."""
     call, z, values = inside.call, inside.z, inside.seen.values
     resid_mid = layout.middle(inside)
     mid_path = None if resid_mid is None else _hook_with_value(values, resid_mid, first=True)
@@ -189,8 +179,8 @@ def _joined(
         n_heads=n_heads,
         n_key_value_heads=getattr(call.stack.model.cfg, "n_key_value_heads", None) or n_heads,
         d_head=d_head,
-        engine="hooks" if formula is None and across is None else "closed_form",
-        why_hooks=why_hooks,
+        engine="hooks" if isinstance(formula, str) else "closed_form",
+        why_hooks=formula if isinstance(formula, str) else "",
     )
     nodes = AttentionNodes(
         layout,
@@ -199,9 +189,8 @@ def _joined(
         _ends_with(inside.attn_out_path, values),
         b_O,
         relative(z.flatten(1) @ inside.W_O.flatten(0, 1) + b_O - inside.attn_out, inside.attn_out),
-        formula,
+        None if isinstance(formula, str) else formula,
         layout.reads(inside),
-        across,
     )
     return replace(block, boundaries=boundaries, attention=nodes)
 

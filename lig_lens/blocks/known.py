@@ -207,11 +207,6 @@ def _at_heads(nodes: AttentionNodes, inside: Inside, needs: Needs, fresh: bool) 
         formula = nodes.formula.on(call, values, z)
         if formula is None:
             return None
-    across = None
-    if nodes.across is not None and (needs.formula or not fresh):
-        across = nodes.across.on(values, z)
-        if across is None:
-            return None
     if not fresh and (formula is None or not isinstance(nodes.layout, SumLayout)):
         replay(call, ())
     pattern = messages = None
@@ -230,7 +225,6 @@ def _at_heads(nodes: AttentionNodes, inside: Inside, needs: Needs, fresh: bool) 
         formula=formula if needs.formula else None,
         v_path=None if messages is None else messages.v_path,
         messages=messages if needs.messages else None,
-        across=across if needs.formula else None,
     )
 
 

@@ -38,10 +38,9 @@ class HeadValues:
         W_O: the model's own, in the dtype of integration.
         pattern: of attention, if a hook shows it.
         resid_mid: what the rest of the block sees, where the layout has it.
-        formula: attention's formula with the prompt's values, if there is one.
+        formula: of attention, or of cross-attention, with the prompt's values, if there is one.
         v_path: the hook that shows values, if somebody asked for it and pattern times values gives z.
         messages: pattern and values themselves, if somebody asked for them.
-        across: cross-attention's formula with the prompt's values, if there is one.
     """
 
     nodes: AttentionNodes
@@ -49,10 +48,9 @@ class HeadValues:
     W_O: Float[Tensor, "head d_head d_model"] = field(repr=False)
     pattern: Float[Tensor, "head dst src"] | None = field(default=None, repr=False)
     resid_mid: Float[Tensor, "pos d_model"] | None = field(default=None, repr=False)
-    formula: FormulaValues | None = field(default=None, repr=False)
+    formula: FormulaValues | AcrossValues | None = field(default=None, repr=False)
     v_path: str | None = None
     messages: Messages | None = field(default=None, repr=False)
-    across: AcrossValues | None = field(default=None, repr=False)
 
     @property
     def n_heads(self) -> int:
@@ -61,25 +59,14 @@ class HeadValues:
 
     @property
     def closed(self) -> FormulaValues:
-        """The formula.
+        """The formula of attention within one stack.
 
         Raises:
             BoundaryError: there is none.
         """
-        if self.formula is None:
+        if not isinstance(self.formula, FormulaValues):
             raise BoundaryError("This block's attention has no formula: use engine='hooks'.")
         return self.formula
-
-    @property
-    def closed_across(self) -> AcrossValues:
-        """The formula of cross-attention.
-
-        Raises:
-            BoundaryError: there is none.
-        """
-        if self.across is None:
-            raise BoundaryError("This block's cross-attention has no formula: use engine='hooks'.")
-        return self.across
 
     def attn_out(self, z: Float[Tensor, "*batch head d_head"], bias: float) -> Float[Tensor, "*batch d_model"]:
         """Attention output of head outputs `z`, with `bias` times b_O."""

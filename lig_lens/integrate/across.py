@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lig_lens.blocks.across import AcrossValues
 from lig_lens.blocks.pairing import per_query_head
 from lig_lens.blocks.values import Values
 from lig_lens.integrate.integrand import ByPoints, PathIntegrand
@@ -23,12 +24,17 @@ class AcrossIntegrand(ByPoints, PathIntegrand):
     """From the encoder's output to the heads of cross-attention: groups are heads, parts sources."""
 
     def __init__(
-        self, values: Values, start: Float[Tensor, "src d_model"], scalar: Scalar, dst: Int[Tensor, "dst"], size: int
+        self,
+        values: Values,
+        known: AcrossValues,
+        start: Float[Tensor, "src d_model"],
+        scalar: Scalar,
+        dst: Int[Tensor, "dst"],
+        size: int,
     ) -> None:
-        heads = values.heads
-        super().__init__(values, scalar, dst, heads.n_heads, n_parts=len(values))
-        known, n_heads = heads.closed_across, heads.n_heads
-        k, v = known.keys_and_values(values.call, start)
+        n_heads = values.heads.n_heads
+        super().__init__(values, scalar, dst, n_heads, n_parts=len(values))
+        k, v = known.keys_and_values(start)
         first, last = (known.dots(keys)[:, dst] for keys in (k, known.k))
         self.scores, self.rise = first + known.bias[:, dst], last - first
         self.v = [per_query_head(one, n_heads) for one in (v, known.v)]
@@ -57,12 +63,13 @@ class AcrossIntegrand(ByPoints, PathIntegrand):
 
 
 def across_integrand(
-    values: Values, path: ResidPath, target: DestinationTarget, dst: Int[Tensor, "dst"], size: int
+    values: Values, known: AcrossValues, path: ResidPath, target: DestinationTarget, dst: Int[Tensor, "dst"], size: int
 ) -> AcrossIntegrand:
     """Contributions of the encoder's output to head outputs, parts [dst, head, src].
 
     Args:
         values: of the prompt at the block.
+        known: its formula of cross-attention.
         path: of the encoder's output, shared by all destinations.
         target: what is measured.
         dst: positions of the destinations.
@@ -71,4 +78,4 @@ def across_integrand(
     start = torch.zeros_like(values.resid_pre) if path.start is None else path.start
     with torch.no_grad():
         scalar = target.at_node(len(values.resid_post), values.resid_pre, values.heads.W_O)
-        return AcrossIntegrand(values, start, scalar, dst, size)
+        return AcrossIntegrand(values, known, start, scalar, dst, size)

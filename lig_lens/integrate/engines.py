@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lig_lens.blocks.across import AcrossValues
 from lig_lens.blocks.values import Values
 from lig_lens.errors import InputError
 from lig_lens.integrate import autograd, closed_form
@@ -62,8 +63,7 @@ class ClosedForm(Engine):
 
     def serves(self, values: Values) -> bool:
         """See the base class."""
-        heads = values.attention
-        return heads is not None and (heads.formula is not None or heads.across is not None)
+        return values.attention is not None and values.attention.formula is not None
 
     def resid_integrand(
         self,
@@ -75,9 +75,9 @@ class ClosedForm(Engine):
         budget: Budget,
     ) -> PathIntegrand:
         """See the base class."""
-        if values.heads.across is not None:
+        if isinstance(values.heads.formula, AcrossValues):
             size = NUMBERS_PER_TOKEN * budget.max_batch_tokens
-            return across_integrand(values, path, target, dst, size)
+            return across_integrand(values, values.heads.formula, path, target, dst, size)
         return closed_form.resid_integrand(values, path, target, dst, to_heads, budget)
 
     def between(self, values: Values, start: Float[Tensor, "pos d_model"], budget: Budget, by_message: bool) -> Between:

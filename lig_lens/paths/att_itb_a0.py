@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lig_lens.blocks.formula import FormulaValues
 from lig_lens.paths.baseline import Baseline, Place
 from lig_lens.paths.path import ResidPath, TailStart
 
@@ -24,7 +25,7 @@ class AttItbA0(Baseline):
 def _z_of_equal_tokens(place: Place, dst: Int[Tensor, "item"]) -> Float[Tensor, "item head d_head"]:
     values = place.values
     formula = values.heads.formula
-    if formula is not None:
+    if isinstance(formula, FormulaValues):
         # All positions hold the same vector, so whatever the pattern is, z is its value.
         return formula.values()[dst]
     path = ResidPath(values.resid_pre, None)
