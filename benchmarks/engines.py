@@ -24,8 +24,10 @@ VOCAB = 512
 
 def _config(kind: str, width: int, **more: Any) -> Any:
     heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 128 or 1, "head_dim": 64}
+    if "kv_lora_rank" in more:  # what is latent serves all heads
+        heads["num_key_value_heads"] = width // 64
     sizes = {"vocab_size": VOCAB, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 1}
-    return getattr(tf, kind)(**sizes, **heads, pad_token_id=0, **more)
+    return getattr(tf, kind)(**{**sizes, **heads, "pad_token_id": 0, **more})
 
 
 # Whose attention the closed form did not have before: what it has now is in the second column.
@@ -37,6 +39,26 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "HunYuan": ("norms after rotary", "HunYuanDenseV1Config", {}),
     "Llama4": ("norms no hook shows", "Llama4TextConfig", {"num_local_experts": 1, "interleave_moe_layer_step": 5}),
     "Gemma2": ("capped scores", "Gemma2Config", {"attn_logit_softcapping": 5.0}),
+    "XLMRoberta": ("nothing more", "XLMRobertaConfig", {}),
+    "DeBERTaV2": (
+        "relative positions",
+        "DebertaV2Config",
+        {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 32, "share_att_key": True},
+    ),
+    "DeepseekV3": (
+        "latent vectors",
+        "DeepseekV3Config",
+        {
+            "head_dim": 32,
+            "kv_lora_rank": 128,
+            "q_lora_rank": 256,
+            "qk_rope_head_dim": 32,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 64,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "StableLm": ("biases before norms", "StableLmConfig", {"qk_layernorm": True, "use_qkv_bias": True}),
     "GptOss": ("sinks", "GptOssConfig", {"num_local_experts": 2, "num_experts_per_tok": 2}),
 }
 
@@ -77,7 +99,8 @@ def main(
 
 def _model(config: Any) -> Any:
     torch.manual_seed(0)
-    plain = tf.AutoModelForCausalLM.from_config(config)
+    masked = type(config) in tf.AutoModelForMaskedLM._model_mapping
+    plain = (tf.AutoModelForMaskedLM if masked else tf.AutoModelForCausalLM).from_config(config)
     for weight in plain.parameters():  # norms of ones would show less
         weight.data += 0.02 * torch.randn_like(weight)
     with tempfile.TemporaryDirectory() as folder:
