@@ -250,7 +250,7 @@ FAMILIES: dict[str, Family] = {
     "DeepseekV3ForCausalLM": _latent(first_k_dense_replace=2),
     "DeepseekV3ForCausalLM, latent queries": _latent(first_k_dense_replace=2, q_lora_rank=8),
     "DeepseekV3ForCausalLM, experts": _latent(first_k_dense_replace=1),
-    "YoutuForCausalLM": _latent(),
+    "YoutuForCausalLM": _latent(tie_word_embeddings=False),
     "Glm4MoeLiteForCausalLM": _latent(mlp_layer_types=["dense", "dense"], q_lora_rank=8),
     "GlmMoeDsaForCausalLM": _latent(
         mlp_layer_types=["dense", "dense"], q_lora_rank=8, index_head_dim=8, index_n_heads=2, index_topk=64

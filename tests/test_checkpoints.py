@@ -130,6 +130,15 @@ def test_broken_files_are_named(file: str, tmp_path: Path) -> None:
     assert f"its {file} is broken (Expecting value: line 1 column 10 (char 9))" in refused(tmp_path)
 
 
+def test_other_files_are_not_blamed(tmp_path: Path) -> None:
+    saved("LlamaForCausalLM", tmp_path, **GQA)
+    (tmp_path / "notes.json").write_text("// mine")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": "four"}))
+    said = refused(tmp_path)
+    assert "notes.json" not in said and "num_attention_heads" in said
+
+
 def test_a_whole_checkpoint_is_silent(tmp_path: Path) -> None:
     saved("LlamaForCausalLM", tmp_path, **GQA)
     with warnings.catch_warnings():

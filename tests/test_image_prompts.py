@@ -83,6 +83,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "booleans": (image() > 0, "whole numbers from 0 to 1 .*bool"),
     "no pixels": (torch.empty(3, 0, 0, dtype=torch.uint8), r"has no pixels \(\[3, 0, 0\]\): give an image of Pillow"),
     "no rows": (Image.new("RGB", (5, 0)), r"has no pixels \(5 by 0\)"),
+    "more levels": (Image.new("I;16", (12, 12)), "pixels of mode 'I;16', not of 256 levels"),
     "words": (np.array([["a"]]), "holds no numbers"),
     "nothing": (None, "is of type NoneType: give an image of Pillow"),
 }

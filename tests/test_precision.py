@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import lig_lens as ll
+from lig_lens.models import precision
 from lig_lens.models.precision import HALF, raised
 
 
@@ -41,7 +42,10 @@ def whole() -> Whole:
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("use", USES)
-def test_raised_weights_give_what_float32_copies_give(whole: Whole, use: str, dtype: torch.dtype) -> None:
+def test_raised_weights_give_what_float32_copies_give(
+    whole: Whole, use: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_AT_A_TIME", 8)  # two rows
     whole.to(dtype)
     single = Whole().requires_grad_(False)
     single.load_state_dict(whole.state_dict())
@@ -61,10 +65,12 @@ def test_raised_weights_give_what_float32_copies_give(whole: Whole, use: str, dt
 
 
 def test_raised_weights_look_like_float32(whole: Whole) -> None:
-    whole.to(torch.bfloat16)
+    kept = whole.to(torch.bfloat16).embed.weight.detach().clone()
     with raised(whole, [whole.block]):
         weight = whole.embed.weight
         assert weight.dtype == torch.float32 and weight.shape == (7, 4) and weight.device.type == "cpu"
+        assert len(weight) == weight.size(0) == 7 and weight.numel() == 28 and weight.is_floating_point()
+        assert torch.equal(weight[2:4], kept[2:4].float()) and torch.equal(weight.T, kept.T.float())
     assert whole.embed.weight.dtype == torch.bfloat16
 
 

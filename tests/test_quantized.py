@@ -134,3 +134,11 @@ def test_codes_are_refused_before_work_starts(plain: Any, tmp_path: Path, monkey
             InputError, match=r"v_proj.* of block 1 is quantised \(Parameter, torch\.uint8\).*dequantize"
         ):
             call()
+
+
+def test_wrapped_weights_in_half_precision_are_refused(plain: Any, tmp_path: Path) -> None:
+    _quantise(plain.to(torch.bfloat16), wrapped=True)
+    model = _bridge(tmp_path, plain)
+    for more in ({}, {"corrupted": OTHER, "target": ll.logit_difference(3, 4)}):
+        with pytest.raises(InputError, match=r"_proj.* of block 0 is quantised .* computes in bfloat16.* in float32"):
+            ll.attribute(model, IDS, progress=False, **more)

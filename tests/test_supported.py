@@ -53,3 +53,9 @@ def test_classes_and_model_types_are_found(name: str, family: str) -> None:
 def test_the_nearest_names_are_given(name: str, near: str) -> None:
     with pytest.raises(ll.InputError, match=rf"No family with '{name}' .*Did you mean .*'{near}"):
         ll.supported(name)
+
+
+@pytest.mark.parametrize("name", ["日本", "--"])
+def test_names_without_letters_are_none(name: str) -> None:
+    with pytest.raises(ll.InputError, match=f"No family with '{name}' in its name"):
+        ll.supported(name)

@@ -1,8 +1,9 @@
 """Finds a block's attention formula on the model at hand, and checks it numerically.
 
-The closed form needs to know how queries, keys and values follow from the residual stream. No weight is looked up by
-name for that: what a block does to its input is read at its hooks, on the prompt and on a probe. Whatever takes z away
-from the formula makes `find_formula` return the reason instead.
+The closed form needs to know how queries, keys and values follow from the residual stream. What a block does to its
+input is read at its hooks, on the prompt and on a probe; weights are looked up by name for relative positions alone
+(`relative.py`), and the pattern decides about them. Whatever takes z away from the formula makes `find_formula` return
+the reason instead.
 """
 
 from collections.abc import Iterator, Mapping

@@ -51,10 +51,6 @@ class HeadNorm:
         """The root of the mean square and eps."""
         return (self.base(vectors).square().mean(self._axes, keepdim=True) + self.eps).sqrt()
 
-    def homogeneous(self, vectors: Float[Tensor, "head pos d_head"]) -> Float[Tensor, "head pos d_head"]:
-        """What comes out but for the divisor and the bias, of vectors before the block's own norm divides."""
-        return self.base(vectors) * self.weight
-
     def parts(
         self, vectors: Float[Tensor, "head pos d_head"], bias: Float[Tensor, "head 1 d_head"], before: Divisor
     ) -> tuple[Part, ...]:
@@ -66,10 +62,10 @@ class HeadNorm:
             before: what the block's own norm divides by.
         """
         of = self.divisor(vectors, before, bias)
-        parts = Part(self.base(vectors) * self.weight, of)
+        part = Part(self.base(vectors) * self.weight, of)
         if of.biased is None:
-            return (parts,)
-        return parts, Part((self.base(bias) * self.weight).expand_as(vectors), of, times=before)
+            return (part,)
+        return part, Part((self.base(bias) * self.weight).expand_as(vectors), of, times=before)
 
     def divisor(
         self, vectors: Float[Tensor, "head pos d_head"], before: Divisor, bias: Tensor | None = None

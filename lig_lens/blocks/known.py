@@ -263,6 +263,13 @@ def _check_unpacked(named: Sequence[tuple[str, Tensor]], layer: int) -> None:
                 "codes cannot be read as numbers, and products with them round on the way. Load the model with "
                 "transformers, and save and load model.dequantize(dtype=torch.float32)."
             )
+        if weight.dtype in HALF and is_traceable_wrapper_subclass(weight):
+            shown = name.replace("_original_component.", "")
+            raise InputError(
+                f"The weight {shown!r} of block {layer} is quantised ({type(weight).__name__}) and computes in "
+                f"{str(weight.dtype).removeprefix('torch.')}, which is too coarse for an integral and cannot be raised "
+                "from outside: quantise the model in float32."
+            )
 
 
 def _sum(weight: Tensor) -> Tensor:

@@ -246,6 +246,10 @@ def arbitrary_image(model: HookedModel) -> Float[Tensor, "1 channel height width
     return image_kind(model).arbitrary()
 
 
+# Of Pillow's modes, those of colours in 256 levels.
+_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+
+
 def _is_pil(prompt: Any) -> bool:
     """Whether a prompt is an image of Pillow, which need not be installed."""
     pillow = sys.modules.get("PIL.Image")
@@ -282,6 +286,11 @@ def _tensor(prompt: Any, kind: ImageKind, what: str) -> Tensor:
 def _processed(processor: Any, image: Any, kind: ImageKind, what: str) -> Tensor:
     """Pixel values that the model's own image processor makes."""
     if _is_pil(image):
+        if image.mode not in _MODES:
+            raise InputError(
+                f"The {what} has pixels of mode {image.mode!r}, not of 256 levels, which Pillow would cut off: bring "
+                "it to mode 'L' or 'RGB' first."
+            )
         image = image.convert({1: "L", 4: "RGBA"}.get(kind.channels, "RGB"))
     try:
         values: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]

@@ -50,7 +50,7 @@ class _FromResid(PathIntegrand):
 
     @torch.no_grad()
     def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
-        """See `quadrature.Integrand`."""
+        """See `split.Integrand`."""
         result = torch.zeros(len(dst), self.n_groups, dtype=self.dtype, device=self.device)
         for panels in self.attention.work(dst, a[:, None], None, self.size):
             result[panels.rows[0]] = self._scalars(self.attention.move(panels))
@@ -64,7 +64,7 @@ class _FromResid(PathIntegrand):
         factors: Float[Tensor, "panel node column"],
         groups: Bool[Tensor, "panel group"],
     ) -> Float[Tensor, "column panel group part"]:
-        """See `quadrature.Integrand`."""
+        """See `split.Integrand`."""
         shape = (factors.shape[2], len(dst), self.n_groups, self.n_parts)
         result = torch.zeros(shape, dtype=self.dtype, device=self.device)
         factors = factors.to(self.dtype).to(self.device).mT
@@ -74,11 +74,11 @@ class _FromResid(PathIntegrand):
         return result
 
     def switches(self) -> bool:
-        """See `quadrature.Integrand`; attention itself does not, or it would have no formula."""
+        """See `split.Integrand`; attention itself does not, or it would have no formula."""
         return False
 
     def margins(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item unit"]:
-        """See `quadrature.Integrand`."""
+        """See `split.Integrand`."""
         return torch.zeros(len(dst), 0)
 
 
@@ -148,7 +148,7 @@ class _ToBlock(_FromResid):
         return result
 
     def switches(self) -> bool:
-        """See `quadrature.Integrand`; here it is the tail that may."""
+        """See `split.Integrand`; here it is the tail that may."""
         return bool(self._switches)
 
     @functools.cached_property
@@ -162,7 +162,7 @@ class _ToBlock(_FromResid):
 
     @torch.no_grad()
     def margins(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item unit"]:
-        """See `quadrature.Integrand`."""
+        """See `split.Integrand`."""
         attn_out, skip = (one.new_zeros(len(dst), one.shape[-1]) for one in (self.attn_out_start, self.skip_start))
         for panels in self.attention.work(dst, a[:, None], None, self.size):
             rows = panels.rows[0]

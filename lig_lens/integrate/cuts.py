@@ -18,9 +18,9 @@ from torch import Tensor
 _AT_END = 1e-5
 # Steps of the search for a place, which gains digits faster and faster, and the step that is small enough to end it.
 _STEPS, _EXACT = 12, 1e-9
-# A panel with more places than that is cut at the one nearest to its middle, else each of them is looked at: how much
-# L's slope changes from so far on the left to so far on the right of it.
-_MANY = 64
+# Of a panel with more places than that, none is looked for. Each that is found is looked at: how much L's slope changes
+# from so far on the left to so far on the right of it.
+MANY = 64
 _ASIDE = 1 / 64
 # L jumps where it changes within this share of a panel, and so many times faster than around.
 _BESIDE, _STEEP = 1e-6, 10.0
@@ -43,7 +43,11 @@ class Place:
 
 
 def places(
-    margins: Points, scalars: Points, noise: Float[Tensor, "panel group"], resolution: Float[Tensor, "panel"]
+    margins: Points,
+    scalars: Points,
+    noise: Float[Tensor, "panel group"],
+    resolution: Float[Tensor, "panel"],
+    most: Int[Tensor, "panel"],
 ) -> Place:
     """Where something switches.
 
@@ -52,16 +56,14 @@ def places(
         scalars: L, [item group].
         noise: what rounding does to that.
         resolution: smallest share of a panel that the dtype can tell from none.
+        most: places that a panel may have for them to be looked for, `MANY` at most.
     """
     every, zero = torch.arange(len(noise)), torch.zeros(len(noise), dtype=torch.float64)
     first, last = margins(every, zero), margins(every, zero + 1)
     switched = (first > 0) != (last > 0)
     share = torch.where(switched, first / (first - last), 0.5)
     switched &= (share > _AT_END) & (share < 1 - _AT_END)
-    many = switched.sum(-1) > _MANY
-    middlemost = torch.where(switched, (share - 0.5).abs(), torch.inf).argmin(-1)
-    alone = torch.zeros_like(switched).scatter_(-1, middlemost[:, None], True)
-    switched &= alone | ~many[:, None]
+    switched &= (switched.sum(-1) <= most.to(switched.device))[:, None]
     panel, unit = switched.nonzero(as_tuple=True)
     ends = [one[panel, unit].cpu().double().numpy() for one in (first, last)]
     panel = panel.cpu()
@@ -93,8 +95,6 @@ def places(
     bend = (left - 2 * here + right).abs()
     # Seen from closer by, it is smaller by as much.
     weight = torch.where(bend > noise[panel], bend / aside[:, None], 0.0)
-    # Of many, the middlemost is taken in any case.
-    weight = torch.where(many.cpu()[panel, None], torch.ones_like(weight), weight)
     return Place(panel, at, around, weight)
 
 

@@ -30,7 +30,7 @@ class Budget:
 
 
 class ByPoints(ABC):
-    """An integrand that is evaluated at single points, `chunk` of them at a time. See `quadrature.Integrand`."""
+    """An integrand that is evaluated at single points, `chunk` of them at a time. See `split.Integrand`."""
 
     n_dst: int
     n_groups: int
@@ -52,7 +52,7 @@ class ByPoints(ABC):
         """Parts at single points, for the groups asked for; everything is on the device."""
 
     def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
-        """See `quadrature.Integrand`."""
+        """See `split.Integrand`."""
         portions = zip(torch.split(dst, self.chunk), torch.split(self._on_device(a), self.chunk), strict=True)
         with torch.no_grad():
             return torch.cat([self._scalars(d.to(self.device), x) for d, x in portions])
@@ -64,7 +64,7 @@ class ByPoints(ABC):
         factors: Float[Tensor, "panel node column"],
         groups: Bool[Tensor, "panel group"],
     ) -> Float[Tensor, "column panel group part"]:
-        """See `quadrature.Integrand`."""
+        """See `split.Integrand`."""
         n_nodes = a.shape[1]
         shape = (factors.shape[2], len(dst), self.n_groups, self.n_parts)
         result = torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -79,12 +79,12 @@ class ByPoints(ABC):
         return result
 
     def margins(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item unit"]:
-        """See `quadrature.Integrand`."""
+        """See `split.Integrand`."""
         points = dst.to(self.device), self._on_device(a)
         return self._switches.margins(len(dst), lambda: self._scalars(*points))
 
     def switches(self) -> bool:
-        """See `quadrature.Integrand`."""
+        """See `split.Integrand`."""
         return bool(self._switches)
 
     @functools.cached_property
@@ -119,7 +119,7 @@ class PathIntegrand(ABC):
 
     @abstractmethod
     def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
-        """See `quadrature.Integrand`."""
+        """See `split.Integrand`."""
 
     @abstractmethod
     def sums(
@@ -129,15 +129,15 @@ class PathIntegrand(ABC):
         factors: Float[Tensor, "panel node column"],
         groups: Bool[Tensor, "panel group"],
     ) -> Float[Tensor, "column panel group part"]:
-        """See `quadrature.Integrand`."""
+        """See `split.Integrand`."""
 
     @abstractmethod
     def switches(self) -> bool:
-        """See `quadrature.Integrand`."""
+        """See `split.Integrand`."""
 
     @abstractmethod
     def margins(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item unit"]:
-        """See `quadrature.Integrand`."""
+        """See `split.Integrand`."""
 
     def noise(self, end: Float[Tensor, "pos group dim"]) -> Float[Tensor, "dst group"]:
         """Change of each scalar that rounding alone can cause, `end` being what comes out at a = 1."""

@@ -171,14 +171,27 @@ class _Cuts:
 
 
 def _cuts(
-    integrand: Integrand, p: OpenPanels, s0: Tensor, s1: Tensor, noise: Tensor, allowed: Tensor, spare: Tensor
+    integrand: Integrand,
+    p: OpenPanels,
+    s0: Tensor,
+    s1: Tensor,
+    noise: Tensor,
+    allowed: Tensor,
+    spare: Tensor,
 ) -> _Cuts:
     """Where to cut, group by group where something switches that matters to them."""
     half = torch.full_like(p.low, 0.5)
     if not integrand.switches():
         return _Cuts(p, torch.arange(len(p)), half, torch.zeros_like(half))
+    count = torch.zeros_like(spare).index_add_(0, p.dst, p.groups.long())[p.dst].clamp(min=1)
+    share = spare[p.dst] // count
+    # Where there are more places than pieces that can be paid for, looking for them is in vain.
+    most = share.amax(-1).clamp(max=cuts.MANY)
+    worth = (most > 0).nonzero()[:, 0]
+    if not len(worth):
+        return _Cuts(p, torch.arange(len(p)), half, torch.zeros_like(half))
     found = []
-    for rows in torch.split(torch.arange(len(p)), integrand.chunk):
+    for rows in torch.split(worth, integrand.chunk):
 
         def at(index: Tensor, x: Tensor, rows: Tensor = rows) -> tuple[Tensor, Tensor]:
             row = rows[index]
@@ -194,13 +207,12 @@ def _cuts(
 
         first, last = (at(torch.arange(len(rows)), torch.full((len(rows),), end).double())[1] for end in (0, 1))
         resolution = _FLOATS * torch.finfo(integrand.dtype).eps * last / (last - first)
-        one = cuts.places(margins, scalars, noise[p.dst[rows]], resolution)
+        one = cuts.places(margins, scalars, noise[p.dst[rows]], resolution, most[rows])
         found.append((rows[one.panel], one.at, one.around, one.weight))
     row, place, around, weight = (torch.cat(one) for one in zip(*found, strict=True))
     weight *= p.groups[row]
     # Of each panel and group the weightiest, as many as can be paid for.
-    count = torch.zeros_like(spare).index_add_(0, p.dst, p.groups.long())[p.dst].clamp(min=1)
-    share = 1 + spare[p.dst] // count
+    share = 1 + share
     group, number = (weight > 0).T.nonzero(as_tuple=True)
     pair, weights = group * len(p) + row[number], weight[number, group]
     order = _by_row(pair, -weights)

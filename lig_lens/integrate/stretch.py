@@ -8,7 +8,7 @@ _NEWTON_STEPS = 5
 
 
 def stretch(a: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
-    """`t(a)` of the module's docstring."""
+    """`t(a) = asinh(a / s0) - asinh((1 - a) / s1)`."""
     return torch.asinh(a / s0) - torch.asinh((1 - a) / s1)
 
 

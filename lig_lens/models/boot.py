@@ -87,7 +87,7 @@ def _why_no_processor(source: str) -> str:
     folder = Path(source)
     if folder.is_dir() and not any(any(folder.glob(name)) for name in _PROCESSORS):
         return ""
-    broken = next(filter(None, (broken_json(folder, name) for name in _PROCESSORS)), "")
+    broken = broken_json(folder, _PROCESSORS)
     if broken:
         return broken
     from transformers import AutoImageProcessor

@@ -1,7 +1,7 @@
 """What a checkpoint's files hold, against what its model wants: weights, their shapes, and JSON that can be read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from lig_lens.errors import InputError
 from lig_lens.models.heads import SERVED_HEADS, listed
 from lig_lens.models.served import Served
 
+# Files of JSON that are read on loading.
+_JSON = ("config.json", "*_config.json", "tokenizer*.json", "*.index.json", "special_tokens_map.json", "vocab.json")
 _POOLER = "pooler."  # of a model without a head: what it gives beside its vectors
 # Files of which one holds weights, as they are called by transformers and by others.
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "*.gguf", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
@@ -28,7 +30,7 @@ def cannot_load(folder: Path, name: str, error: Exception) -> str:
     if broken:
         return (
             f"The folder {name!r} holds no model that can be loaded: {broken}. Write it anew, or leave it out if it is "
-            "not needed."
+            f"not needed. ({reason(error)})"
         )
     if isinstance(error, OSError) and not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         return (
@@ -47,9 +49,9 @@ def reason(error: Exception) -> str:
     return text if plain else f"{type(error).__name__}: {text}"
 
 
-def broken_json(folder: Path, names: str = "*.json") -> str:
+def broken_json(folder: Path, names: Sequence[str] = _JSON) -> str:
     """Which JSON file of a folder cannot be read, and why; empty where all can."""
-    for file in sorted(folder.glob(names)):
+    for file in sorted({file for one in names for file in folder.glob(one)}):
         try:
             json.loads(file.read_bytes())
         except (ValueError, OSError) as error:  # also bytes that are no text
@@ -81,11 +83,11 @@ class Odd:
                 self.of_head.append((name, weights[name]))
             else:
                 self.of_body.append(name)
-        lists = [f"{path}." for path, one in model.named_modules() if isinstance(one, nn.ModuleList)]
+        lists = {f"{path}.": len(one) for path, one in model.named_modules() if isinstance(one, nn.ModuleList)}
         self.beyond = sorted(
             name
             for name in info["unexpected_keys"]
-            if any(name.startswith(path) and name[len(path) :].split(".")[0].isdigit() for path in lists)
+            if any(name.startswith(path) and _number(name[len(path) :]) >= count for path, count in lists.items())
         )
 
 
@@ -132,6 +134,12 @@ def _check_shapes(model: Any, mismatched: Any, name: str) -> None:
         f"makes it {list(wanted)}{f' ({len(more)} more)' if more else ''}. Take the config.json that was saved with "
         "the weights."
     )
+
+
+def _number(path: str) -> int:
+    """The number that a path begins with, -1 for none."""
+    first = path.split(".")[0]
+    return int(first) if first.isdecimal() else -1
 
 
 def _weights_of(model: Any, getter: str) -> set[int]:

@@ -41,9 +41,12 @@ class _Choices(TorchFunctionMode):
     """Sees the choices of routers, or makes them.
 
     Attributes:
+        fixed: whether what routers would choose is of no account.
         paused: while attention runs.
         routers: how many routers are running, one within another.
     """
+
+    fixed = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,17 +54,18 @@ class _Choices(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found = func(*args, **kwargs)
-        if self.paused and not self.routers:
+        if (self.paused and not self.routers) or not (func in _TOP_K or (self.routers and func in _MAX + _MASKED)):
+            return func(*args, **kwargs)
+        named = {**dict(zip(("input",), args, strict=False)), **kwargs}
+        if func in _MASKED:
+            named |= dict(zip(("mask", "value"), args[1:], strict=False))
+            return func(named["input"], self.choice(named["mask"]), named["value"])
+        with torch._C.DisableTorchFunction() if self.fixed else contextlib.nullcontext():  # nobody is to see a choice
+            found = func(*args, **kwargs)
+        if func in _MAX and not _keeps_axes(found, named["input"]):
             return found
-        if func in _TOP_K or (self.routers and func in _MAX and _keeps_axes(found, args[0])):
-            held = self.choice(found.indices)
-            scores = args[0] if args else kwargs["input"]
-            return found if held is found.indices else type(found)((scores.gather(-1, held), held))
-        if self.routers and func in _MASKED:
-            scores, mask, value = args
-            return func(scores, self.choice(mask), value)
-        return found
+        held = self.choice(found.indices)
+        return found if held is found.indices else type(found)((named["input"].gather(-1, held), held))
 
     def choice(self, free: Tensor) -> Tensor:
         """What is chosen, instead of what the router would choose."""
@@ -86,6 +90,8 @@ class _Seen(_Choices):
 
 
 class _Held(_Choices):
+    fixed = True
+
     def __init__(self, routes: Routes, positions: Int[Tensor, "item"]) -> None:
         super().__init__()
         self.waiting, self.positions = list(routes), positions

@@ -78,6 +78,9 @@ def _empty(data: Tensor) -> Tensor:
     return torch.full((1,) * data.ndim, torch.nan, device=data.device).expand(data.shape)
 
 
+_SHAPES = ("size", "dim", "numel", "nelement", "stride", "is_floating_point", "element_size", "__len__")
+
+
 class _RaisedInUse(TorchFunctionMode):
     """Lets torch's functions have weights in float32 that are kept in half precision, by the weights' ids.
 
@@ -92,8 +95,11 @@ class _RaisedInUse(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._has_kept([*args, *kwargs.values()]):
             return func(*args, **kwargs)
-        if getattr(func, "__name__", "") == "__get__" and not isinstance(found := func(*args), Tensor):
-            return found  # a dtype, a shape
+        name = getattr(func, "__name__", "")
+        if name in _SHAPES or (name == "__get__" and not isinstance(func(*args), Tensor)):  # a dtype, a shape
+            return func(*args, **kwargs)
+        if name == "__getitem__" and not self._has_kept(args[1:]):
+            return func(self.kept[id(args[0])], *args[1:]).float()
         if func is functional.embedding:
             half = {name: self.kept.get(id(value), value) for name, value in kwargs.items()}
             return func(*(self.kept.get(id(one), one) for one in args), **half).float()

@@ -66,7 +66,8 @@ def supported(name: str = "") -> list[SupportedFamily]:
     """
     if not isinstance(name, str):
         raise InputError(f"supported: name={name!r}: give a class of transformers or a model_type, as text.")
-    rows = [one for one in _rows() if _plain(name) in _plain(one.family)]
+    known = bool(_plain(name)) or not name.strip()
+    rows = [one for one in _rows() if known and _plain(name) in _plain(one.family)]
     if rows:
         return rows
     near = difflib.get_close_matches(_plain(name), list(_stems()), n=3, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""Where a forward pass switches: a ReLU, a clamp, a router that takes other experts.
+"""Where a forward pass switches: a ReLU, a clamp, a router whose `topk` takes other experts.
 
 What a model computes has a kink there, or jumps. Each function that switches is given margins, numbers that change
 their sign when it does: of a ReLU its input, of a clamp the distances to its bounds, of the k largest scores how far
@@ -7,13 +7,13 @@ each is from being left out.
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
@@ -41,6 +41,11 @@ def _of_pair(input: Tensor, other: Tensor, **_: Any) -> list[Tensor]:
     return [input - other]
 
 
+def _of_two(input: Tensor, other: Any = None, **_: Any) -> list[Tensor]:
+    """Of the larger of two tensors; the largest along an axis is mostly taken to be subtracted."""
+    return [input - other] if isinstance(other, Tensor) else []
+
+
 def _of_largest(input: Tensor, k: int, dim: int = -1, largest: bool = True, **_: Any) -> list[Tensor]:
     if k >= input.shape[dim]:
         return []
@@ -48,14 +53,20 @@ def _of_largest(input: Tensor, k: int, dim: int = -1, largest: bool = True, **_:
     return [input - ranked.narrow(dim, k - 1, 2).mean(dim, keepdim=True)]
 
 
-_MARGINS: dict[Any, Margins] = {
-    **dict.fromkeys((torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, functional.relu), _of_input),
-    **dict.fromkeys((functional.leaky_relu, functional.prelu, torch.abs, Tensor.abs), _of_input),
-    **dict.fromkeys((torch.clamp, torch.clamp_, torch.clip, Tensor.clamp, Tensor.clamp_, Tensor.clip), _of_bounds),
-    **dict.fromkeys((torch.maximum, torch.minimum), _of_pair),
-    **dict.fromkeys((functional.hardswish, functional.hardsigmoid), _between(-3.0, 3.0)),
-    functional.relu6: _between(0.0, 6.0),
-    **dict.fromkeys((torch.topk, Tensor.topk), _of_largest),
+# By the name of the function, whether it is torch's, a tensor's, or of torch.nn.functional, in place or not.
+_MARGINS: dict[str, Margins] = {
+    **dict.fromkeys(("relu", "leaky_relu", "rrelu", "prelu", "abs", "absolute"), _of_input),
+    **dict.fromkeys(("clamp", "clip"), _of_bounds),
+    "clamp_min": lambda input, min, **_: [input - min],
+    "clamp_max": lambda input, max, **_: [input - max],
+    **dict.fromkeys(("maximum", "minimum"), _of_pair),
+    **dict.fromkeys(("max", "min"), _of_two),
+    **dict.fromkeys(("hardswish", "hardsigmoid"), _between(-3.0, 3.0)),
+    "relu6": _between(0.0, 6.0),
+    "hardtanh": lambda input, min_val=-1.0, max_val=1.0, *_, **__: [input - min_val, input - max_val],
+    "threshold": lambda input, threshold, *_, **__: [input - threshold],
+    **dict.fromkeys(("hardshrink", "softshrink"), lambda input, lambd=0.5: [input - lambd, input + lambd]),
+    "topk": _of_largest,
 }
 
 
@@ -65,12 +76,17 @@ class _Seen(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.margins: list[Tensor] = []
-        self.paused = False
+        self.experts = 0  # how many are running, one within another
+        self.hidden = False  # whether anything in them switches
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, margins = kwargs or {}, _MARGINS.get(func)
-        if margins is not None and not self.paused:  # before the call, which may work in place
-            self.margins += [one.detach().clone() for one in margins(*args, **kwargs) if one.is_floating_point()]
+        kwargs, margins = kwargs or {}, _MARGINS.get(getattr(func, "__name__", "").strip("_"))
+        if margins is not None:  # before the call, which may work in place
+            found = [one.detach().clone() for one in margins(*args, **kwargs) if one.is_floating_point()]
+            if self.experts:
+                self.hidden |= bool(found)
+            else:
+                self.margins += found
         return func(*args, **kwargs)
 
 
@@ -78,6 +94,7 @@ class Switches:
     """What switches in a forward pass of items, each of which runs by itself.
 
     Which of the margins belong to items, and not to masks and the like, shows in how they grow with the number of them.
+    Of what switches inside experts there are none, but it makes all this true, as what nobody can cut at is rough too.
     """
 
     def __init__(self, run: Callable[[int], object], row: int = 1) -> None:
@@ -88,7 +105,10 @@ class Switches:
             row: length of the rows in which the items stand, the last of them filled up.
         """
         self.row, few, many = row, 2, 2 * row + 1
-        pairs = [[one.numel() for one in self._seen(functools.partial(run, n))] for n in (few, many)]
+        seen = [self._seen(functools.partial(run, n)) for n in (few, many)]
+        self.hidden = any(one.hidden for one in seen)
+        self.device = next((one.device for of in seen for one in of.margins), None)
+        pairs = [[one.numel() for one in of.margins] for of in seen]
         self._grow: list[Callable[[int], int]] = []
         self._sizes: list[int] = []
         for first, second in zip(*pairs, strict=False):
@@ -100,33 +120,36 @@ class Switches:
         self.width = sum(size for size, grow in zip(self._sizes, self._grow, strict=True) if grow != self._not)
 
     def __bool__(self) -> bool:
-        return self.width > 0
+        return self.width > 0 or self.hidden
 
     def margins(self, n_items: int, run: Callable[[], object]) -> Float[Tensor, "item unit"]:
         """Margins of so many items, in a pass of them."""
-        seen = self._seen(run)
+        if not self.width:
+            return torch.zeros(n_items, 0, device=self.device)
+        seen = self._seen(run).margins
         if [one.numel() for one in seen] != [
             n(n_items) * size for n, size in zip(self._grow, self._sizes, strict=True)
         ]:
             # Something else ran than for other items, so that nobody can tell what became of what.
-            return torch.zeros(n_items, self.width, device=seen[0].device if seen else None)
+            return torch.zeros(n_items, self.width, device=self.device)
         kept = [one.reshape(grow(n_items), -1)[:n_items] for one, grow in zip(seen, self._grow, strict=True)]
         return torch.cat([one for one, grow in zip(kept, self._grow, strict=True) if grow != self._not], -1)
 
     @staticmethod
-    def _seen(run: Callable[[], object]) -> list[Tensor]:
-        seen = _Seen()
+    def _seen(run: Callable[[], object]) -> _Seen:
+        seen, thread = _Seen(), threading.get_ident()
 
+        # These hooks are there for all modules of the process, whoever runs them.
         def pause(module: nn.Module, *_: Any) -> None:
-            seen.paused |= is_experts(module)
+            seen.experts += int(is_experts(module) and threading.get_ident() == thread)
 
         def go_on(module: nn.Module, *_: Any) -> None:
-            seen.paused &= not is_experts(module)
+            seen.experts -= int(is_experts(module) and threading.get_ident() == thread)
 
         before, after = register_module_forward_pre_hook(pause), register_module_forward_hook(go_on)
         with torch.no_grad(), before, after, seen:
             run()
-        return seen.margins
+        return seen
 
     def _not(self, n_items: int) -> int:
         return 1

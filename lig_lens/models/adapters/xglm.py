@@ -1,5 +1,6 @@
 """XGLM in float64: transformers 5.23 makes the smallest score that it allows a number of PyTorch's default dtype."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ def xglm_adapter(of_transformer_lens: type) -> type:
 
     class AnyPrecisionAttention(XGLMAttention):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            with _FullInDouble():
+            given = [*args, *kwargs.values()]
+            double = any(isinstance(one, torch.Tensor) and one.dtype == torch.float64 for one in given)
+            with _FullInDouble() if double else contextlib.nullcontext():
                 return super().forward(*args, **kwargs)
 
     class XGLMAdapter(of_transformer_lens):  # type: ignore[misc]
