@@ -70,37 +70,48 @@ def find_formula(
         z: head outputs on that prompt.
         probe: of the same block; runs its attention unless a run has been read already.
     """
-    reader, eps = reader_of(call, values, z), probe.eps
+    reader = reader_of(call, values, z)
     if reader is None:
         return "no hooks on queries, keys, values and pattern"
-    with torch.no_grad():
-        try:
-            shown, _ = reader.seen(values, ()), probe.seen(reader)
-        except UnreadableError as error:
-            return str(error)
-        n_heads = len(shown.q), len(shown.k), len(shown.pattern)
-        if n_heads[0] != z.shape[1] or n_heads[2] != z.shape[1] or z.shape[1] % n_heads[1]:
-            return f"{z.shape[1]} heads of z, but {n_heads[0]} of q, {n_heads[1]} of k, {n_heads[2]} patterns"
-        reason = "queries, keys or values are not affine in the normalised residual"
-        for norm in ("none", "rms", "layer"):
-            fitted: Reader | None = reader
-            if isinstance(reader, FromLatents):
-                fitted = fit_latents(call, reader, norm, eps, shown)
-            if fitted is None:
-                reason = "norms of latent vectors are neither LayerNorm nor RMSNorm, or have biases"
-                continue
-            own, other = fitted.seen(values, ()), probe.seen(fitted)
-            biases = _affine(probe, norm, eps, own, other)
-            if biases is None:
-                continue
-            reason = "the pattern is not a softmax of scaled, possibly normed, rotated or capped q.k plus a fixed bias"
-            scale_path = _scale_path(call, values, norm, eps)
-            part = _Part(call, fitted, norm, eps, scale_path, own, other.runs(slice(1, None)), z)
-            for kind, pairing, norms in _between(part, biases):
-                found = norms if isinstance(norms, str) else _with_scores(part, kind, pairing, norms)
-                if isinstance(found, FormulaValues):
-                    return found
-                reason = found or reason
+    try:
+        with torch.no_grad():
+            return _find(call, values, z, probe, reader)
+    except UnreadableError as error:
+        return str(error)
+
+
+def _find(
+    call: BlockCall, values: Mapping[str, Tensor], z: Float[Tensor, "pos head d_head"], probe: Probe, reader: Reader
+) -> FormulaValues | str:
+    """See `find_formula`; with what queries, keys, values and the pattern are read by.
+
+    Raises:
+        UnreadableError: in some run they are not what that takes them for.
+    """
+    shown, _, eps = reader.seen(values, ()), probe.seen(reader), probe.eps
+    n_heads = len(shown.q), len(shown.k), len(shown.pattern)
+    if n_heads[0] != z.shape[1] or n_heads[2] != z.shape[1] or z.shape[1] % n_heads[1]:
+        return f"{z.shape[1]} heads of z, but {n_heads[0]} of q, {n_heads[1]} of k, {n_heads[2]} patterns"
+    reason = "queries, keys or values are not affine in the normalised residual"
+    for norm in ("none", "rms", "layer"):
+        fitted: Reader | None = reader
+        if isinstance(reader, FromLatents):
+            fitted = fit_latents(call, reader, norm, eps, shown)
+        if fitted is None:
+            reason = "norms of latent vectors are neither LayerNorm nor RMSNorm, or have biases"
+            continue
+        own, other = fitted.seen(values, ()), probe.seen(fitted)
+        biases = _affine(probe, norm, eps, own, other)
+        if biases is None:
+            continue
+        reason = "the pattern is not a softmax of scaled, possibly normed, rotated or capped q.k plus a fixed bias"
+        scale_path = _scale_path(call, values, norm, eps)
+        part = _Part(call, fitted, norm, eps, scale_path, own, other.runs(slice(1, None)), z)
+        for kind, pairing, norms in _between(part, biases):
+            found = norms if isinstance(norms, str) else _with_scores(part, kind, pairing, norms)
+            if isinstance(found, FormulaValues):
+                return found
+            reason = found or reason
     return reason
 
 

@@ -41,7 +41,8 @@ def load_model(
         hooked_transformer: give `"induction"` as a HookedTransformer, where TransformerLens has it (up to 3.9).
 
     Weights are loaded unprocessed: folding LayerNorms and centring weights changes residual norms, and with
-    them the contributions. The bridge gets TransformerLens' familiar hook names.
+    them the contributions. The bridge gets TransformerLens' familiar hook names. It is compared with the plain model on
+    an arbitrary prompt; where that cannot switch between implementations of attention it is loaded twice for it.
 
     Raises:
         InputError: no such folder or hub id, an architecture that is not served, weights of blocks that stand in no
