@@ -166,7 +166,7 @@ def test_logits_of_families_are_those_of_the_plain_model(loaded: Loaded) -> None
 def test_runs_share_no_state(loaded: Loaded) -> None:
     """Neither items of a batch nor one run and the next; and the model is left as it was."""
     asked = {"layers": [loaded.row.layer], "maps": "block", "block_baseline": "zero", "progress": False}
-    asked |= {"tol": 0.1, "engine": "hooks"}
+    asked |= {"tol": 0.1, "engine": "hooks", "experts": loaded.row.experts}
     with torch.no_grad():
         before = loaded.model(torch.tensor([IDS]))
         batch = [ll.attribute(loaded.model, [OTHER, IDS[:4]], **asked)[1] for _ in range(2)]
