@@ -98,17 +98,19 @@ class Switches:
     """
 
     def __init__(self, run: Callable[[int], object], row: int = 1) -> None:
-        """Look at two passes.
+        """Look at a pass, and at another where something switches in that.
 
         Args:
             run: the pass, of so many items.
             row: length of the rows in which the items stand, the last of them filled up.
         """
         self.row, few, many = row, 2, 2 * row + 1
-        seen = [self._seen(functools.partial(run, n)) for n in (few, many)]
+        seen = [self._seen(functools.partial(run, few))]
+        if seen[0].margins or seen[0].hidden:
+            seen.append(self._seen(functools.partial(run, many)))
         self.hidden = any(one.hidden for one in seen)
         self.device = next((one.device for of in seen for one in of.margins), None)
-        pairs = [[one.numel() for one in of.margins] for of in seen]
+        pairs = [[one.numel() for one in of.margins] for of in (seen[0], seen[-1])]
         self._grow: list[Callable[[int], int]] = []
         self._sizes: list[int] = []
         for first, second in zip(*pairs, strict=False):
