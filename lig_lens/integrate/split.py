@@ -180,16 +180,16 @@ def _cuts(
     spare: Tensor,
 ) -> _Cuts:
     """Where to cut, group by group where something switches that matters to them."""
-    half = torch.full_like(p.low, 0.5)
+    in_halves = _Cuts(p, torch.arange(len(p)), torch.full_like(p.low, 0.5), torch.zeros_like(p.low))
     if not integrand.switches():
-        return _Cuts(p, torch.arange(len(p)), half, torch.zeros_like(half))
+        return in_halves
     count = torch.zeros_like(spare).index_add_(0, p.dst, p.groups.long())[p.dst].clamp(min=1)
     share = spare[p.dst] // count
     # Where there are more places than pieces that can be paid for, looking for them is in vain.
     most = share.amax(-1).clamp(max=cuts.MANY)
     worth = (most > 0).nonzero()[:, 0]
     if not len(worth):
-        return _Cuts(p, torch.arange(len(p)), half, torch.zeros_like(half))
+        return in_halves
     found = []
     for rows in torch.split(worth, integrand.chunk):
 
