@@ -24,7 +24,7 @@ from lig_lens.hooked import HookedModel, check_hooked
 from lig_lens.inputs.inputs import Inputs
 from lig_lens.inputs.pairs import is_batch, read_pairs
 from lig_lens.integrate.integrand import Budget
-from lig_lens.integrate.to_metric import Downstream
+from lig_lens.integrate.onward import Downstream
 from lig_lens.maps import MAPS, METRIC_MAPS
 from lig_lens.maps.job import Job
 from lig_lens.maps.map import Map

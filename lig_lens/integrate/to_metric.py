@@ -20,31 +20,12 @@ from torch import Tensor
 from lig_lens.blocks.messages import by_head
 from lig_lens.blocks.reading import PATTERN_PATH
 from lig_lens.blocks.values import Values
-from lig_lens.errors import BoundaryError
 from lig_lens.integrate.attention_path import SharedPath
-from lig_lens.integrate.integrand import Budget, ByPoints, layers_of_paths
-from lig_lens.integrate.quadrature import Integral, integrate
+from lig_lens.integrate.integrand import Budget
+from lig_lens.integrate.onward import Downstream, Entry, Onward, entry_of
+from lig_lens.integrate.quadrature import Integral
 from lig_lens.models.running import Hook, torch_hooks
-from lig_lens.models.stack import Forward
 from lig_lens.paths.path import ResidPath
-from lig_lens.targets.metrics import BatchMetric
-
-
-@dataclass(frozen=True)
-class Downstream:
-    """What a metric needs of the whole model, and its values on both prompts.
-
-    Attributes:
-        forward: the run on the clean prompt, to be continued from any block.
-        metric: of its output.
-        clean: its value there.
-        corrupted: its value in the second prompt's run, if there is one.
-    """
-
-    forward: Forward
-    metric: BatchMetric
-    clean: float
-    corrupted: float | None
 
 
 class Between(ABC):
@@ -174,67 +155,24 @@ class _Cut:
         return leaf
 
 
-class _ToMetric(ByPoints):
+class _ThroughHeads(Onward):
     """One cell: parts are all heads, sources and destinations, then what of each source bypasses the heads."""
 
-    n_dst, n_groups = 1, 1
-
-    def __init__(
-        self,
-        values: Values,
-        start: Float[Tensor, "pos d_model"],
-        between: Between,
-        down: Downstream,
-        known: float | None,
-        budget: Budget,
-    ) -> None:
-        self.values, self.between, self.down = values, between, down
-        self.dtype, self.device = start.dtype, start.device
-        self.first, self.step = start, values.resid_pre - start
+    def __init__(self, entry: Entry, values: Values, between: Between, down: Downstream, budget: Budget) -> None:
         n_pos, n_heads = values.heads.z.shape[:2]
+        super().__init__(entry, down, n_heads * n_pos**2 + n_pos, budget)
+        self.values, self.between = values, between
         self.shape = (n_heads, n_pos, n_pos)
-        self.n_parts = n_heads * n_pos**2 + n_pos
-        # Every block that is still to run keeps activations for the backward pass.
-        self.chunk = max(1, budget.max_batch_tokens // (n_pos * down.forward.stack.count_from(values.layer)))
-        logits = self._onward(torch.stack([start, values.resid_pre]))
-        ends = down.metric(logits).to(self.dtype)
-        self.start = ends[:1]
-        self.sensitivity = max(down.metric.sensitivity(one[None]) for one in logits)
-        self._check(ends.tolist(), (known, down.clean))
-
-    def _check(self, ends: list[float], known: tuple[float | None, float]) -> None:
-        """Verify that the path starts and ends in the model's own runs."""
-        for here, whole in zip(ends, known, strict=True):
-            missed = 0.0 if whole is None else abs(here - whole) / max(self.sensitivity, 1e-30)
-            if not missed <= 1e-4:
-                raise BoundaryError(
-                    f"Running the model from block {self.values.layer} on gives a metric of {here:.6g} where the whole "
-                    f"model gives {whole:.6g}: something else than the residual stream passes between its blocks, or "
-                    "the model is random. No metric can be attributed there."
-                )
-
-    def _onward(
-        self, resid: Float[Tensor, "item pos d_model"], hooks: dict[str, Hook] | None = None
-    ) -> Float[Tensor, "item *rest"]:
-        call = self.values.call
-        pairs = [call.entering(resid), *torch_hooks(call.modules, hooks or {})]
-        return self.down.forward.onward(call.layer, resid, pairs)
-
-    def _resid(self, a: Float[Tensor, "item"]) -> Float[Tensor, "item pos d_model"]:
-        return self.first + a[:, None, None] * self.step
-
-    def _scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
-        return (self.down.metric(self._onward(self._resid(a))).to(self.dtype) - self.start)[:, None]
 
     def _parts(
         self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"], groups: list[int]
     ) -> Float[Tensor, "item group part"]:
         """Parts `<x_i - x0_i, dF/dx_i>` at single points."""
-        cut, metric = _Cut(), self.down.metric
+        cut = _Cut()
         hooks: dict[str, Hook] = {self.values.heads.nodes.z_path: cut, **self.between.hooks()}
         with torch.enable_grad():
-            resid = self._resid(a).requires_grad_()
-            value = metric.checked(metric(self._onward(resid, hooks)))
+            resid = self.resid(a).requires_grad_()
+            value = self.value(resid, torch_hooks(self.values.call.modules, hooks))
             ends = (cut.after[0], resid)
             # A metric may depend on positions that what comes later does not reach.
             by_z, by_skip = torch.autograd.grad(value.sum(), ends, materialize_grads=True, retain_graph=True)
@@ -264,15 +202,8 @@ def metric_integral(
     Raises:
         BoundaryError: the model gives something else when it is run from the block on.
     """
-    if path.start is None:
-        raise BoundaryError("A metric is one number for all destinations, so they need one path: it has no itb.")
-    with torch.no_grad():
-        integrand = _ToMetric(values, path.start, between, down, known, budget)
-        block = values.block
-        s0, s1 = layers_of_paths(path, torch.zeros(1, dtype=torch.long), block.eps, block.norms_to_z)
-        # What logits that differ by rounding alone can do to the metric.
-        noise = torch.full((1, 1), 8 * block.rounding * integrand.sensitivity)
-        integral = integrate(integrand, s0, s1, noise, tol=budget.tol, max_nodes=budget.max_nodes)
+    entry = entry_of(values, path)
+    integral = _ThroughHeads(entry, values, between, down, budget).integrate(known, budget)
     parts = integral.parts[0, 0]
-    n_pos = integrand.shape[1]
-    return parts[:-n_pos].reshape(integrand.shape), parts[-n_pos:], integral
+    n_pos, n_heads = values.heads.z.shape[:2]
+    return parts[:-n_pos].reshape(n_heads, n_pos, n_pos), parts[-n_pos:], integral

@@ -8,7 +8,7 @@ from torch import Tensor
 from lig_lens.blocks.values import Values
 from lig_lens.inputs.inputs import Inputs
 from lig_lens.integrate.integrand import Budget
-from lig_lens.integrate.to_metric import Downstream
+from lig_lens.integrate.onward import Downstream
 from lig_lens.paths.baseline import Baseline, Place
 from lig_lens.targets.target import Target
 
