@@ -29,6 +29,8 @@ from .models.supported import SupportedFamily as SupportedFamily
 from .models.supported import supported as supported
 from .paths.baseline import Baseline as Baseline
 from .paths.baseline import register_baseline as register_baseline
+from .relevance.explain import explain_class as explain_class
+from .relevance.relevance import Relevance as Relevance
 from .show.explorer import Explorer as Explorer
 from .show.explorer import explore as explore
 from .targets.direction import direction as direction
@@ -37,5 +39,6 @@ from .targets.metrics import kl_divergence as kl_divergence
 from .targets.metrics import log_probability as log_probability
 from .targets.metrics import logit_difference as logit_difference
 from .targets.metrics import metric as metric
+from .targets.metrics import token_logit as token_logit
 
 __version__: str

@@ -62,8 +62,17 @@ class Registry(Generic[E]):
         Raises:
             InputError: unknown name.
         """
+        home = self.home(name)
+        return home() if isinstance(home, type) else home
+
+    def home(self, name: str) -> Any:
+        """The object of a name, or the class that makes it; loads its module.
+
+        Raises:
+            InputError: unknown name.
+        """
         home = self.entry(name).home
         if isinstance(home, str):
             module, _, attribute = home.partition(":")
             home = getattr(importlib.import_module(module), attribute)
-        return home() if isinstance(home, type) else home
+        return home

@@ -104,3 +104,12 @@ def _sample(weight: Tensor) -> Float[Tensor, "number"]:
 def _same(now: Float[Tensor, "number"], made: Float[Tensor, "number"]) -> bool:
     """But for what a cast to half precision rounds."""
     return now.shape == made.shape and bool(((now - made).abs() <= 1e-2 * made.abs().max()).all())
+
+
+def class_names(model: object) -> dict[int, str]:
+    """What a classifier calls its classes; transformers says LABEL_0, LABEL_1, … where nobody gave them names."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    names = getattr(config, "id2label", None)
+    if not isinstance(names, dict):
+        return {}
+    return {int(number): str(name) for number, name in names.items()}

@@ -23,8 +23,8 @@ Function = Callable[[Tensor], Any]
 class Metric(Target):
     """A scalar of the logits, as a target of `attribute` and of `patching`.
 
-    Made by `metric`, `logit_difference`, `log_probability`, `class_logit` and `kl_divergence`. `prepare` gives the
-    function once the model (for its tokenizer) and the logits of the clean prompt are known.
+    Made by `metric`, `logit_difference`, `token_logit`, `log_probability`, `class_logit` and `kl_divergence`. `prepare`
+    gives the function once the model (for its tokenizer) and the logits of the clean prompt are known.
     """
 
     name: str
@@ -168,6 +168,17 @@ def log_probability(answer: str | int, pos: int = -1) -> Metric:
         return lambda logits: logits[0, at].log_softmax(-1)[token]
 
     return Metric(f"log_probability({answer!r}{_named(pos, -1)})", prepare)
+
+
+@checked
+def token_logit(answer: str | int, pos: int = -1) -> Metric:
+    """Logit of a token; arguments and errors as in `logit_difference`."""
+
+    def prepare(model: object, clean: Tensor) -> Function:
+        token, at = _token(model, answer, clean), _position(clean, pos)
+        return lambda logits: logits[0, at, token]
+
+    return Metric(f"token_logit({answer!r}{_named(pos, -1)})", prepare)
 
 
 @checked

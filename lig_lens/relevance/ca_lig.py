@@ -1,0 +1,172 @@
+"""Context-Aware Layer-wise Integrated Gradients (CA-LIG, arXiv 2602.16608).
+
+The paper computes Integrated Gradients of a class in every block, fuses them with class-specific attention gradients,
+and follows the signed result through the layers. Its abstract says no more, so what it leaves open is ours, and a
+parameter:
+
+- Token relevance `T_l` at each boundary is the exact path integral from the baseline's residual vectors to the
+  prompt's, and adds up to F(x) - F(x0) at every one.
+- Attention relevance of block l is `p_ji dF/dp_ji`, head by head, with F the number that is explained.
+- Relevance starts as `T` behind the last block, r = T_L, and goes back block by block. What stood at a destination j is
+  handed to sources i in two ways:
+
+      fused_l[i, j] = (1 - mix) T_l[i] |r_j| / sum_k |r_k|  +  mix M_l[i, j] r_j,       r_i = sum_j fused_l[i, j],
+
+  the one by what tokens contribute there, the other by where attention took it from, M_l being made of 1 on i = j and
+  of the attention relevance. Both parts are brought to the same total first.
+
+So mix = 0 is Integrated Gradients at the embeddings, and mix = 1 is Chefer et al. 2021 (positive, additive) or
+attention rollout (Abnar and Zuidema 2020; raw patterns, identity), times F(x) - F(x0).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lig_lens.errors import InputError
+from lig_lens.relevance.explained import Explained
+from lig_lens.relevance.method import Advance, Answer, Method
+from lig_lens.relevance.path_gradients import path_pattern_gradients
+from lig_lens.relevance.tokens import token_relevance
+
+# Sums that are this small beside the sum of absolute values are taken to be 0.
+_VANISHING = 1e-8
+
+OVER_HEADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda edges: edges.mean(-3),
+    "sum": lambda edges: edges.sum(-3),
+    "max": lambda edges: edges.gather(-3, edges.abs().argmax(-3, keepdim=True)).squeeze(-3),
+}
+KEPT: dict[str, Callable[[Tensor], Tensor]] = {
+    "signed": lambda edges: edges,
+    "positive": lambda edges: edges.clamp(min=0),
+}
+
+
+def identity(edges: Float[Tensor, "src dst"]) -> Float[Tensor, "src dst"]:
+    """Half of what stood at a position stays, half goes where attention took it from (Abnar and Zuidema 2020)."""
+    return 0.5 * (torch.eye(len(edges)).to(edges) + edges)
+
+
+def additive(edges: Float[Tensor, "src dst"]) -> Float[Tensor, "src dst"]:
+    """All that stood at a position stays, and what attention adds comes on top (Chefer et al. 2021, eq. 6)."""
+    return torch.eye(len(edges)).to(edges) + edges
+
+
+def conserving(edges: Float[Tensor, "src dst"]) -> Float[Tensor, "src dst"]:
+    """As `additive`, each column divided by its sum: nothing is made or lost. A column without a sum stays in place."""
+    eye = torch.eye(len(edges)).to(edges)
+    moved = eye + edges
+    total = moved.sum(0)
+    vanishes = total.abs() <= _VANISHING * moved.abs().sum(0)
+    return torch.where(vanishes, eye, moved / total.masked_fill(vanishes, 1.0))
+
+
+THROUGH = {"identity": identity, "additive": additive, "conserving": conserving}
+
+
+@dataclass(frozen=True)
+class CaLig(Method):
+    """CA-LIG; see the module.
+
+    Attributes:
+        mix: share of what attention hands on, from 0 (Integrated Gradients alone) to 1 (attention alone).
+        attention: `gradient`, attention times the number's gradient at it; `pattern`, attention alone.
+        keep: `signed` edges, or `positive` ones, what is negative being 0.
+        heads: how the edges of heads become one: `mean`, `sum`, or `max` (the one that is largest in absolute value).
+        at: where the gradient is taken: at the prompt, `end`, or averaged along the `path`.
+        scale: what of the two parts is made equal before they are mixed: their `sum`, the `max` of a position's
+            absolute value, or `none`.
+        through: how relevance passes a block: `identity`, `additive` or `conserving`.
+    """
+
+    name = "ca_lig"
+    needs_start = True
+    CHOICES: ClassVar = {
+        "attention": ("gradient", "pattern"),
+        "keep": tuple(KEPT),
+        "heads": tuple(OVER_HEADS),
+        "at": ("end", "path"),
+        "scale": ("sum", "max", "none"),
+        "through": tuple(THROUGH),
+    }
+
+    mix: float = 0.5
+    attention: str = "gradient"
+    keep: str = "signed"
+    heads: str = "mean"
+    at: str = "end"
+    scale: str = "sum"
+    through: str = "conserving"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.mix, bool) or not isinstance(self.mix, (int, float)) or not 0 <= self.mix <= 1:
+            raise InputError(f"mix={self.mix!r}: give a number from 0 (tokens alone) to 1 (attention alone).")
+
+    def steps(self, n_layers: int) -> int:
+        """See the base class."""
+        return n_layers + 1
+
+    def explain(self, what: Explained, advance: Advance) -> Answer:
+        """See the base class."""
+        tokens = token_relevance(what, (*what.layers, len(what.layers)), advance)
+        edges = KEPT[self.keep](self._edges(what))
+        fused, rolled = follow(
+            tokens.token.to(edges), OVER_HEADS[self.heads](edges), self.mix, self.scale, THROUGH[self.through]
+        )
+        return Answer(scores=rolled[0], rolled=rolled, attention=edges, fused=fused, **vars(tokens))
+
+    def _edges(self, what: Explained) -> Float[Tensor, "layer head src dst"]:
+        if self.attention == "pattern":
+            return what.patterns
+        gradients = what.pattern_gradients if self.at == "end" else path_pattern_gradients(what)
+        return what.patterns * gradients
+
+
+def follow(
+    token: Float[Tensor, "boundary pos"],
+    edges: Float[Tensor, "layer src dst"],
+    mix: float,
+    scale: str,
+    through: Callable[[Tensor], Tensor],
+) -> tuple[Float[Tensor, "layer src dst"], Float[Tensor, "layer pos"]]:
+    """Follow relevance back through the blocks.
+
+    Args:
+        token: relevance of the vectors at all boundaries.
+        edges: attention relevance of each block.
+        mix: share of what attention hands on.
+        scale: what of the two parts is made equal: `sum`, `max` or `none`.
+        through: what makes a matrix that relevance passes a block by out of a block's edges.
+
+    Returns:
+        what goes from destinations to sources in each block, and what arrives at them.
+    """
+    fused, rolled, relevance = [], [], token[-1]
+    for own, block in zip(token[:-1].flip(0), edges.flip(0), strict=True):
+        moved = through(block) * relevance
+        moved = moved * _factor(own, moved.sum(-1), scale)
+        size = relevance.abs().sum()
+        spread = relevance.abs() / size if size > 0 else torch.full_like(relevance, 1 / len(relevance))
+        both = (1 - mix) * own[:, None] * spread + mix * moved
+        relevance = both.sum(-1)
+        fused.append(both)
+        rolled.append(relevance)
+    return torch.stack(fused[::-1]), torch.stack(rolled[::-1])
+
+
+def _factor(own: Float[Tensor, "pos"], moved: Float[Tensor, "pos"], scale: str) -> Float[Tensor, ""]:
+    """What `moved` is multiplied by to be on the scale of `own`; 1 where there is nothing to compare."""
+    one = torch.ones_like(own.sum())
+    if scale == "sum":
+        wanted, there = own.sum(), moved.sum()
+        return one if there.abs() <= _VANISHING * moved.abs().sum() else wanted / there
+    if scale == "max":
+        wanted, there = own.abs().max(), moved.abs().max()
+        return one if there == 0 else wanted / there
+    return one

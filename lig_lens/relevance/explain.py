@@ -1,0 +1,205 @@
+"""The entry: a model, a prompt and a class in, what explains it out."""
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lig_lens import __version__
+from lig_lens.blocks.known import Blocks, Needs
+from lig_lens.blocks.values import Values
+from lig_lens.errors import InputError
+from lig_lens.hooked import HookedModel, check_hooked, check_one_stack
+from lig_lens.inputs.inputs import Inputs
+from lig_lens.inputs.pairs import check_different, is_batch, read_pair
+from lig_lens.inputs.references import reference_of
+from lig_lens.integrate.integrand import Budget
+from lig_lens.integrate.onward import Downstream
+from lig_lens.models.loading import check_evaluating, describe_processing, model_name
+from lig_lens.models.running import one_at_a_time, prepared
+from lig_lens.models.stack import Forward, stack_of
+from lig_lens.progress import progress as shown_progress
+from lig_lens.relevance import METHODS
+from lig_lens.relevance.explained import Explained
+from lig_lens.relevance.method import Method, made
+from lig_lens.relevance.relevance import Relevance
+from lig_lens.relevance.targets import as_metric, shown_class
+from lig_lens.settings import MAX_BATCH_TOKENS, MAX_NODES
+
+
+@torch.inference_mode(False)  # gradients are needed, whatever mode the caller is in
+def explain_class(
+    model: HookedModel | object,
+    prompt: Any,
+    *,
+    target: Any = None,
+    against: Any = None,
+    method: "str | Method | Sequence[str | Method]" = "ca_lig",
+    baseline: str | None = None,
+    corrupted: Any = None,
+    tol: float = 1e-3,
+    max_nodes: int = MAX_NODES,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    prepend_bos: bool | None = None,
+    progress: bool = True,
+    **parameters: Any,
+) -> "Relevance | list[Relevance]":
+    """What the positions of a prompt do to a class's logit, or to any other number of a model's output.
+
+    Args:
+        model: a hooked model; classifiers of texts and of images, and language models.
+        prompt: a text, token ids or an image, as `attribute` takes them. A list of prompts gives a list.
+        target: number or name of a class; None for the class that the model predicts. Of a language model a token whose
+            logit at the last position is meant, or its prediction. Or any metric of the output.
+        against: a second class or token, whose logit is taken off: 'positive' against 'negative'.
+        method: `ca_lig` or one of its neighbours (see `METHODS`), or a `Method`. A list of them, or of targets, gives a
+            list.
+        baseline: where paths start, for methods that have one: of texts the name of a token that takes the place of all
+            that are not special, `mask`, `pad`, `unk`, `eos` or `bos` (by default the first that the tokenizer has);
+            `zero` stands for residual vectors of zeros at each boundary.
+        corrupted: a second prompt in place of a baseline: as many tokens, or an image of the same shape.
+        tol: largest completeness gap, relative to the change of the number along the path.
+        max_nodes: nodes that may be spent on one integral.
+        max_batch_tokens: tokens that are run through a block at once; bounds memory, changes nothing else.
+        prepend_bos: for texts, handed to the model's tokenizer; its own default with None.
+        progress: show a progress bar.
+        parameters: of the method, such as `mix=0.3`; see its class.
+
+    Raises:
+        InputError: a class that does not exist, a model without a class head, a method that the model's layout does not
+            allow, or anything else that cannot be used; before anything is computed.
+        BoundaryError: a model whose blocks cannot be run by themselves.
+        NonFiniteError: NaN or infinite values.
+
+    Warns:
+        ConvergenceWarning: for integrals that missed `tol`.
+    """
+    hooked = check_hooked(model)
+    check_one_stack(hooked, "explain_class")
+    check_evaluating(hooked)
+    several = [is_batch(prompt), isinstance(target, (list, tuple)), isinstance(method, (list, tuple))]
+    if sum(several) > 1:
+        raise InputError("Give a list of prompts, of targets or of methods, one of them at a time.")
+    prompts: Sequence[Any] = prompt if several[0] else [prompt]
+    targets: Sequence[Any] = target if several[1] else [target]
+    named: Sequence[Any] = [method] if isinstance(method, (str, Method)) else method
+    methods = [_method(one, parameters) for one in named]
+    others = [None] * len(prompts) if corrupted is None else corrupted if several[0] else [corrupted]
+    if len(others) != len(prompts):
+        raise InputError(f"corrupted has {len(others)} entries for {len(prompts)} prompts: give one each.")
+    if corrupted is not None and baseline is not None:
+        raise InputError(
+            f"baseline={baseline!r} and corrupted are both given: paths start in one place, leave one out."
+        )
+    budget = _budget(tol, max_nodes, max_batch_tokens)
+    found = []
+    with one_at_a_time(hooked), prepared(hooked, hooked):
+        stack = stack_of(hooked)
+        blocks = Blocks(stack, range(len(stack)))
+        steps = sum(one.steps(len(stack)) for one in methods) * len(targets) * len(prompts)
+        with shown_progress("lig_lens", "integral", steps, progress) as bar:
+            for one, other in zip(prompts, others, strict=True):
+                run = _Run(hooked, blocks, methods, baseline, budget, one, other, prepend_bos)
+                found += [run.relevance(name, against, each, bar.update) for name in targets for each in methods]
+    return found if any(several) else found[0]
+
+
+class _Run:
+    """One prompt's runs, and what is explained of them."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        blocks: Blocks,
+        methods: Sequence[Method],
+        baseline: str | None,
+        budget: Budget,
+        prompt: Any,
+        corrupted: Any,
+        prepend_bos: bool | None,
+    ) -> None:
+        self.model, self.budget, self.baseline = model, budget, None
+        self.inputs, second = read_pair(model, prompt, corrupted, prepend_bos)
+        needs_start = any(one.needs_start for one in methods)
+        if second is not None:
+            self.baseline = "corrupted"
+        elif needs_start:
+            self.baseline, second = reference_of(model, self.inputs, baseline)
+        if second is not None and needs_start:
+            check_different(self.inputs, second)
+        heads = any(one.needs_heads for one in methods)
+        needs = Needs(
+            heads, formula=False, messages=heads, without_heads="take a method that needs no attention, such as 'ig'."
+        )
+        recording = blocks.record(self.inputs, needs, whole=True)
+        self.values: Mapping[int, Values] = recording.visited
+        self.forward: Forward = recording.whole
+        self.second: Inputs | None = second
+        self.start: Mapping[int, Values] | None = None
+        self.start_forward: Forward | None = None
+        if second is not None:
+            started = blocks.record(second, Needs(heads=False, formula=False), whole=True)
+            self.start, self.start_forward = started.visited, started.whole
+        self._explained: dict[str, Explained] = {}
+
+    def explained(self, target: Any, against: Any) -> Explained:
+        """The number that a target stands for, on this prompt."""
+        with torch.no_grad():
+            ready = as_metric(self.model, self.forward.output, target, against).on(self.model, self.forward.output)
+            if ready.name not in self._explained:
+                start = None if self.start_forward is None else float(ready(self.start_forward.output))
+                down = Downstream(self.forward, ready, float(ready(self.forward.output)), start)
+                self._explained[ready.name] = Explained(self.inputs, self.values, self.start, down, self.budget)
+            return self._explained[ready.name]
+
+    def relevance(self, target: Any, against: Any, method: Method, advance: Any) -> Relevance:
+        """Explain it by one method."""
+        what = self.explained(target, against)
+        answer = method.explain(what, advance)
+        return Relevance(
+            **vars(answer),
+            tokens=self.inputs.tokens,
+            special=self.inputs.special,
+            layers=what.layers,
+            method=method.name,
+            target=shown_class(self.model, what.down.metric.name),
+            value=what.down.clean,
+            reference=what.down.corrupted if method.needs_start else None,
+            model_name=model_name(self.model),
+            settings=self._settings(method),
+        )
+
+    def _settings(self, method: Method) -> dict[str, Any]:
+        kept = self.inputs.kept_as
+        return {
+            "method": method.name,
+            "parameters": method.record(),
+            "baseline": self.baseline if method.needs_start else None,
+            "tol": self.budget.tol,
+            "max_nodes": self.budget.max_nodes,
+            kept: self.inputs.record(),
+            f"corrupted_{kept}": None if self.second is None or not method.needs_start else self.second.record(),
+            "model": describe_processing(self.model),
+            "versions": {
+                "lig_lens": __version__,
+                **{name: importlib.metadata.version(name) for name in ("transformer_lens", "torch")},
+            },
+        }
+
+
+def _method(given: Any, parameters: dict[str, Any]) -> Method:
+    if isinstance(given, Method):
+        if parameters:
+            raise InputError(f"{next(iter(parameters))} is given beside a method that is an object: set it there.")
+        return given
+    if not isinstance(given, str):
+        raise InputError(f"method={given!r}: give one of {', '.join(METHODS.names())}, or a Method.")
+    return made(METHODS.home(given), parameters)
+
+
+def _budget(tol: float, max_nodes: int, max_batch_tokens: int) -> Budget:
+    from_settings = {"tol": tol, "max_nodes": max_nodes, "max_batch_tokens": max_batch_tokens}
+    if not 0 < float(tol) < 1:
+        raise InputError(f"tol={tol!r} is not between 0 and 1: it is a relative gap, such as 1e-3.")
+    return Budget(**from_settings)  # type: ignore[arg-type]
