@@ -1,7 +1,9 @@
 """One number of a model's output on one prompt, and what methods that explain it ask about."""
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +28,12 @@ class Gradients:
     Attributes:
         z: at the head outputs, by layer [pos head d_head]; without those of blocks that have no separable heads.
         resid: at the residual vectors that enter each block, and at those that leave the last.
+        output: at what the model puts out.
     """
 
     z: Mapping[int, Float[Tensor, "pos head d_head"]]
     resid: Float[Tensor, "boundary pos d_model"]
+    output: Float[Tensor, "1 *rest"]
 
 
 class Explained:
@@ -106,6 +110,17 @@ class Explained:
     @functools.cached_property
     def gradients(self) -> Gradients:
         """Gradients at the prompt itself."""
+        return self.backward(contextlib.nullcontext())
+
+    def backward(
+        self, rules: AbstractContextManager[object], passed: Callable[[int], object] = lambda _boundary: None
+    ) -> Gradients:
+        """One backward pass at the prompt itself.
+
+        Args:
+            rules: entered while the model runs, so that it can change what gradients are.
+            passed: told of every boundary that the run has come to, before what follows it runs.
+        """
         forward, first, leaves = self.down.forward, self.values[self.layers[0]].call, dict[Any, Tensor]()
 
         def added(key: Any, value: Tensor) -> Tensor:
@@ -114,6 +129,7 @@ class Explained:
             return value + leaves[key]
 
         def behind_block(layer: int, output: Any) -> Any:
+            passed(layer + 1)
             return with_first_tensor(output, added(layer + 1, first_tensor(output)))
 
         resid = first.resid_pre[None].detach().requires_grad_()
@@ -126,7 +142,10 @@ class Explained:
             pairs.append((block, lambda _m, _a, output, layer=layer: behind_block(layer, output), False))
         metric = self.down.metric
         with torch.enable_grad(), module_hooks([]):
-            value = metric.checked(metric(forward.onward(first.layer, resid, pairs)))
+            with rules:
+                passed(first.layer)
+                output = added("output", forward.onward(first.layer, resid, pairs))
+            value = metric.checked(metric(output))
             leaves[first.layer] = resid
             grads = torch.autograd.grad(value.sum(), list(leaves.values()), materialize_grads=True)
         metric.check_gradient(*grads)
@@ -137,7 +156,7 @@ class Explained:
             for layer, values in self.values.items()
             if values.attention is not None
         }
-        return Gradients(z, boundaries)
+        return Gradients(z, boundaries, found["output"])
 
     @functools.cached_property
     def pattern_gradients(self) -> Float[Tensor, "layer head src dst"]:
