@@ -15,6 +15,7 @@ METHODS = Registry(
     chefer=Entry("lig_lens.relevance.chefer:Chefer"),
     chefer_cvpr=Entry("lig_lens.relevance.chefer_cvpr:CheferCvpr"),
     attn_lrp=Entry("lig_lens.relevance.attn_lrp:AttnLrp"),
+    decompx=Entry("lig_lens.relevance.decompx:DecompX"),
     rollout=Entry("lig_lens.relevance.rollout:Rollout"),
     flow=Entry("lig_lens.relevance.flow:Flow"),
     attention=Entry("lig_lens.relevance.attention:Attention"),
