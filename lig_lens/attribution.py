@@ -159,6 +159,12 @@ def attribute(
         return flows if is_batch(prompt, stack.stream) else flows[0]
 
 
+def flow_of(stack: Stack, inputs: Inputs, settings: Settings) -> Flow:
+    """What `attribute` gives for a prompt that was read before, at all blocks and destinations."""
+    run = _Run(stack, settings, tuple(range(len(stack))))
+    return run.flow(run.prepare(inputs, None, tuple(range(len(inputs.dst_tokens)))), None, "lig_lens")
+
+
 class _Run:
     """One call of `attribute`: a model, what is asked of it, and its blocks."""
 

@@ -138,8 +138,8 @@ class Rules(TorchFunctionMode, ABC):
     def unknown(self, name: str) -> InputError:
         """The error for something without a rule."""
         return InputError(
-            f"method={self.method!r} has no rule for {name!r}, which this model calls on its activations: take a method "
-            "that needs none, such as 'ig' or 'ca_lig'."
+            f"method={self.method!r} has no rule for {name!r}, which this model calls on its activations: take a "
+            "method that needs none, such as 'ig' or 'ca_lig'."
         )
 
     def _zeroed(self, value: Any) -> Any:
