@@ -33,7 +33,8 @@ class Decomposition(Rules):
     def start(self, resid: Float[Tensor, "pos d_model"]) -> Float[Tensor, "item pos d_model"]:
         """The batch of a prompt's residual vectors, each being the part of its own position."""
         alone = torch.eye(len(resid)).to(resid)[:, :, None] * resid
-        return self._marked(torch.cat([resid[None], alone, torch.zeros_like(resid)[None]]))
+        batch: Tensor = self._marked(torch.cat([resid[None], alone, torch.zeros_like(resid)[None]]))
+        return batch
 
     def attention_hooks(self, values: Values) -> list[tuple[nn.Module, Any, bool]]:
         """Torch hooks by which it is seen that attention runs: its biases are shared behind the skip connection."""
@@ -69,7 +70,8 @@ class Decomposition(Rules):
         """See the base class: it is the prompt's alone, and of no use but to a softmax."""
         items = self._items(output).clone()
         items[1:] = torch.nan
-        return self._marked(items.reshape(output.shape))
+        batch: Tensor = self._marked(items.reshape(output.shape))
+        return batch
 
     def held(self, output: Tensor) -> Tensor:
         """See the base class."""
@@ -98,7 +100,8 @@ class Decomposition(Rules):
             total = weight.sum(0, keepdim=True)
             weight = torch.where(total > 0, weight / total, 1 / len(own))
             own = own + weight * constant
-        return self._marked(torch.cat([whole[None], own, late[None]]).reshape(like.shape))
+        batch: Tensor = self._marked(torch.cat([whole[None], own, late[None]]).reshape(like.shape))
+        return batch
 
     def _items(self, batch: Tensor) -> Tensor:
         if batch.ndim == 0 or len(batch) % self.n_items:

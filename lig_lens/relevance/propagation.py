@@ -53,13 +53,13 @@ class Propagation(Rules):
             share = torch.where(gradient == 0, 0.0, gradient * constant)  # a mask may be -inf
             self.kept[stage] = self.kept.get(stage, 0.0) + float(share.double().sum())
 
-        output.register_hook(count)
+        _on_gradient(output, count)
         return output
 
     def product(self, output: Tensor) -> Tensor:
         """See the base class."""
         if self.refuse_products:
-            output.register_hook(self._refuse)
+            _on_gradient(output, self._refuse)
         return output / 2 + (output / 2).detach()
 
     def _refuse(self, _gradient: Tensor) -> None:
@@ -88,3 +88,7 @@ class Propagation(Rules):
     def _as(self, value: Tensor, linear: Tensor) -> Tensor:
         """A value with the gradient of something else, to which a constant is added."""
         return self.shifted(value.detach() + (linear - linear.detach()), value - linear.detach())
+
+
+def _on_gradient(output: Tensor, hook: Callable[[Tensor], None]) -> None:
+    output.register_hook(hook)  # type: ignore[no-untyped-call]
