@@ -13,6 +13,8 @@ import torch
 from checkpoints import GQA, IDS, saved
 from class_oracle import KINDS, ClassOracle
 from lrp_oracle import decomposed, explicit
+from tiny_hooked import has_hooked_transformer, tiny_hooked
+from tiny_models import tiny_bridge
 from torch import Tensor, nn
 
 import lig_lens as ll
@@ -215,6 +217,22 @@ def test_lig_follows_shares_of_flows(case: Case) -> None:
         assert found.rolled is not None
         close(found.rolled[layer], relevance, 1e-4)
     assert abs(float(found.scores.double().sum()) - 1) <= 1e-4
+
+
+HOOKED = ["gpt2", "llama", "neox"] if has_hooked_transformer() else []
+
+
+@pytest.mark.parametrize("method", ["attn_lrp", "decompx", "chefer_cvpr"])
+@pytest.mark.parametrize("kind", HOOKED)
+def test_hooked_transformers_compute_otherwise_and_give_the_same(kind: str, method: str) -> None:
+    # Their activations are plain functions, their norms and the order of their sums their own.
+    if (kind, method) == ("llama", "decompx"):
+        method = "alti"
+    found = [
+        ll.explain_class(model, torch.tensor(IDS), target=3, method=method, progress=False).scores
+        for model in (tiny_hooked(kind), tiny_bridge(kind))
+    ]
+    close(found[0], found[1].double(), 2e-5)
 
 
 def test_what_has_no_rule_is_named(tmp_path: Path) -> None:

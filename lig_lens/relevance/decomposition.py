@@ -7,7 +7,7 @@ the absolute value of the dot product of a part with it. So parts add up to the 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from lig_lens.blocks.values import Values
 from lig_lens.errors import BoundaryError
+from lig_lens.models.running import first_tensor, with_first_tensor
 from lig_lens.relevance.explained import Explained
 from lig_lens.relevance.rules import Norm, Rules, slope
 
+T = TypeVar("T")
 _MARK = "_lig_lens_parts"
 
 
@@ -33,19 +35,26 @@ class Decomposition(Rules):
     def start(self, resid: Float[Tensor, "pos d_model"]) -> Float[Tensor, "item pos d_model"]:
         """The batch of a prompt's residual vectors, each being the part of its own position."""
         alone = torch.eye(len(resid)).to(resid)[:, :, None] * resid
-        batch: Tensor = self._marked(torch.cat([resid[None], alone, torch.zeros_like(resid)[None]]))
-        return batch
+        return self._marked(torch.cat([resid[None], alone, torch.zeros_like(resid)[None]]))
 
     def attention_hooks(self, values: Values) -> list[tuple[nn.Module, Any, bool]]:
-        """Torch hooks by which it is seen that attention runs: its biases are shared behind the skip connection."""
+        """Torch hooks by which it is seen that attention runs: its biases are put off while it does.
+
+        They are shared behind the skip connection, or, where more than attention's output joins that, among the parts
+        of this output.
+        """
+        modules, joins = values.call.modules, values.block.boundaries.layout in ("post_ln", "pre_ln")
 
         def before(*_: Any) -> None:
             self.in_attention = True
 
-        def after(*_: Any) -> None:
+        def after(_module: Any, _args: Any, output: Any) -> Any:
             self.in_attention = False
+            if joins:
+                return None
+            with self.aside():
+                return with_first_tensor(output, self._shared(first_tensor(output)))
 
-        modules = values.call.modules
         return [(modules["attn"], before, True), (modules[values.heads.nodes.attn_out_path], after, False)]
 
     def is_hot(self, value: Tensor) -> bool:
@@ -55,10 +64,7 @@ class Decomposition(Rules):
     def passed(self, name: str, output: Any, n_hot: int) -> Any:
         """See the base class."""
         if name in ("add", "iadd") and n_hot == 2 and not self.in_attention:
-            items = self._items(output)
-            if bool((items[-1] != 0).any()):
-                whole, late = items[0], items[-1]
-                return self._batch(output, whole, items - late * _last(self.n_items, items), late)
+            return self._shared(output)
         return self._marked(output)
 
     def shifted(self, output: Tensor, constant: Tensor) -> Tensor:
@@ -70,8 +76,7 @@ class Decomposition(Rules):
         """See the base class: it is the prompt's alone, and of no use but to a softmax."""
         items = self._items(output).clone()
         items[1:] = torch.nan
-        batch: Tensor = self._marked(items.reshape(output.shape))
-        return batch
+        return self._marked(items.reshape(output.shape))
 
     def held(self, output: Tensor) -> Tensor:
         """See the base class."""
@@ -90,6 +95,14 @@ class Decomposition(Rules):
         parts, whole = self._items(norm.over(x, self.held(norm.divisor(x)))), self._items(value)[0]
         return self._batch(value, whole, parts, whole - parts[0])
 
+    def _shared(self, output: Tensor) -> Tensor:
+        """With what was put off shared among the parts."""
+        items = self._items(output)
+        if not bool((items[-1] != 0).any()):
+            return self._marked(output)
+        parts = torch.cat([items[:-1], torch.zeros_like(items[-1:])])
+        return self._batch(output, items[0], parts, items[-1])
+
     def _batch(self, like: Tensor, whole: Tensor, parts: Tensor, constant: Tensor) -> Tensor:
         """A batch of the prompt's vectors and parts, once a constant is shared, or is put off."""
         own, late = parts[1:-1], parts[-1]
@@ -100,26 +113,18 @@ class Decomposition(Rules):
             total = weight.sum(0, keepdim=True)
             weight = torch.where(total > 0, weight / total, 1 / len(own))
             own = own + weight * constant
-        batch: Tensor = self._marked(torch.cat([whole[None], own, late[None]]).reshape(like.shape))
-        return batch
+        return self._marked(torch.cat([whole[None], own, late[None]]).reshape(like.shape))
 
     def _items(self, batch: Tensor) -> Tensor:
         if batch.ndim == 0 or len(batch) % self.n_items:
             raise self.unknown(f"a batch of {list(batch.shape)}")
         return batch.reshape(self.n_items, -1, *batch.shape[1:])
 
-    def _marked(self, output: Any) -> Any:
+    def _marked(self, output: T) -> T:
         for one in output if isinstance(output, (tuple, list)) else [output]:
             if isinstance(one, Tensor) and one.is_floating_point():
                 setattr(one, _MARK, True)
         return output
-
-
-def _last(n_items: int, like: Tensor) -> Tensor:
-    """1 for the last item of a batch, 0 for the others."""
-    one = torch.zeros(n_items).to(like)
-    one[-1] = 1
-    return one.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def decompose(what: Explained, method: str) -> tuple[Float[Tensor, "pos"], float]:

@@ -7,7 +7,7 @@ block up to the logits of the head:
 - norms: the mean of each part is taken off, and what divides is that of the whole (eq. 5);
 - feed-forward layers, pooler: the slope of the activation is f(x) / x of the whole (eq. 9);
 - biases: `absdot` shares each among the parts by the absolute value of its dot product with them, those of attention
-  behind the skip connection (appendix; what the paper's figures are made with); `apart` shares none.
+  behind the skip connection, as the released code does by default; `apart` shares none.
 
 With biases apart all this is linear, so that a position's score is its vector times what one backward pass brings, with
 pattern, divisors and slopes held: that is how it is computed, and then there is `token` at every boundary, with what
@@ -15,8 +15,10 @@ it adds up to, as in `attn_lrp`. Shared biases need the parts themselves: as man
 positions, in one batch; their scores add up to the number itself.
 
 Sign and unit are the logit's. A model whose feed-forward layers multiply activations (gates: Llama, Gemma) is refused,
-as the paper knows no such product; encoders and decoders without gates, of any order of norms, are served. The released
-code lets the value bias of the first block go where attention takes it from; here it is shared like all others.
+as the paper knows no such product; encoders and decoders without gates, of any order of norms, are served. Where more
+than attention's output joins the skip connection (GPT-NeoX), attention's biases are shared among the parts of its
+output. The released code lets the value bias of the first block go where attention takes it from; here it is shared
+like all others.
 """
 
 from dataclasses import dataclass

@@ -149,6 +149,15 @@ class Rules(TorchFunctionMode, ABC):
         return type(value)(map(self._zeroed, value)) if isinstance(value, (tuple, list)) else value
 
     @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Compute something that rules are not about."""
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+    @contextlib.contextmanager
     def over(self, model: nn.Module) -> Iterator[None]:
         """Be entered, with modules that are one function of single numbers taken whole, however they compute it.
 
@@ -166,12 +175,9 @@ class Rules(TorchFunctionMode, ABC):
             self._inside -= 1
             if self._inside or output is args[0] or not isinstance(output, Tensor):
                 return None
-            self._inside += 1
-            try:
+            with self.aside():
                 if is_single(module.forward, args[0], output):
                     return self.single(module.forward, args[0])
-            finally:
-                self._inside -= 1
             return module.forward(args[0])
 
         with _functions_as_modules(model), register_module_forward_pre_hook(before):
