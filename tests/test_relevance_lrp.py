@@ -334,3 +334,6 @@ def test_functions_of_single_numbers_are_taken_whole_however_they_are_made() -> 
     gate, other, x = Gated(), Sorted(), _numbers(3, 4)
     torch.testing.assert_close(_relevance(gate, x)[0], x * x.sigmoid())
     torch.testing.assert_close(_relevance(other, x)[0], 2 * x)
+    # Of one row it does not matter in which order its numbers stand.
+    row = x[:1]
+    torch.testing.assert_close(_relevance(nn.Softmax(-1), row)[0], _relevance(lambda x: x.softmax(-1), row)[0])

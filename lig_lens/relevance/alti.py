@@ -1,11 +1,11 @@
 """ALTI (Ferrando et al., EMNLP 2022, "Measuring the Mixing of Contextual Information in the Transformer").
 
-Attention with the skip connection and, behind it, the norm is a sum of vectors, one for each source (eq. 6 to 9):
+Attention with the skip connection and, behind it, the norm is a sum of vectors, one for each source:
 
     y_j = sum_i T_j(x_i) + bias,       T_j(x_i) = L(sum_h p_ji v_i W_O + [i = j] x_i),
 
-L being the norm with what it divides by held. A source contributes as much as it brings the sum of vectors nearer to y
-(eq. 11 and 12), and columns are brought to a sum of 1:
+L being the norm with what it divides by held. A source contributes as much as it brings the sum of vectors nearer to y,
+and columns are brought to a sum of 1:
 
     c_ji = max(0, ||y_j||_1 - ||y_j - T_j(x_i)||_1),       C = C_1 C_2 ... C_L  (as [src, dst]),
 

@@ -4,10 +4,11 @@ Relevance goes back from the class's logit by one rule for each kind of function
 times input of a model in which some parts are held (`propagation.py`):
 
 - linear maps: the epsilon rule (eq. 8) with an epsilon of 0; biases keep their part;
-- softmax: its Taylor expansion (eq. 13), `R_x = x (R_s - s sum R_s)`, which is its gradient; what the expansion's
-  constant stands for is kept. `softmax="held"` hands all on to the values instead: CP-LRP (Ali et al. 2022), which the
-  paper compares with;
-- products of two activations, softmax times values, queries times keys, gate times up: half to each (eq. 15);
+- softmax: its Taylor expansion (proposition 3.1), `R_x = x (R_s - s sum R_s)`, which is its gradient; what the
+  expansion's constant stands for is kept. `softmax="held"` hands all on to the values instead: CP-LRP (Ali et al.
+  2022), which the paper compares with. Its authors' package lxt holds gates as well then; here they share;
+- products of two activations, softmax times values, queries times keys, gate times up: half to each (eq. 7,
+  propositions 3.2 and 3.3);
 - functions of single numbers: all to the input (eq. 9);
 - norms: all to the input, what divides being held (proposition 3.4).
 

@@ -1,6 +1,6 @@
 """Chefer, Gur and Wolf, CVPR 2021: "Transformer Interpretability Beyond Attention Visualization".
 
-With `dF/dA` the class's gradient at a block's attention and `R_A` the relevance of that attention (eq. 13 and 14):
+With `dF/dA` the class's gradient at a block's attention and `R_A` the relevance of that attention:
 
     A' = I + E_h((dF/dA * R_A)^+),       R = A'_1 A'_2 ... A'_L   (with A' as [src, dst]),
 

@@ -3,9 +3,9 @@
 Every vector of the model is held as a sum of parts, one for each position that it came from, and parts go on block by
 block up to the logits of the head:
 
-- attention: `x_{i<-k} -> sum_j p_ij x_{j<-k} W_V W_O + x_{i<-k}`, the pattern being what it is (eq. 4);
-- norms: the mean of each part is taken off, and what divides is that of the whole (eq. 5);
-- feed-forward layers, pooler: the slope of the activation is f(x) / x of the whole (eq. 9);
+- attention: `x_{i<-k} -> sum_j p_ij x_{j<-k} W_V W_O + x_{i<-k}`, the pattern being what it is;
+- norms: the mean of each part is taken off, and what divides is that of the whole;
+- feed-forward layers, pooler: the slope of the activation is f(x) / x of the whole;
 - biases: `absdot` shares each among the parts by the absolute value of its dot product with them, those of attention
   behind the skip connection, as the released code does by default; `apart` shares none.
 

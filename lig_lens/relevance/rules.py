@@ -108,11 +108,9 @@ class Rules(TorchFunctionMode, ABC):
         if name in _LINEAR or (name in _QUOTIENTS and first is not None):
             return self.passed(name, func(*args, **kwargs), len(hot))
         if name in _AFFINE and not (name in _MAPS and len(hot) > 1):
-            empty = self._zeroed(args), {key: self._zeroed(value) for key, value in kwargs.items()}
-            with torch.no_grad():  # before the call, which may work in place
-                constant = func(*empty[0], **empty[1])
+            constant = self._constant(name, func, args, kwargs)  # before the call, which may work in place
             output = self.passed(name, func(*args, **kwargs), len(hot))
-            return self.shifted(output, constant) if bool((constant != 0).any()) else output
+            return output if constant is None else self.shifted(output, constant.expand(output.shape))
         if name in _PRODUCTS and len(hot) <= 2:
             output = func(*args, **kwargs)
             return self.product(output) if len(hot) == 2 else self.passed(name, output, 1)
@@ -141,6 +139,16 @@ class Rules(TorchFunctionMode, ABC):
             f"method={self.method!r} has no rule for {name!r}, which this model calls on its activations: take a "
             "method that needs none, such as 'ig' or 'ca_lig'."
         )
+
+    def _constant(self, name: str, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """What an affine function makes of no activations; None for nothing."""
+        if name == "linear":
+            found = args[2] if len(args) > 2 else kwargs.get("bias")
+        else:
+            empty = self._zeroed(args), {key: self._zeroed(value) for key, value in kwargs.items()}
+            with torch.no_grad():
+                found = func(*empty[0], **empty[1])
+        return found if found is not None and bool((found != 0).any()) else None
 
     def _zeroed(self, value: Any) -> Any:
         """An argument with nothing in its activations; others are copies, which may be written to."""
@@ -192,12 +200,15 @@ class Rules(TorchFunctionMode, ABC):
 
 def is_single(func: Callable[[Tensor], Any], x: Tensor, output: Tensor) -> bool:
     """Whether each number of an output comes from the number in its place: it then goes where that goes."""
-    if output.shape != x.shape:
+    if output.shape != x.shape or x.ndim == 0:
         return False
     with torch.no_grad():
-        order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0)).to(x.device)
-        moved = func(x.flatten()[order].reshape(x.shape))
-        return bool(torch.equal(moved.flatten(), output.flatten()[order]))
+        item, generator = x[:1], torch.Generator().manual_seed(0)
+        order = torch.randperm(item.numel(), generator=generator).to(x.device)
+        kept = (torch.rand(item.numel(), generator=generator) < 0.5).to(x.device)
+        moved = item.flatten()[order]  # to other places, between other numbers
+        given = func(torch.where(kept, moved, 1 - 2 * moved).reshape(item.shape)).flatten()
+        return torch.allclose(given[kept], output[:1].flatten()[order][kept], rtol=1e-5, atol=1e-7)
 
 
 class _Function(nn.Module):
