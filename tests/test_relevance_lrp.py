@@ -10,6 +10,7 @@ from typing import Any
 import image_models
 import pytest
 import torch
+import transformers
 from checkpoints import GQA, IDS, saved
 from class_oracle import KINDS, ClassOracle
 from lrp_oracle import decomposed, explicit
@@ -233,6 +234,24 @@ def test_hooked_transformers_compute_otherwise_and_give_the_same(kind: str, meth
         for model in (tiny_hooked(kind), tiny_bridge(kind))
     ]
     close(found[0], found[1].double(), 2e-5)
+
+
+@pytest.mark.parametrize("method", ["attn_lrp", "chefer_cvpr", "decompx", "alti", "lig"])
+def test_half_precision_is_computed_in_float32(method: str, tmp_path: Path) -> None:
+    saved("BertForSequenceClassification", tmp_path, **KINDS["BertForSequenceClassification"])
+    half = ll.load_model(str(tmp_path), device="cpu", dtype=torch.bfloat16)
+    with torch.no_grad():
+        plain = transformers.BertForSequenceClassification.from_pretrained(tmp_path)
+        for weight in plain.parameters():
+            weight.copy_(weight.bfloat16().float())
+    plain.save_pretrained(tmp_path)
+    full = ll.load_model(str(tmp_path), device="cpu")
+    found, wanted = (
+        ll.explain_class(model, torch.tensor(IDS), target=CLASS, method=method, progress=False)
+        for model in (half, full)
+    )
+    # Embeddings are made in half precision.
+    close(found.scores, wanted.scores.double(), 0.02)
 
 
 def test_what_has_no_rule_is_named(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lig_lens.blocks.values import Values
 from lig_lens.errors import InputError
+from lig_lens.models.running import prepared
 from lig_lens.relevance.explained import Explained
 from lig_lens.relevance.follow import follow
 from lig_lens.relevance.method import Advance, Answer, Method
@@ -59,7 +60,8 @@ class Alti(Method):
         whole = x + heads.attn_out(heads.z, 1.0)
         if layout == "post_ln":
             norm = values.call.modules[_first_norm(values)]
-            whole, parts = through(norm, whole, parts, self.name)
+            with prepared(what.down.forward.stack.model, norm):
+                whole, parts = through(norm, whole, parts, self.name)
         nearer = (whole.abs().sum(-1) - (whole - parts).abs().sum(-1)).clamp(min=0)
         total = nearer.sum(0)
         return torch.where(total > 0, nearer / total, torch.eye(len(x)).to(nearer))

@@ -47,7 +47,8 @@ class Relevance:
         attention: what each edge of attention is worth, source before destination (TransformerLens' patterns have the
             destination first).
         fused: what of the relevance at a destination, behind a block, goes to a source before it.
-        total: what `token` has to add up to at each boundary: the change of the number along the path.
+        total: what `token` has to add up to at each boundary: the change of the number along the path, or, of methods
+            that propagate, the number less what biases and the like keep behind the boundary.
         gap: how far it is from that, relative.
         converged: whether gap and estimated errors are within the tolerance.
 
