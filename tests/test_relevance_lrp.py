@@ -83,6 +83,34 @@ def test_what_biases_keep_is_all_that_is_missing(case: Case, softmax: str) -> No
     assert keeps <= 1e-5 if case.kind.startswith("Llama") and softmax == "held" else keeps > 1e-3
 
 
+def test_what_no_rule_sees_is_said(case: Case) -> None:
+    class Hidden(torch.autograd.Function):
+        """A norm of which nothing is known but its gradient, as with a kernel of one's own."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x / x.norm(dim=-1, keepdim=True)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            size = x.norm(dim=-1, keepdim=True)
+            unit = x / size
+            return (gradient - unit * (unit * gradient).sum(-1, keepdim=True)) / size
+
+    block = case.model.blocks[0]
+    hook = block.register_forward_hook(
+        lambda _module, _args, out: (Hidden.apply(out[0]), *out[1:]) if isinstance(out, tuple) else Hidden.apply(out)
+    )
+    try:
+        with pytest.warns(ll.ConvergenceWarning, match="a way that no rule sees"):
+            found = case.explain("attn_lrp")
+    finally:
+        hook.remove()
+    assert found.converged is not None and found.converged.tolist() == [False, True, True]
+
+
 @pytest.fixture
 def lxt(monkeypatch: pytest.MonkeyPatch) -> Any:
     """LRP's own rules. Its entry does not import with transformers 5: its copy of BERT wants what is there no more."""

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from lig_lens.errors import ConvergenceWarning, warn_caller
 from lig_lens.relevance.explained import Explained, pattern_gradient
 from lig_lens.relevance.propagation import Propagation
 
@@ -20,13 +21,15 @@ class Propagated:
         edges: relevance of the messages `p_ji v_i` that make up head outputs.
         total: what `token` adds up to at each boundary, if the rules hold: the relevance of the output, less what
             biases, embeddings that are added and the like keep behind that boundary.
-        gap: how far the sums are from that, relative to the largest part.
+        gap: how far the sums are from that, relative to the largest of them.
+        converged: whether gaps are within the tolerance.
     """
 
     token: Float[Tensor, "boundary pos"]
     edges: Float[Tensor, "layer head src dst"]
     total: Float[Tensor, "boundary"]
     gap: Float[Tensor, "boundary"]
+    converged: Bool[Tensor, "boundary"]
 
     def answer(self) -> dict[str, Any]:
         """The fields of an `Answer` that it fills in."""
@@ -38,11 +41,19 @@ class Propagated:
             "boundaries": tuple(range(last)),
             "total": self.total,
             "gap": self.gap,
+            "converged": self.converged,
         }
 
 
 def propagate(what: Explained, rules: Propagation) -> Propagated:
-    """Hand relevance back from the number that is explained, each block's to its inputs."""
+    """Hand relevance back from the number that is explained, each block's to its inputs.
+
+    Raises:
+        InputError: the model calls something on its activations that has no rule.
+
+    Warns:
+        ConvergenceWarning: relevance does not add up to what it has to.
+    """
 
     def passed(boundary: int) -> None:
         rules.stage = boundary
@@ -56,4 +67,12 @@ def propagate(what: Explained, rules: Propagation) -> Propagated:
     start = float((what.down.forward.output * found.output).double().sum())
     total = start - kept.flip(0).cumsum(0).flip(0)
     size = max(abs(start), float(total.abs().max()), torch.finfo(torch.float64).tiny)
-    return Propagated(token, edges, total, (token.double().sum(-1).cpu() - total).abs() / size)
+    gap = (token.double().sum(-1).cpu() - total).abs() / size
+    converged = gap <= what.budget.tol
+    if not bool(converged.all()):
+        warn_caller(
+            f"Relevance by {rules.method!r} misses what it has to add up to by {float(gap.max()):.1e}: the model "
+            "computes something in a way that no rule sees, such as a kernel of its own. Use method='ig' or 'ca_lig'.",
+            ConvergenceWarning,
+        )
+    return Propagated(token, edges, total, gap, converged)
