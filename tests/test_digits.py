@@ -2,7 +2,9 @@
 
 import math
 import re
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +114,14 @@ def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(MissingPackageError, match=r"needs the package 'scikit-learn'.*pip install scikit-learn"):
         ll.digit_images()
+
+
+@pytest.mark.program
+def test_it_can_be_trained_again(held_out: Any, tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "training" / "digits.py"
+    few = ["--filling", "1", "--naming", "1", "--layers", "1", "--width", "16", "--patch", "4", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, script, *few], check=True, timeout=300, capture_output=True, text=True)
+    assert re.search(r"held out: \d+ of 397 right, [\d.]+% \(95 % interval", done.stdout)
+    trained = ll.load_model(tmp_path)
+    read = read_image(trained, Image.new("L", (8, 8)))
+    assert trained(read.values).shape == (1, 10) and len(read.tokens) == 5 and read.look is not None
