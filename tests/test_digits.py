@@ -55,7 +55,7 @@ def test_it_is_small() -> None:
 def test_what_the_readme_claims_is_so(model: Any, held_out: Any) -> None:
     text = (FOLDER / "README.md").read_text()
     ((right, n, low, high),) = re.findall(
-        r"(\d+) of the (\d+) .*?\(95 % interval ([\d.]+) % to ([\d.]+) %\)", text, re.S
+        r"(\d+) of the (\d+) .*?\(95 % interval ([\d.]+) % to ([\d.]+) %;", text, re.S
     )
     assert int(n) == len(held_out)
     pixels, labels = torch.stack([one.pixels for one in held_out]), torch.tensor([one.label for one in held_out])
