@@ -120,7 +120,7 @@ def read(split: str) -> tuple[Float[Tensor, "image 1 height width"], Int[Tensor,
 
 
 def main(
-    patch: Annotated[int, typer.Option(help="Pixels along a patch.")] = 1,
+    patch: Annotated[int, typer.Option(help="Pixels along a patch.")] = 2,
     width: Annotated[int, typer.Option(help="Size of the residual stream.")] = 64,
     layers: Annotated[int, typer.Option(help="Of the encoder.")] = 4,
     heads: Annotated[int, typer.Option(help="Of each layer.")] = 4,
