@@ -58,7 +58,7 @@ def test_blurring_keeps_the_mean_and_ends_at_it() -> None:
 def test_mean_zero_and_black_by_hand() -> None:
     look = (torch.tensor([0.5, 0.25]), torch.tensor([0.5, 0.125]))
     image = read([[[1.0, 3.0], [5.0, 7.0]], [[0.0, 0.0], [0.0, -2.0]]], look)
-    for name, colour in {"mean": (4.0, -0.5), "zero": (0.0, 0.0), "black": (-1.0, -2.0)}.items():
+    for name, colour in {"mean": (4.0, -0.5), "zero_pixels": (0.0, 0.0), "black": (-1.0, -2.0)}.items():
         found = image_reference(image, name)
         expected = torch.tensor(colour).reshape(1, 2, 1, 1).expand(1, 2, 2, 2)
         torch.testing.assert_close(found.values, expected, rtol=0, atol=0)
@@ -96,13 +96,13 @@ def test_a_path_starts_at_a_reference(classifier: Any) -> None:
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("blured", {}, "Unknown baseline of images 'blured': use one of 'blurred', 'mean', 'zero', 'black'. Did you"),
+        ("blured", {}, "Unknown baseline of images 'blured': use one of 'blurred', 'mean', 'zero_pixels', 'black'."),
         ("mean", {"strength": 0.1}, "The baseline 'mean' has no option 'strength': leave it out, it has no options."),
         ("blurred", {"sigma": 2}, "The baseline 'blurred' has no option 'sigma': give strength."),
         ("blurred", {"strength": 0}, r"blurred: strength=0.0: give a number above 0, such as 0.25, up to 4."),
         ("blurred", {"strength": 4.5}, r"blurred: strength=4.5: give a number above 0, such as 0.25, up to 4."),
         ("blurred", {"strength": "much"}, r"blurred: strength='much': give a finite number."),
-        ("black", {}, "no image processor of this model says so: take 'mean', 'blurred' or 'zero', or give an image"),
+        ("black", {}, "no image processor of this model says so: take 'mean', 'blurred' or 'zero_pixels', or give"),
     ],
 )
 def test_what_cannot_be_used_is_said(name: str, options: dict[str, Any], message: str) -> None:

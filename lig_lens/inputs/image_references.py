@@ -68,7 +68,7 @@ def mean(image: Pixels) -> Pixels:
     return _with(image, image.values.double().mean((2, 3), keepdim=True))
 
 
-def zero(image: Pixels) -> Pixels:
+def zero_pixels(image: Pixels) -> Pixels:
     """Pixel values of 0 as the model takes them: the colour that its image processor takes off, often a grey."""
     return _with(image, torch.zeros_like(image.values))
 
@@ -82,7 +82,7 @@ def black(image: Pixels) -> Pixels:
     if image.look is None:
         raise InputError(
             "The baseline 'black' needs to know which pixel values are black, and no image processor of this model "
-            "says so: take 'mean', 'blurred' or 'zero', or give an image of your own."
+            "says so: take 'mean', 'blurred' or 'zero_pixels', or give an image of your own."
         )
     taken_off, divided_by = (one.double().reshape(1, -1, 1, 1).to(image.values.device) for one in image.look)
     return _with(image, -taken_off / divided_by)
@@ -109,5 +109,5 @@ def _gaussian(side: int, sigma: float) -> Float[Tensor, "side side"]:
 
 
 IMAGE_REFERENCES: Registry[Entry] = Registry(
-    "baseline of images", blurred=Entry(blurred), mean=Entry(mean), zero=Entry(zero), black=Entry(black)
+    "baseline of images", blurred=Entry(blurred), mean=Entry(mean), zero_pixels=Entry(zero_pixels), black=Entry(black)
 )
