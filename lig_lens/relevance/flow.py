@@ -16,7 +16,6 @@ for 64 tokens and 6 blocks, 3 s for 128 on one core, and so on with about the th
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -73,8 +72,10 @@ def largest_flows(capacities: Float[Tensor, "layer src dst"], readout: Float[Ten
     Raises:
         MissingPackageError: scipy is not installed.
     """
-    graphs: Any = optional("scipy.sparse.csgraph", "attention flow")
-    sparse: Any = optional("scipy.sparse", "attention flow")
+    optional("scipy", "The method 'flow'")
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import maximum_flow
+
     n_layers, n_pos, _ = capacities.shape
     output = (n_layers + 1) * n_pos
     blocks = np.rint(capacities.detach().cpu().double().numpy() * _WHOLE).astype(np.int32)
@@ -84,6 +85,6 @@ def largest_flows(capacities: Float[Tensor, "layer src dst"], readout: Float[Ten
     start = np.concatenate([(layer + 1) * n_pos + dst, np.full(len(read), output)])
     end = np.concatenate([layer * n_pos + src, n_layers * n_pos + read])
     size = np.concatenate([blocks[layer, src, dst], above[read]])
-    network = sparse.csr_matrix((size, (start, end)), shape=(output + 1, output + 1))
-    flows = [int(graphs.maximum_flow(network, output, pos).flow_value) for pos in range(n_pos)]
+    network = csr_matrix((size, (start, end)), shape=(output + 1, output + 1))
+    flows = [int(maximum_flow(network, output, pos).flow_value) for pos in range(n_pos)]
     return torch.tensor([flow / _WHOLE for flow in flows], dtype=capacities.dtype, device=capacities.device)
