@@ -20,7 +20,7 @@ from lig_lens.errors import InputError, MissingPackageError
 from lig_lens.relevance import METHODS
 from lig_lens.relevance.flow import largest_flows
 
-TOL, WITHIN, CLASS = 1e-6, 1e-5, 1
+TOL, WITHIN, CLASS = 1e-5, 1e-5, 1
 BLIND = ("rollout", "flow", "attention", "random")
 
 
