@@ -1,7 +1,6 @@
 """The neighbours of CA-LIG against naive oracles, captum and networkx, and as limits of it."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -247,24 +246,20 @@ def test_methods_without_heads_take_recurrences(tmp_path: Path) -> None:
             ll.explain_class(model, IDS, target=target, method=method, progress=False)
 
 
-BAD: dict[str, tuple[Callable[[], object], str]] = {
-    "a seed": (lambda: METHODS.home("random")(seed=1.5), r"seed is 1\.5: give a whole number"),
-    "a boundary": (lambda: METHODS.home("ig_layers")(boundary="last"), "boundary is 'last': give a whole number"),
-    "vectors": (lambda: METHODS.home("attcat")(vectors="enter"), "Unknown vectors 'enter'.* Did you mean 'entering'"),
-    "layers": (lambda: METHODS.home("flow")(every_layer=1), "every_layer=1: give True or False"),
-}
-
-
-@pytest.mark.parametrize("bad", BAD)
-def test_parameters_that_cannot_be_used(bad: str) -> None:
-    make, message = BAD[bad]
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("random", {"seed": 1.5}, r"seed=1\.5: give a whole number"),
+        ("ig_layers", {"boundary": "last"}, "boundary='last': give a whole number"),
+        ("ig_layers", {"boundary": 3}, r"boundary=3: give one from 0 \(the embeddings\) to 2"),
+        ("attcat", {"vectors": "enter"}, "Unknown vectors 'enter'.* Did you mean 'entering'"),
+        ("flow", {"every_layer": 1}, "every_layer=1: give True or False"),
+        ("rollout", {"mix": 0.5}, "'rollout' has no parameter 'mix': it takes no parameters"),
+    ],
+)
+def test_parameters_that_cannot_be_used(method: str, options: dict[str, Any], message: str, bert: Case) -> None:
     with pytest.raises(InputError, match=message):
-        make()
-
-
-def test_a_boundary_that_a_model_does_not_have(bert: Case) -> None:
-    with pytest.raises(InputError, match=r"boundary=3: give one from 0 \(the embeddings\) to 2"):
-        bert.explain("ig_layers", boundary=3)
+        bert.explain(method, **options)
 
 
 def test_flow_without_scipy(bert: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lig_lens.errors import InputError, optional
+from lig_lens.errors import optional
 from lig_lens.relevance.explained import Explained
 from lig_lens.relevance.follow import identity
 from lig_lens.relevance.method import Advance, Answer, Method
@@ -42,11 +42,6 @@ class Flow(Method):
     name = "flow"
 
     every_layer: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.every_layer, bool):
-            raise InputError(f"every_layer={self.every_layer!r}: give True or False.")
 
     def explain(self, what: Explained, advance: Advance) -> Answer:
         """See the base class.
