@@ -8,7 +8,8 @@ position i before it is at most
 attention with the skip connection, as in rollout. The score of a position is the largest flow that can go to it from
 what the output looks at: from [CLS] or the last token, or from all positions, each of which then gives no more than its
 share of the output. It is computed for each position by itself: flows to two of them may use the same edges, so that
-scores do not add up to 1. At least 0, and blind to the class.
+scores do not add up to 1, and many may be at what their own edges let through. At least 0; of the class it knows no
+more than where the output looks.
 
 A flow is found by Dinic's algorithm in scipy, on whole numbers: capacities are multiplied by 2^30 and rounded, which
 moves a score by at most 2^-31 times the edges of a cut. Cost: n_pos flows through n_layers n_pos^2 edges; half a second
