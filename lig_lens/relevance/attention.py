@@ -1,7 +1,7 @@
 """Attention of the last block, as a baseline: where the positions that the output looks at look themselves.
 
 `scores_i = sum_j readout_j mean_h p_ji`, of [CLS] or the last token alone for a head that reads one position. At least
-0, and blind to the class and to all blocks but the last.
+0; blind to all blocks but the last, and to all of the class but where the output looks.
 """
 
 from dataclasses import dataclass

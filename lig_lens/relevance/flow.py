@@ -8,7 +8,8 @@ position i before it is at most
 attention with the skip connection, as in rollout. The score of a position is the largest flow that can go to it from
 what the output looks at: from [CLS] or the last token, or from all positions, each of which then gives no more than its
 share of the output. It is computed for each position by itself: flows to two of them may use the same edges, so that
-scores do not add up to 1. At least 0, and blind to the class.
+scores do not add up to 1, and many may be at what their own edges let through. At least 0; of the class it knows no
+more than where the output looks.
 
 A flow is found by Dinic's algorithm in scipy, on whole numbers: capacities are multiplied by 2^30 and rounded, which
 moves a score by at most 2^-31 times the edges of a cut. Cost: n_pos flows through n_layers n_pos^2 edges; half a second
@@ -16,14 +17,13 @@ for 64 tokens and 6 blocks, 3 s for 128 on one core, and so on with about the th
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lig_lens.errors import InputError, optional
+from lig_lens.errors import optional
 from lig_lens.relevance.explained import Explained
 from lig_lens.relevance.follow import identity
 from lig_lens.relevance.method import Advance, Answer, Method
@@ -43,11 +43,6 @@ class Flow(Method):
     name = "flow"
 
     every_layer: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.every_layer, bool):
-            raise InputError(f"every_layer={self.every_layer!r}: give True or False.")
 
     def explain(self, what: Explained, advance: Advance) -> Answer:
         """See the base class.
@@ -73,8 +68,10 @@ def largest_flows(capacities: Float[Tensor, "layer src dst"], readout: Float[Ten
     Raises:
         MissingPackageError: scipy is not installed.
     """
-    graphs: Any = optional("scipy.sparse.csgraph", "attention flow")
-    sparse: Any = optional("scipy.sparse", "attention flow")
+    optional("scipy", "The method 'flow'")
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import maximum_flow
+
     n_layers, n_pos, _ = capacities.shape
     output = (n_layers + 1) * n_pos
     blocks = np.rint(capacities.detach().cpu().double().numpy() * _WHOLE).astype(np.int32)
@@ -84,6 +81,6 @@ def largest_flows(capacities: Float[Tensor, "layer src dst"], readout: Float[Ten
     start = np.concatenate([(layer + 1) * n_pos + dst, np.full(len(read), output)])
     end = np.concatenate([layer * n_pos + src, n_layers * n_pos + read])
     size = np.concatenate([blocks[layer, src, dst], above[read]])
-    network = sparse.csr_matrix((size, (start, end)), shape=(output + 1, output + 1))
-    flows = [int(graphs.maximum_flow(network, output, pos).flow_value) for pos in range(n_pos)]
+    network = csr_matrix((size, (start, end)), shape=(output + 1, output + 1))
+    flows = [int(maximum_flow(network, output, pos).flow_value) for pos in range(n_pos)]
     return torch.tensor([flow / _WHOLE for flow in flows], dtype=capacities.dtype, device=capacities.device)

@@ -1,4 +1,4 @@
-"""Gradient times input (Shrikumar et al. 2016, "Not Just a Black Box"): `<x_i, dF/dx_i>` for the vectors x at a boundary.
+"""Gradient times input (Shrikumar et al. 2016, "Not Just a Black Box"): `<x_i, dF/dx_i>` for vectors x at a boundary.
 
 One backward pass gives it at all boundaries; the answer is the one at the embeddings, the vectors that enter the first
 block. Signed. It is the first term of the number's expansion around vectors of zeros, and adds up to no change of it.

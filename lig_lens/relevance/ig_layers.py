@@ -6,7 +6,7 @@ equation of `ig`; adds up to F(x) - F(x0) at each of them. Signed.
 
 from dataclasses import dataclass
 
-from lig_lens.errors import InputError, check_whole
+from lig_lens.errors import InputError
 from lig_lens.relevance.explained import Explained
 from lig_lens.relevance.method import Advance, Answer, Method
 from lig_lens.relevance.tokens import token_relevance
@@ -27,10 +27,6 @@ class IgLayers(Method):
     needs_start = True
 
     boundary: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole("boundary", self.boundary)
 
     def steps(self, n_layers: int) -> int:
         """See the base class."""

@@ -5,8 +5,8 @@ With `A_l` the mean over heads of block l's attention, the skip connection count
     M_l = 0.5 A_l + 0.5 I,       rollout = M_1 M_2 ... M_L  (with A_l as [src, dst]),
 
 read out where the output looks behind the last block: at [CLS], at the last token, or, with lengths of gradients as
-weights, at all positions. It knows neither the class nor a sign: scores are at least 0 and, where rows of attention do,
-add up to 1.
+weights, at all positions. Of the class it knows no more than that. Scores are at least 0 and, where rows of attention
+do, add up to 1.
 """
 
 from dataclasses import dataclass
