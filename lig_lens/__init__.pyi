@@ -13,6 +13,8 @@ from .errors import LigLensError as LigLensError
 from .errors import MissingPackageError as MissingPackageError
 from .errors import NonFiniteError as NonFiniteError
 from .errors import OutputError as OutputError
+from .errors import RelevanceFileError as RelevanceFileError
+from .errors import ResultFileError as ResultFileError
 from .flow.average import average as average
 from .flow.consistency import consistency_table as consistency_table
 from .flow.effects import Effects as Effects
