@@ -1,10 +1,12 @@
 """Tokens and numbers as people read them; plain text."""
 
 import re
+from collections.abc import Sequence
 
 from lig_lens.arguments import checked
 
 MINUS, TIMES, JOINS = "\u2212", "\u00d7", "\u2011"
+_SPACES = ("Ġ", "▁", " ")
 _MARKS = {"Ġ": "·", "▁": "·", " ": "·", "\u00a0": "·", "Ċ": "↵", "\n": "↵", "\r": "↵", "\t": "⇥", "ĉ": "⇥"}
 
 
@@ -19,9 +21,7 @@ def show_token(token: str, longest: int = 40) -> str:
     ('·cat', '‑ing', '∅')
     """
     token = re.sub(r"^##(?=\w)", JOINS, token)
-    shown = "".join(
-        _MARKS.get(char, char if char.isprintable() else char.encode("unicode_escape").decode()) for char in token
-    )
+    shown = "".join(_MARKS.get(char, _printed(char)) for char in token)
     if len(shown) > longest:
         shown = shown[: longest - 1] + "…"
     return shown or "∅"
@@ -39,3 +39,28 @@ def signed_percent(value: float) -> str:
     if abs(value) < 0.0005:
         return f"{100 * value:+.1g}%".replace("-", MINUS)
     return f"{value:+.{0 if abs(value) >= 0.0995 else 1}%}".replace("-", MINUS)
+
+
+def readable(tokens: Sequence[str]) -> list[tuple[str, bool]]:
+    """The text of each token without marks, and whether a space stands before it: what a reader would have written.
+
+    Of tokenizers whose tokens keep the space that they begin with (also as `Ġ` or `▁`), a token without one continues
+    the word before it; of BERT's, one that begins with `##`.
+
+    >>> readable(["a", "wonder", "##ful", "film"])
+    [('a', False), ('wonder', True), ('ful', False), ('film', True)]
+    >>> readable(["a", " wonder", "ful"])
+    [('a', False), ('wonder', True), ('ful', False)]
+    """
+    keeps = any(token[:1] in _SPACES for token in tokens)
+    found = []
+    for number, token in enumerate(tokens):
+        spaced = token[:1] in _SPACES if keeps else not token.startswith("##")
+        text = token[1:] if token[:1] in _SPACES else re.sub(r"^##(?=\w)", "", token)
+        found.append(("".join(_printed(char) for char in text), spaced and number > 0))
+    return found
+
+
+def _printed(char: str) -> str:
+    """A character, or its escape where it does not print."""
+    return char if char.isprintable() else char.encode("unicode_escape").decode()
