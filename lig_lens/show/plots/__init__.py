@@ -13,6 +13,10 @@ from lig_lens.show.plots.images import image_map as image_map
 from lig_lens.show.plots.overview import gap_map as gap_map
 from lig_lens.show.plots.overview import importance as importance
 from lig_lens.show.plots.page import write_html as write_html
+from lig_lens.show.plots.relevance import compare_relevance as compare_relevance
+from lig_lens.show.plots.relevance import relevance_image as relevance_image
+from lig_lens.show.plots.relevance import relevance_layers as relevance_layers
+from lig_lens.show.plots.relevance import relevance_text as relevance_text
 from lig_lens.show.plots.routes import paths_graph as paths_graph
 from lig_lens.show.text import show_token as show_token
 

@@ -193,7 +193,7 @@ def draw(
         caption.update(font={"size": 10, "color": QUIET}, yshift=0)
     above = 56.0 + (16 if size.captions else 0)
     for number, scale in enumerate(scales):
-        axis = _coloraxis(scale, shown=number == 0, raised=22 if size.captions else 8)
+        axis = coloraxis(scale, shown=number == 0, raised=22 if size.captions else 8)
         figure.update_layout({"coloraxis" if number == 0 else f"coloraxis{number + 1}": axis})
     missing = any(np.isnan(panel.values).any() for panel in panels)
     figure.update_layout(plot_bgcolor=LINE if missing else FAINT)
@@ -367,7 +367,8 @@ def _style_axes(figure: go.Figure, size: _Geometry, n_panels: int, down: Axis, a
             figure.update_xaxes(showticklabels=True, row=row, col=column)
 
 
-def _coloraxis(scale: Scale, shown: bool, raised: int) -> dict[str, Any]:
+def coloraxis(scale: Scale, shown: bool, raised: int) -> dict[str, Any]:
+    """A scale with its colour bar, where that is shown, `raised` pixels above the plot."""
     ticks = {} if scale.ticks is None else {"tickvals": scale.ticks[0], "ticktext": scale.ticks[1]}
     return {
         "colorscale": DIVERGING if scale.signed else SEQUENTIAL,

@@ -17,6 +17,7 @@ SEQUENTIAL = ["#fcfbfd", "#efedf5", "#dadaeb", "#bcbddc", "#9e9ac8", "#807dba", 
 # for every kind of colour-blindness: any two differ by 16 in Lab or more, as Machado et al. simulate it.
 QUALITATIVE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a2be2", "#774422"]
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
+MONOSPACE = "'DejaVu Sans Mono', Menlo, Consolas, 'Liberation Mono', 'Courier New', monospace"
 INK, QUIET, LINE, FAINT = "#24292f", "#6e7781", "#d0d7de", "#f3f4f6"
 LETTER = 5.6  # pixels that a letter of a label is wide, on average
 _EDGE = 12  # pixels between the heading and the figure's edges
