@@ -18,7 +18,6 @@ from lig_lens.show.plots.matrix import (
     Values,
     coloraxis,
     draw,
-    large_cells,
     row_cells,
     signed_scale,
 )
@@ -82,7 +81,7 @@ def relevance_text(relevance: Relevance) -> go.Figure:
                 else {
                     "color": [scores[at] for at in places],
                     "coloraxis": "coloraxis",
-                    "line": {"color": "white", "width": 1},
+                    "line": {"width": 0},
                 },
                 customdata=[[plain_text(show_token(relevance.tokens[at])), at, scores[at]] for at in places],
                 hovertemplate="<b>%{customdata[0]}</b> (%{customdata[1]:d})<br>relevance %{customdata[2]:+.4g}<extra></extra>",
@@ -143,7 +142,7 @@ def relevance_layers(relevance: Relevance, parts: str | Sequence[str] | None = N
     scale = own_scale(_unit(relevance), relevance, *values.values())
     labels = [token_label(token, special) for token, special in zip(relevance.tokens, relevance.special, strict=True)]
     n_columns = len(chosen) if len(labels) * len(chosen) <= 56 else 1
-    cell = large_cells(1, len(labels) * n_columns)[0], 26.0 if len(rows) <= 16 else 14.0
+    cell = row_cells(len(labels) * n_columns, 26.0 if len(rows) <= 16 else 14.0)
     panels = [
         Heatmap(values[name], scale, value="relevance %{z:+.4g}", hover=name, caption=f"{name}: {_PARTS[name]}")
         for name in chosen
@@ -193,7 +192,7 @@ def compare_relevance(
     facts += [] if special or not any(first.special) else ["special tokens grey"]
     labels = [token_label(token, grey) for token, grey in zip(first.tokens, first.special, strict=True)]
     scale = Scale("relative to each row's strongest token", -1.0, 1.0)
-    return draw(
+    figure = draw(
         [Heatmap(np.stack(values), scale, notes=notes, value="%{z:+.0%} of the row's strongest")],
         Axis("", [short(name, 44) for name in shown], "method"),
         Axis("position" if first.of_image else "token", labels, "token", range(len(labels))),
@@ -201,6 +200,7 @@ def compare_relevance(
         [fact for fact in facts if fact],
         cell=row_cells(len(labels), 28.0),
     )
+    return figure.update_traces(ygap=2)  # rows are what is compared
 
 
 @checked
@@ -298,7 +298,9 @@ def _boxes(relevance: Relevance) -> list[_Box]:
     boxes: list[_Box] = []
     line, left = 0, 0.0
     for word in words:
-        widths = [_CELL * cell_len(text) + 2 * _EDGE for text in word]
+        widths = [_CELL * cell_len(text) for text in word]
+        widths[0] += _EDGE
+        widths[-1] += _EDGE
         if left and left + min(sum(widths), _WIDE) > _WIDE:
             line, left = line + 1, 0.0
         for text, width in zip(word, widths, strict=True):
@@ -320,7 +322,7 @@ def _heading(words: str, relevance: Relevance) -> str:
 
 
 def _unit(relevance: Relevance) -> str:
-    return "relevance" if relevance.total is None else f"relevance, in units of {short(relevance.target, 40)}"
+    return "relevance" if relevance.total is None else "relevance, in the target's units"
 
 
 def _facts(relevance: Relevance, special: bool = True) -> list[str]:
