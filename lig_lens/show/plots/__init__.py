@@ -3,8 +3,11 @@
 import inspect
 
 from lig_lens.show.plots.circuitsvis import to_circuitsvis as to_circuitsvis
+from lig_lens.show.plots.coloured import relevance_html as relevance_html
 from lig_lens.show.plots.composition import consistency_plot as consistency_plot
 from lig_lens.show.plots.composition import rollout_map as rollout_map
+from lig_lens.show.plots.curves import deletion_curves as deletion_curves
+from lig_lens.show.plots.curves import league as league
 from lig_lens.show.plots.effects import agreement_scatter as agreement_scatter
 from lig_lens.show.plots.effects import effects_map as effects_map
 from lig_lens.show.plots.heads import head_grid as head_grid

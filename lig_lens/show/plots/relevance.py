@@ -24,10 +24,10 @@ from lig_lens.show.plots.matrix import (
 from lig_lens.show.plots.overlay import background_of, grid_of, over_image
 from lig_lens.show.plots.style import (
     FAINT,
-    INK,
     LINE,
     MONOSPACE,
     QUIET,
+    on_colour,
     plain_text,
     set_frame,
     short,
@@ -38,7 +38,6 @@ from lig_lens.show.words import asked_of, certainty_of, ends_of, names_of, speci
 
 _WIDE, _CELL, _LINE, _BOX = 860.0, 8.45, 32.0, 0.76  # pixels: a line of text, a letter, a line's height; a box's share
 _SPACE, _EDGE = 5.0, 3.0  # pixels between words, and between a word and the edge of its box
-_DARK = 0.6  # of the strongest colour, from which letters are white
 _PARTS = {"rolled": "followed back through the blocks", "token": "of the vectors at each boundary"}
 
 
@@ -62,7 +61,7 @@ def relevance_text(relevance: Relevance) -> go.Figure:
     boxes = _boxes(relevance)
     figure = go.Figure()
     for places, special in ((own, False), ([at for at, one in enumerate(relevance.special) if one], True)):
-        colours = [INK if abs(scores[at]) < _DARK * scale.high else "white" for at in places]
+        colours = [on_colour(float(scores[at]) / scale.high) for at in places]
         figure.add_trace(
             go.Bar(
                 base=[boxes[at].left for at in places],
