@@ -161,7 +161,9 @@ def relevance_table(
     for at in shown:
         scores = [f"{float(one.scores[at]):+#.3g}" for one in several]
         table.add_row(str(at), Text(show_token(first.tokens[at])), *scores)
-    size = f"{_count(len(first.tokens), 'token')}, {_count(len(first.layers), 'layer')} of {first.model_name or 'a model'}"
+    size = (
+        f"{_count(len(first.tokens), 'token')}, {_count(len(first.layers), 'layer')} of {first.model_name or 'a model'}"
+    )
     lines = [_cut(" ".join(show_token(token) for token in first.tokens), width or PLAIN_WIDTH)]
     lines += [" · ".join([f"{asked_of(one)}: {ends_of(one)}", *certainty_of(one)]) for one in several]
     left = len(first.tokens) - len(shown)

@@ -78,7 +78,9 @@ def names_of(relevances: Sequence[Relevance]) -> list[str]:
         if len(baselines) > 1 and one.reference is not None:
             said.append(f"from {one.settings.get('baseline')}")
         names.append(", ".join(said))
-    return [name if names.count(name) == 1 else f"{name} ({names[:at].count(name) + 1})" for at, name in enumerate(names)]
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[:at].count(name) + 1})" for at, name in enumerate(names)
+    ]
 
 
 def _parameters(relevance: Relevance) -> dict[str, object]:

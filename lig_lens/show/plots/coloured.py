@@ -66,7 +66,9 @@ def relevance_html(relevances: Relevance | Sequence[Relevance]) -> ColouredText:
     """
     several = of_one_prompt("relevance_html", relevances)
     if several[0].of_image:
-        raise InputError("relevance_html: this Relevance is of an image, with patches as positions: use relevance_image.")
+        raise InputError(
+            "relevance_html: this Relevance is of an image, with patches as positions: use relevance_image."
+        )
     return ColouredText("\n".join(_block(one) for one in several))
 
 

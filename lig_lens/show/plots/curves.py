@@ -25,7 +25,8 @@ from lig_lens.show.plots.style import (
 
 _WIDTH, _HEIGHT = 560.0, 340.0  # pixels, of the plot of curves
 _ROW, _PANEL, _GAP = 24.0, 150.0, 26.0  # pixels, of the league: a method's row, a measure's width, between two
-_DASHES = ("solid", "dash", "dot", "dashdot")
+# Kinds of lines, and what stands before a name to tell them.
+_DASHES = {"solid": "", "dash": "╌ ", "dot": "┈ ", "dashdot": "‐·‐ "}
 _NAME = 14.0  # pixels from one curve's name to the next
 Array = NDArray[np.float64]
 
@@ -88,11 +89,13 @@ def deletion_curves(
     bottom, top = min(float(one.min()) for one in ends), max(float(one.max()) for one in ends)
     room = 0.05 * (top - bottom) or 1.0
     y_range = (bottom - room, top + room)
-    figure.update_xaxes(title=plain_text(across), tickformat=".0%", gridcolor=FAINT, zeroline=False)
+    starts, stops = ([float(edge(curve[0])) for curve in read.values()] for edge in (np.min, np.max))
+    x_range = (min(starts), max(stops))
+    figure.update_xaxes(title=plain_text(across), range=x_range, tickformat=".0%", gridcolor=FAINT, zeroline=False)
     figure.update_yaxes(title=plain_text(down), range=y_range, gridcolor=FAINT, zerolinecolor=LINE)
     figure.update_layout(hovermode="x unified", plot_bgcolor="white")
-    _name_ends(figure, read, colours, y_range)
-    right = 40.0 + label_width(list(map(plain_text, read))) * 1.15
+    _name_ends(figure, read, colours, x_range[1], y_range)
+    right = 56.0 + label_width(list(map(plain_text, read))) * 1.15
     shown = [short(fact, 140) for fact in facts]
     title = f"<b>{short(heading, 90)}</b>"
     set_frame(figure, title, shown, width=_WIDTH, height=_HEIGHT, left=76.0, right=right, above=20.0)
@@ -142,7 +145,7 @@ def league(
         shared_yaxes=True,
         horizontal_spacing=_GAP / width if len(table) > 1 else 0,
         subplot_titles=[
-            f"<b>{plain_text(measure)}</b><br>{better[measure]} is better {'→' if better[measure] == 'higher' else '←'}"
+            f"<b>{plain_text(measure)}</b><br>{'higher is better →' if better[measure] == 'higher' else '← lower is better'}"
             for measure in table
         ],
     )
@@ -168,6 +171,7 @@ def league(
                 marker={
                     "size": [11 if name == best else 8 for name in there],
                     "color": fill,
+                    "opacity": 1.0,
                     "line": {"color": QUALITATIVE[0], "width": 1.5},
                 },
                 customdata=[[plain_text(name), *row[name]] for name in there],
@@ -204,7 +208,9 @@ def _read_curve(name: str, given: Sequence[Any]) -> tuple[Array, Array, Array, A
     try:
         read = [np.asarray(one, dtype=np.float64) for one in given]
     except (TypeError, ValueError) as error:
-        raise InputError(f"deletion_curves: the curve of {name!r} is no numbers ({error}): give four arrays.") from error
+        raise InputError(
+            f"deletion_curves: the curve of {name!r} is no numbers ({error}): give four arrays."
+        ) from error
     shapes = [list(one.shape) for one in read]
     if len(read) != 4 or any(one.ndim != 1 or one.shape != read[0].shape or not one.size for one in read):
         raise InputError(
@@ -220,7 +226,7 @@ def _colours(names: Sequence[str], floor: str | None) -> dict[str, tuple[str, st
     """A colour and a kind of line for each name, no two alike; grey for the floor."""
     others = [name for name in names if name != floor]
     found = {
-        name: (QUALITATIVE[number % len(QUALITATIVE)], _DASHES[number // len(QUALITATIVE) % len(_DASHES)])
+        name: (QUALITATIVE[number % len(QUALITATIVE)], list(_DASHES)[number // len(QUALITATIVE) % len(_DASHES)])
         for number, name in enumerate(others)
     }
     return found | ({floor: (QUIET, "dot")} if floor in names and floor is not None else {})
@@ -230,11 +236,11 @@ def _name_ends(
     figure: go.Figure,
     read: Mapping[str, tuple[Array, Array, Array, Array]],
     colours: Mapping[str, tuple[str, str]],
+    last: float,
     y_range: tuple[float, float],
 ) -> None:
     """Write each name beside its curve's end, moved up or down where names would cover each other."""
     pixel = (y_range[1] - y_range[0]) / _HEIGHT
-    last = max(float(curve[0].max()) for curve in read.values())
     ends = sorted((_value_at_end(curve, last), name) for name, curve in read.items())
     wanted = np.array([value / pixel for value, _ in ends])
     places = _apart(wanted, _NAME)
@@ -242,7 +248,7 @@ def _name_ends(
         figure.add_annotation(
             x=last,
             y=value,
-            text=plain_text(name),
+            text=_DASHES[colours[name][1]] + plain_text(name),
             font={"color": colours[name][0], "size": 12},
             xanchor="left",
             yanchor="middle",
