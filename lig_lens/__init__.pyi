@@ -35,6 +35,7 @@ from .relevance.explain import explain_class as explain_class
 from .relevance.relevance import Relevance as Relevance
 from .show.explorer import Explorer as Explorer
 from .show.explorer import explore as explore
+from .show.plots.coloured import relevance_html as relevance_html
 from .show.summary import relevance_table as relevance_table
 from .targets.direction import direction as direction
 from .targets.metrics import class_logit as class_logit

@@ -329,7 +329,7 @@ class Settings(Attribution):
             )
 
 
-# The defaults of the signatures of `attribute` and `explain_class`. In the first `maps` and `attn_baseline` are None, for
-# what they are left open to be.
+# The defaults of the signatures of `attribute` and `explain_class`. In the first, `maps` and `attn_baseline` are None,
+# for what they are left open to be.
 DEFAULTS = Settings.model_construct()
 EXPLANATION = Explanation.model_construct()

@@ -2,7 +2,7 @@
 
 import webbrowser
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -70,8 +70,8 @@ def view(
     from lig_lens.show.explorer import write_explorer
     from lig_lens.stored import schema_in
 
-    kinds = [Relevance if schema_in(path) == SCHEMA else Flow for path in files]
-    written = write_explorer([kind.load(path) for kind, path in zip(kinds, files, strict=True)], page)
+    loaded: list[Any] = [(Relevance if schema_in(path) == SCHEMA else Flow).load(path) for path in files]
+    written = write_explorer(loaded, page)
     typer.echo(f"Wrote {written} ({written.stat().st_size / 1e6:.1f} MB)")
     if open_browser and not webbrowser.open(written.absolute().as_uri()):
         typer.echo("No browser found: open it yourself.")

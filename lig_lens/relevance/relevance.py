@@ -166,7 +166,8 @@ class Relevance:
         if "scores" not in stored.tensors:
             raise RelevanceFileError(f"{shown} is damaged: it has no scores. Save the Relevance again.")
         try:
-            return cls(**{name: getattr(stored.header, name) for name in LABELS}, **stored.tensors)
+            fields: dict[str, Any] = {name: getattr(stored.header, name) for name in LABELS}
+            return cls(**fields | stored.tensors)
         except InputError as error:
             raise RelevanceFileError(f"{shown} is damaged ({error}) Save the Relevance again.") from error
 
@@ -230,7 +231,7 @@ class Relevance:
 
     def _repr_html_(self) -> str | None:
         """What a notebook shows: the text, coloured; None of images, of which it shows `repr`."""
-        return None if self.of_image else lig_lens.plots.relevance_html(self).html
+        return None if self.of_image else lig_lens.relevance_html(self).html
 
     def _labels(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in LABELS}

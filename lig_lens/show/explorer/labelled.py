@@ -1,7 +1,6 @@
 """Results by the labels under which a page lets them be chosen."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-
 from typing import TypeVar
 
 from lig_lens.errors import InputError

@@ -19,7 +19,7 @@ from lig_lens.show.plots.style import DIVERGING
 
 Explored = Flow | Sequence[Flow] | Mapping[str, Flow] | Relevance | Sequence[Relevance] | Mapping[str, Relevance]
 # In the order in which they build on each other.
-_FLOW_SCRIPTS = (
+_FLOW_SCRIPTS: tuple[str, ...] = (
     "common.js",
     "arrays.js",
     "compose.js",
@@ -32,7 +32,7 @@ _FLOW_SCRIPTS = (
     "save.js",
     "main.js",
 )
-_RELEVANCE_SCRIPTS = ("common.js", "arrays.js", "relevance.js")
+_RELEVANCE_SCRIPTS: tuple[str, ...] = ("common.js", "arrays.js", "relevance.js")
 # Characters that could end a script element, or that a script takes for line ends.
 _IN_SCRIPT = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 

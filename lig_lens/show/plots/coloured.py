@@ -12,7 +12,7 @@ from lig_lens.files import write_atomic
 from lig_lens.relevance.prompts import of_one_prompt
 from lig_lens.relevance.relevance import Relevance
 from lig_lens.show.plots.style import DIVERGING, FAINT, FONT, INK, LINE, QUIET, diverging, on_colour
-from lig_lens.show.text import readable, show_token, signed_number
+from lig_lens.show.text import MINUS, readable, show_token, signed_number
 from lig_lens.show.words import asked_of, certainty_of, ends_of, special_of
 
 _PAGE = """<!DOCTYPE html>
@@ -79,9 +79,9 @@ def _block(relevance: Relevance) -> str:
     gradient = ", ".join(DIVERGING)
     ends = signed_number(top, 2)
     legend = (
-        f'<span style="white-space: nowrap; user-select: none; -webkit-user-select: none">{ends.replace("+", "−")} '
-        f'<span style="display: inline-block; width: 120px; height: 8px; background: linear-gradient(90deg, {gradient})">'
-        f"</span> {ends}</span>"
+        f'<span style="white-space: nowrap; user-select: none; -webkit-user-select: none">{ends.replace("+", MINUS)} '
+        '<span style="display: inline-block; width: 120px; height: 8px; '
+        f'background: linear-gradient(90deg, {gradient})"></span> {ends}</span>'
     )
     return (
         f'<div style="background: white; color: {INK}; font: 13px/1.5 {_quoted(FONT)}; padding: 8px 12px; '

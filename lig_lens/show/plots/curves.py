@@ -26,7 +26,8 @@ from lig_lens.show.plots.style import (
 _WIDTH, _HEIGHT = 560.0, 340.0  # pixels, of the plot of curves
 _ROW, _PANEL, _GAP = 24.0, 150.0, 26.0  # pixels, of the league: a method's row, a measure's width, between two
 # Kinds of lines, and what stands before a name to tell them.
-_DASHES = {"solid": "", "dash": "╌ ", "dot": "┈ ", "dashdot": "‐·‐ "}
+_DASHES = {"solid": "", "dash": "╌ ", "dot": "┈ ", "dashdot": "╌· "}
+_DIRECTIONS = {"higher": "higher is better →", "lower": "← lower is better"}
 _NAME = 14.0  # pixels from one curve's name to the next
 Array = NDArray[np.float64]
 
@@ -144,10 +145,7 @@ def league(
         cols=len(table),
         shared_yaxes=True,
         horizontal_spacing=_GAP / width if len(table) > 1 else 0,
-        subplot_titles=[
-            f"<b>{plain_text(measure)}</b><br>{'higher is better →' if better[measure] == 'higher' else '← lower is better'}"
-            for measure in table
-        ],
+        subplot_titles=[f"<b>{plain_text(measure)}</b><br>{_DIRECTIONS[better[measure]]}" for measure in table],
     )
     for column, (measure, row) in enumerate(table.items(), 1):
         best, near = tops[measure]
@@ -175,7 +173,8 @@ def league(
                     "line": {"color": QUALITATIVE[0], "width": 1.5},
                 },
                 customdata=[[plain_text(name), *row[name]] for name in there],
-                hovertemplate="<b>%{customdata[0]}</b><br>%{x:.4g} (%{customdata[2]:.4g} to %{customdata[3]:.4g})<extra></extra>",
+                hovertemplate="<b>%{customdata[0]}</b><br>%{x:.4g} (%{customdata[2]:.4g} to %{customdata[3]:.4g})"
+                "<extra></extra>",
                 name=plain_text(measure),
                 showlegend=False,
             ),

@@ -63,8 +63,12 @@ def signed_scale(title: str, *values: Values, percent: bool = False, relative: b
     """
     top = strongest(*values, cut=cut)
     top = min(top, 1.0) if percent else top
-    ticks = ([-top, -top / 2, 0.0, top / 2, top], [f"{MINUS}1", f"{MINUS}0.5", "0", "0.5", "1"]) if relative else None
-    return Scale(title, -top, top, _percents(top) if percent else ".2~g", ticks)
+    return Scale(title, -top, top, _percents(top) if percent else ".2~g", relative_ticks(top) if relative else None)
+
+
+def relative_ticks(top: float) -> tuple[Sequence[float], Sequence[str]]:
+    """Ticks of a scale up to `top` that call it 1."""
+    return [-top, -top / 2, 0.0, top / 2, top], [f"{MINUS}1", f"{MINUS}0.5", "0", "0.5", "1"]
 
 
 def share_scale(title: str, *values: Values, cut: bool = True) -> Scale:

@@ -1,6 +1,8 @@
 """Relevance of tokens and patches: coloured text, layers, methods side by side, images."""
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
@@ -18,6 +20,7 @@ from lig_lens.show.plots.matrix import (
     Values,
     coloraxis,
     draw,
+    relative_ticks,
     row_cells,
     signed_scale,
 )
@@ -83,7 +86,8 @@ def relevance_text(relevance: Relevance) -> go.Figure:
                     "line": {"width": 0},
                 },
                 customdata=[[plain_text(show_token(relevance.tokens[at])), at, scores[at]] for at in places],
-                hovertemplate="<b>%{customdata[0]}</b> (%{customdata[1]:d})<br>relevance %{customdata[2]:+.4g}<extra></extra>",
+                hovertemplate="<b>%{customdata[0]}</b> (%{customdata[1]:d})<br>relevance %{customdata[2]:+.4g}"
+                "<extra></extra>",
                 showlegend=False,
             )
         )
@@ -231,11 +235,8 @@ def relevance_image(
         drawn = [(name, one.scores) for name, one in zip(names, several, strict=True)]
         scales = [own_scale(_unit(one), one, one.scores.double().numpy()) for one in several]
         if len(several) > 1:
-            ends = ([-1.0, -0.5, 0.0, 0.5, 1.0], ["−1", "−0.5", "0", "0.5", "1"])
-            scales = [
-                Scale("relative to each one's strongest patch", -one.high, one.high, ticks=_times(ends, one.high))
-                for one in scales
-            ]
+            title = "relative to each one's strongest patch"
+            scales = [dataclasses.replace(one, title=title, ticks=relative_ticks(one.high)) for one in scales]
     else:
         if len(several) > 1:
             raise InputError("relevance_image: layers goes with one Relevance: leave it out, or give one.")
@@ -275,15 +276,14 @@ def own_scale(title: str, relevance: Relevance, *values: Values) -> Scale:
     return signed_scale(title, *(one[..., own] if own.any() else one for one in values), cut=False)
 
 
-def _times(ticks: tuple[list[float], list[str]], high: float) -> tuple[list[float], list[str]]:
-    return [high * tick for tick in ticks[0]], ticks[1]
-
-
+@dataclass(frozen=True)
 class _Box:
-    """Where a token stands: its line, its left edge and width in pixels, and its text."""
+    """Where a token stands: its text, its line, and its left edge and width in pixels."""
 
-    def __init__(self, text: str, line: int, left: float, width: float) -> None:
-        self.text, self.line, self.left, self.width = text, line, left, width
+    text: str
+    line: int
+    left: float
+    width: float
 
 
 def _boxes(relevance: Relevance) -> list[_Box]:
