@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from lig_lens.arguments import checked
 
 MINUS, TIMES, JOINS = "\u2212", "\u00d7", "\u2011"
+_CONTINUES = re.compile(r"^##(?=\w)")  # of BERT's tokens, what stands before one that continues a word
 _SPACES = ("Ġ", "▁", " ")
 _MARKS = {"Ġ": "·", "▁": "·", " ": "·", "\u00a0": "·", "Ċ": "↵", "\n": "↵", "\r": "↵", "\t": "⇥", "ĉ": "⇥"}
 
@@ -20,7 +21,7 @@ def show_token(token: str, longest: int = 40) -> str:
     >>> show_token("Ġcat"), show_token("##ing"), show_token("")
     ('·cat', '‑ing', '∅')
     """
-    token = re.sub(r"^##(?=\w)", JOINS, token)
+    token = _CONTINUES.sub(JOINS, token)
     shown = "".join(_MARKS.get(char, _printed(char)) for char in token)
     if len(shown) > longest:
         shown = shown[: longest - 1] + "…"
@@ -55,10 +56,16 @@ def readable(tokens: Sequence[str]) -> list[tuple[str, bool]]:
     keeps = any(token[:1] in _SPACES for token in tokens)
     found = []
     for number, token in enumerate(tokens):
-        spaced = token[:1] in _SPACES if keeps else not token.startswith("##")
-        text = token[1:] if token[:1] in _SPACES else re.sub(r"^##(?=\w)", "", token)
-        found.append(("".join(_printed(char) for char in text), spaced and number > 0))
+        spaced = token[:1] in _SPACES if keeps else not _CONTINUES.match(token)
+        text = token[1:] if token[:1] in _SPACES else _CONTINUES.sub("", token)
+        found.append(("".join(_read(char) for char in text), spaced and number > 0))
     return found
+
+
+def _read(char: str) -> str:
+    """A character of a text as it was written: spaces are spaces, and line breaks are told."""
+    mark = _MARKS.get(char, char)
+    return " " if mark == "·" else mark if mark != char else _printed(char)
 
 
 def _printed(char: str) -> str:

@@ -145,7 +145,7 @@ def league(
         cols=len(table),
         shared_yaxes=True,
         horizontal_spacing=_GAP / width if len(table) > 1 else 0,
-        subplot_titles=[f"<b>{plain_text(measure)}</b><br>{_DIRECTIONS[better[measure]]}" for measure in table],
+        subplot_titles=[f"<b>{plain_text(measure)}</b>" for measure in table],
     )
     for column, (measure, row) in enumerate(table.items(), 1):
         best, near = tops[measure]
@@ -181,12 +181,14 @@ def league(
             row=1,
             col=column,
         )
+        figure.update_xaxes(title=_DIRECTIONS[better[measure]], row=1, col=column)
         if floor in row:
             line = {"color": QUIET, "width": 1, "dash": "dot"}
             figure.add_vline(x=row[floor][0], line=line, layer="below", row=1, col=column)
     for caption in figure.layout.annotations:
         caption.update(font={"size": 11, "color": INK})
     figure.update_xaxes(gridcolor=FAINT, zeroline=False, nticks=4, tickfont={"size": 10}, showline=True, linecolor=LINE)
+    figure.update_layout(yaxis_title="method")
     figure.update_yaxes(
         tickvals=list(range(len(methods))),
         ticktext=[f"<i>{name}</i>" if plain == floor else name for plain, name in zip(methods, names, strict=True)],
@@ -197,9 +199,9 @@ def league(
     said = [short(fact, 140) for fact in facts]
     said.append("filled: the best of a measure; pale: its interval reaches that of the best")
     said += [f"dotted: {short(floor, 30)}"] if floor is not None and any(floor in row for row in table.values()) else []
-    left = 30.0 + 1.1 * label_width(names)
+    left = 56.0 + 1.1 * label_width(names)
     title = f"<b>{short(heading, 90)}</b>"
-    set_frame(figure, title, said, width=width, height=height, left=left, right=24.0, bottom=40.0, above=48.0)
+    set_frame(figure, title, said, width=width, height=height, left=left, right=24.0, bottom=56.0, above=34.0)
     return figure.update_layout(plot_bgcolor="white")
 
 

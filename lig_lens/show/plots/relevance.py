@@ -197,7 +197,7 @@ def compare_relevance(
     scale = Scale("relative to each row's strongest token", -1.0, 1.0)
     figure = draw(
         [Heatmap(np.stack(values), scale, notes=notes, value="%{z:+.0%} of the row's strongest")],
-        Axis("", [short(name, 44) for name in shown], "method"),
+        Axis("method", [short(name, 44) for name in shown], "method"),
         Axis("position" if first.of_image else "token", labels, "token", range(len(labels))),
         f"<b>{'The same prompt by several methods' if len(several) > 1 else 'One prompt by one method'}</b>",
         [fact for fact in facts if fact],
@@ -255,8 +255,8 @@ def relevance_image(
         Heatmap(
             grid.spread(values),
             scale,
-            hover=short(name),
-            value="relevance %{z:+.4g}",
+            name=short(name),
+            value="%{fullData.name}<br>relevance %{z:+.4g}",
             caption=f"{short(name, 40)} · {grid.sums(values, signed_number)}",
         )
         for (name, values), scale in zip(drawn, scales, strict=True)

@@ -29,7 +29,7 @@ def diverging(share: float) -> str:
     place = (min(1.0, max(-1.0, share)) + 1) / 2 * (len(DIVERGING) - 1)
     low = min(int(place), len(DIVERGING) - 2)
     ends = [[int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in DIVERGING[low : low + 2]]
-    mixed = [round(a + (b - a) * (place - low)) for a, b in zip(*ends, strict=True)]
+    mixed = [int(a + (b - a) * (place - low) + 0.5) for a, b in zip(*ends, strict=True)]
     return "#{:02x}{:02x}{:02x}".format(*mixed)
 
 
