@@ -43,7 +43,7 @@ WRITES: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
     "relevance.safetensors": (RELEVANCE.save, lig_lens.Relevance.load),
     "relevance.json": (RELEVANCE.to_json, lambda path: json.loads(path.read_text())),
     "relevance.html": (RELEVANCE.explore().save, lambda path: _ends(path)),
-    "text.html": (lig_lens.relevance_html(RELEVANCE).save, lambda path: _ends(path)),
+    "coloured.html": (lig_lens.relevance_html(RELEVANCE).save, lambda path: _ends(path)),
     "flow.json": (FLOW.to_json, lambda path: json.loads(path.read_text())),
     "effects.json": (EFFECTS.to_json, lambda path: json.loads(path.read_text())),
     "explorer.html": (FLOW.explore().save, lambda path: _ends(path)),

@@ -59,7 +59,7 @@ def view(
     """Open saved Flows, or Relevances, in the explorer: several prompts, or several baselines or methods of one."""
     for path in files:
         if not Path(path).is_file():
-            raise InputError(f"{path!r} is no file: give one that explain --out or classify --out wrote.")
+            raise InputError(f"{path!r} is no file: give one that explain --out wrote, or classify --out.")
     page = html if html is not None else str(Path(files[0]).with_suffix(".html"))
     check_writable(page, "--html")
     for path in files:

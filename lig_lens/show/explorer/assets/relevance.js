@@ -59,6 +59,7 @@ function show() {
   const parts = Object.keys(view.names);
   options("part", parts, parts.indexOf(state.part));
   byId("layer-label").hidden = rows.length < 2;
+  byId("copy-text").hidden = sample.grid !== null;
   byId("layer").max = rows.length - 1;
   byId("layer").value = state.row;
   byId("layer-value").textContent = view.names[state.part][state.row];
