@@ -126,8 +126,8 @@ class Explanation(Integrated):
     against: Annotated[Any, Flag(Section.QUESTION)] = Field(
         None, description="A second class, whose logit is taken off: negative."
     )
-    baseline: Annotated[StrictStr | None, Flag(shown="the model's mask")] = Field(
-        None, description="Where paths start: a token for all others, such as mask, pad or unk; or zero."
+    baseline: Annotated[StrictStr | None, Flag(shown="mask; blurred")] = Field(
+        None, description="Where paths start: a token for all others, such as pad; of images mean, say; or zero."
     )
     corrupted: Annotated[Any, Flag()] = Field(None, description="A second prompt in place of a baseline.")
 

@@ -15,7 +15,7 @@ from lig_lens.integrate.integrand import Budget
 from lig_lens.integrate.onward import Downstream, Entry, OfPositions, behind, entry_of
 from lig_lens.integrate.quadrature import Integral
 from lig_lens.interventions.run import messages_at
-from lig_lens.models.running import first_tensor, module_hooks, torch_hooks, with_first_tensor
+from lig_lens.models.running import first_tensor, torch_hooks, with_first_tensor
 from lig_lens.paths.path import ResidPath
 
 
@@ -56,6 +56,7 @@ class Explained:
             budget: how hard integrals try.
         """
         self.inputs, self.values, self.start, self.down, self.budget = inputs, values, start, down, budget
+        self._integrals: dict[int, Integral] = {}
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -83,8 +84,11 @@ class Explained:
 
     def token_relevance(self, boundary: int) -> Integral:
         """What the vectors at a boundary contribute along the path: one cell, whose parts are the positions."""
-        integrand = OfPositions(self.entry(boundary), self.down, self.budget)
-        return integrand.integrate(None if self.start is None else self.down.corrupted, self.budget)
+        if boundary not in self._integrals:
+            integrand = OfPositions(self.entry(boundary), self.down, self.budget)
+            known = None if self.start is None else self.down.corrupted
+            self._integrals[boundary] = integrand.integrate(known, self.budget)
+        return self._integrals[boundary]
 
     def messages(self, layer: int) -> Messages:
         """Pattern and values of a block's attention.
@@ -125,7 +129,7 @@ class Explained:
             block = values.call.block
             pairs.append((block, lambda _m, _a, output, layer=layer: behind_block(layer, output), False))
         metric = self.down.metric
-        with torch.enable_grad(), module_hooks([]):
+        with torch.enable_grad():
             value = metric.checked(metric(forward.onward(first.layer, resid, pairs)))
             leaves[first.layer] = resid
             grads = torch.autograd.grad(value.sum(), list(leaves.values()), materialize_grads=True)

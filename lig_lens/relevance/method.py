@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lig_lens.arguments import checked
 from lig_lens.errors import InputError, check_choice
 from lig_lens.relevance.explained import Explained
 
@@ -69,11 +70,11 @@ def made(kind: type[Method], options: dict[str, Any]) -> Method:
     """A method with parameters.
 
     Raises:
-        InputError: a parameter that it does not have.
+        InputError: a parameter that it does not have, or not such a value.
     """
     known = [one.name for one in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in options:
         if name not in known:
             takes = f"takes {', '.join(known)}" if known else "takes no parameters"
             raise InputError(f"The method {kind.name!r} has no parameter {name!r}: it {takes}.")
-    return kind(**options)
+    return checked(kind)(**options)
