@@ -190,8 +190,9 @@ def compare_relevance(
         hidden = np.asarray(one.special) & (not special)
         values.append(np.where(hidden, np.nan, scores / top))
         notes.append([f"relevance {signed_number(float(score), 4)}" for score in scores])
-    targets = dict.fromkeys(ends_of(one) for one in several)
-    facts = [short(first.model_name), *(short(target, 90) for target in list(targets)[:2])]
+    # Methods without a path say of the same number only where it ends.
+    targets = {one.target: ends_of(one) for one in sorted(several, key=lambda one: one.reference is not None)}
+    facts = [short(first.model_name), *(short(target, 90) for target in list(targets.values())[:2])]
     facts += [] if special or not any(first.special) else ["special tokens grey"]
     labels = [token_label(token, grey) for token, grey in zip(first.tokens, first.special, strict=True)]
     scale = Scale("relative to each row's strongest token", -1.0, 1.0)
