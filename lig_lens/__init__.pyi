@@ -13,6 +13,8 @@ from .errors import LigLensError as LigLensError
 from .errors import MissingPackageError as MissingPackageError
 from .errors import NonFiniteError as NonFiniteError
 from .errors import OutputError as OutputError
+from .errors import RelevanceFileError as RelevanceFileError
+from .errors import ResultFileError as ResultFileError
 from .flow.average import average as average
 from .flow.consistency import consistency_table as consistency_table
 from .flow.effects import Effects as Effects
@@ -34,6 +36,8 @@ from .relevance.explain import explain_class as explain_class
 from .relevance.relevance import Relevance as Relevance
 from .show.explorer import Explorer as Explorer
 from .show.explorer import explore as explore
+from .show.plots.coloured import relevance_html as relevance_html
+from .show.summary import relevance_table as relevance_table
 from .targets.direction import direction as direction
 from .targets.metrics import class_logit as class_logit
 from .targets.metrics import kl_divergence as kl_divergence

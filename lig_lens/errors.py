@@ -29,8 +29,16 @@ class MissingPackageError(LigLensError, ImportError):
     """An optional package is needed; the message names the command that installs it."""
 
 
-class FlowFileError(LigLensError, ValueError):
+class ResultFileError(LigLensError, ValueError):
+    """A saved result is damaged, is another thing, or has a newer schema than this version reads."""
+
+
+class FlowFileError(ResultFileError):
     """A saved Flow is damaged, is not a Flow, or has a newer schema than this version reads."""
+
+
+class RelevanceFileError(ResultFileError):
+    """A saved Relevance is damaged, is not a Relevance, or has a newer schema than this version reads."""
 
 
 class OutputError(LigLensError, OSError):

@@ -52,7 +52,7 @@ _LEFT_OPEN_ACROSS: dict[str, Any] = {"maps": ("attn",), "attn_baseline": "zero"}
 
 
 class Asked(BaseModel):
-    """What `attribute`, `explain`, `patch` and `compare` are all asked.
+    """What `attribute`, `explain_class` and all commands that run a model are asked.
 
     Unknown keys and values of the wrong type are errors, in a YAML file as on the command line. `None` means
     all layers, TransformerLens' device, no file.
@@ -62,9 +62,6 @@ class Asked(BaseModel):
     # Types of the values that have to be one of the names.
     _named: ClassVar[Any] = str
 
-    layers: Annotated[Positions | None, Flag(shown="all")] = Field(
-        None, description="Block numbers: 0,3 or 0-5; -1 is the last."
-    )
     tol: Annotated[
         Share, Flag(Section.ACCURACY, wrong="is not between 0 and 1: it is a relative gap, such as 1e-3")
     ] = Field(1e-3, description="Largest completeness gap of a column, relative.")
@@ -104,7 +101,38 @@ class Asked(BaseModel):
         """
 
 
-class Attribution(Asked):
+class ByLayer(Asked):
+    """What is also asked where layers can be chosen."""
+
+    layers: Annotated[Positions | None, Flag(shown="all")] = Field(
+        None, description="Block numbers: 0,3 or 0-5; -1 is the last."
+    )
+
+
+class Integrated(Asked):
+    """What is also asked where integrals are computed."""
+
+    max_nodes: Annotated[Nodes, Flag(Section.ACCURACY, wrong=f"is too few: give at least {FEWEST_NODES}")] = Field(
+        MAX_NODES, description="Integration nodes spent on one cell at most."
+    )
+
+
+class Explanation(Integrated):
+    """What `explain_class` and `classify` are asked, but for the methods."""
+
+    target: Annotated[Any, Flag(Section.QUESTION, shown="what the model predicts")] = Field(
+        None, description="Class to explain, by name or number; of a language model, the next token."
+    )
+    against: Annotated[Any, Flag(Section.QUESTION)] = Field(
+        None, description="A second class, whose logit is taken off: negative."
+    )
+    baseline: Annotated[StrictStr | None, Flag(shown="mask; blurred")] = Field(
+        None, description="Where paths start: a token for all others, such as pad; of images mean, say; or zero."
+    )
+    corrupted: Annotated[Any, Flag()] = Field(None, description="A second prompt in place of a baseline.")
+
+
+class Attribution(ByLayer, Integrated):
     """What `attribute` and `explain` are asked."""
 
     maps: Annotated[Names, Flag(shown=",".join(MAPS), choices=lambda: MAPS)] = _OPEN
@@ -122,9 +150,6 @@ class Attribution(Asked):
         description=f"Of an encoder and a decoder, whose attention is explained: {', '.join(STREAMS)}.",
     )
     engine: Annotated[StrictStr, Flag(Section.ACCURACY, choices=lambda: ENGINES)] = "auto"
-    max_nodes: Annotated[Nodes, Flag(Section.ACCURACY, wrong=f"is too few: give at least {FEWEST_NODES}")] = Field(
-        MAX_NODES, description="Integration nodes spent on one cell at most."
-    )
     out: Annotated[StrictStr | None, Flag(Section.FILES)] = Field(
         None, description="Write the Flow here, as safetensors."
     )
@@ -304,5 +329,7 @@ class Settings(Attribution):
             )
 
 
-# The defaults of `attribute`'s signature: `maps` and `attn_baseline` are None there, for what they are left open to be.
+# The defaults of the signatures of `attribute` and `explain_class`. In the first, `maps` and `attn_baseline` are None,
+# for what they are left open to be.
 DEFAULTS = Settings.model_construct()
+EXPLANATION = Explanation.model_construct()

@@ -11,6 +11,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from flows import make_flow
 from plot_cases import make_effects
+from relevances import make_relevance
 
 import lig_lens
 from lig_lens.flow import file as flow_file
@@ -20,6 +21,7 @@ from lig_lens.plots import write_html
 
 FLOW = make_flow(tokens=tuple(f"w{i}" for i in range(12)), layers=(0, 1))
 EFFECTS = make_effects("edges", FLOW.tokens)
+RELEVANCE = make_relevance()
 
 
 def write_growing(path: Path) -> None:
@@ -38,6 +40,10 @@ def write_growing(path: Path) -> None:
 WRITES: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
     "flow.safetensors": (FLOW.save, lig_lens.Flow.load),
     "grown.safetensors": (write_growing, lig_lens.Flow.load),
+    "relevance.safetensors": (RELEVANCE.save, lig_lens.Relevance.load),
+    "relevance.json": (RELEVANCE.to_json, lambda path: json.loads(path.read_text())),
+    "relevance.html": (RELEVANCE.explore().save, lambda path: _ends(path)),
+    "coloured.html": (lig_lens.relevance_html(RELEVANCE).save, lambda path: _ends(path)),
     "flow.json": (FLOW.to_json, lambda path: json.loads(path.read_text())),
     "effects.json": (EFFECTS.to_json, lambda path: json.loads(path.read_text())),
     "explorer.html": (FLOW.explore().save, lambda path: _ends(path)),

@@ -5,6 +5,7 @@ import functools
 
 import torch
 from flows import make_flow
+from relevances import PATCHES, make_relevance
 
 import lig_lens
 from lig_lens import plots
@@ -45,6 +46,14 @@ def image_flow(picture=None, layers=(0, 1)):
     return dataclasses.replace(flow, settings={**flow.settings, "pixels": {"grid": [2, 3], "image": image}})
 
 
+CURVE = ((0.0, 0.5, 1.0), (1.0, 0.6, 0.2), (0.9, 0.5, 0.1), (1.1, 0.7, 0.3))
+
+
+def hostile_relevance(tokens):
+    """A Relevance whose names try to be markup."""
+    return make_relevance(tokens, method="<b>%{z}</b>", target="<script>alert(4)</script>", model_name="<i>x</i>")
+
+
 def make_effects(on, tokens=HOSTILE, layers=(0, 1), n_heads=3, seed=0):
     sizes = {"layer": len(layers), "head": n_heads} | dict.fromkeys(("pos", "src", "dst"), len(tokens))
     shape = [sizes[axis] for axis in lig_lens.flow.effects.AXES[on]]
@@ -58,6 +67,7 @@ def every_figure(tokens=HOSTILE):
     """What draws a figure of each kind, by name, on tokens that try to be markup."""
     flow, metric = make_flow(tokens=tokens, layers=(0, 1)), metric_flow(tokens)
     other = make_flow(tokens=tokens, layers=(0, 1), seed=1)
+    relevance, another = hostile_relevance(tokens), make_relevance(tokens, seed=1)
     effects = {on: make_effects(on, tokens) for on in lig_lens.flow.effects.AXES}
     return {
         "head_grid": lambda: plots.head_grid(flow),
@@ -74,5 +84,11 @@ def every_figure(tokens=HOSTILE):
         "gap_map of a metric": lambda: plots.gap_map(metric),
         "paths_graph": lambda: plots.paths_graph(flow, dst=0),
         **{f"effects_map {on}": functools.partial(plots.effects_map, found) for on, found in effects.items()},
+        "relevance_text": lambda: plots.relevance_text(relevance),
+        "relevance_layers": lambda: plots.relevance_layers(relevance),
+        "compare_relevance": lambda: plots.compare_relevance([relevance, another]),
+        "relevance_image": lambda: plots.relevance_image([hostile_relevance(PATCHES), make_relevance(PATCHES)]),
+        "deletion_curves": lambda: plots.deletion_curves({name: CURVE for name in tokens}, facts=tokens),
+        "league": lambda: plots.league({"<b>m</b>": {name: (0.5, 0.4, 0.7) for name in tokens}}, facts=tokens),
         "agreement_scatter": lambda: plots.agreement_scatter(effects["edges"], make_effects("edges", tokens, seed=1)),
     }

@@ -237,7 +237,7 @@ def test_a_baseline_of_ones_own_is_taken(core, tmp_path):
 BAD_YAML = [
     ("atn_baseline: itb", "unknown key 'atn_baseline'. Did you mean 'attn_baseline'?"),
     ("attn-baseline: itb", "unknown key 'attn-baseline'. Did you mean 'attn_baseline'?"),
-    ("xyzzy: 1", "unknown key 'xyzzy'. Valid keys: text, target_text, image, model, layers"),
+    ("xyzzy: 1", "unknown key 'xyzzy'. Valid keys: text, image, target_text, model, layers"),
     ("attn_baseline: itbb", "attn_baseline: Unknown attn baseline 'itbb'"),
     ("tol: '0.1'", "tol: Input should be a valid number, not '0.1'"),
     ("tol: true", "tol: Input should be a valid number, not True"),

@@ -16,6 +16,7 @@ import lig_lens
 from lig_lens.cli.main import run
 from lig_lens.flow.compose import CANCELS
 from lig_lens.show.explorer import contents, explore, write_explorer
+from lig_lens.show.explorer.labelled import labelled
 
 RULES = ("product", "conserving")
 
@@ -156,7 +157,7 @@ def test_in_a_notebook_and_as_a_file(tmp_path):
 )
 def test_bad_input(flows, message: str):
     with pytest.raises(lig_lens.InputError, match=message):
-        contents.labelled(flows)
+        labelled(flows)
 
 
 def test_view_from_the_command_line(tmp_path, capsys, monkeypatch):

@@ -17,6 +17,7 @@ FOR_TYPES: dict[tuple[str, str], str] = {}
 # Who asks the package itself for more than its version, and why.
 THROUGH_THE_DOOR = {
     "flow.flow": "flow.explore() is what a user would call, lig_lens.explore(flow): no room below show knows the page",
+    "relevance.relevance": "the same: relevance.explore(), .table(), and how a notebook shows it",
     "cli.main": "the version",
 }
 

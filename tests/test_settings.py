@@ -14,6 +14,7 @@ from typer.main import get_command
 
 from lig_lens.cli.configs import (
     CircuitConfig,
+    ClassifyConfig,
     ExplainConfig,
     RunConfig,
     load_config,
@@ -26,9 +27,14 @@ from lig_lens.errors import InputError
 from lig_lens.fields import FEWEST_NODES, Flag, PositiveInt, Section, fields_of, flag_of, help_of
 from lig_lens.integrate.quadrature import NODES_PER_PANEL
 from lig_lens.paths import BASELINES, BaselineEntry
-from lig_lens.settings import DEFAULTS, Settings
+from lig_lens.settings import DEFAULTS, EXPLANATION, Explanation, Settings
 
-COMMANDS: dict[str, type[RunConfig]] = {"explain": ExplainConfig, "patch": CircuitConfig, "compare": CircuitConfig}
+COMMANDS: dict[str, type[RunConfig]] = {
+    "explain": ExplainConfig,
+    "classify": ClassifyConfig,
+    "patch": CircuitConfig,
+    "compare": CircuitConfig,
+}
 
 
 class AMetric:
@@ -59,6 +65,14 @@ def test_the_signature_is_the_model() -> None:
     asked = {name: one.default for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY}
     assert asked == {name: field.default for name, field in Settings.model_fields.items()}
     assert all(getattr(DEFAULTS, name) == value for name, value in asked.items())
+
+
+def test_the_signature_of_explain_class_is_the_model() -> None:
+    parameters = inspect.signature(importlib.import_module("lig_lens.relevance.explain").explain_class).parameters
+    asked = {name: parameters[name].default for name in Explanation.model_fields}
+    assert asked == {name: field.default for name, field in Explanation.model_fields.items()}
+    assert all(getattr(EXPLANATION, name) == value for name, value in asked.items())
+    assert ClassifyConfig().method == (parameters["method"].default,)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -4,17 +4,19 @@ They have the fields of `lig_lens.settings`, and below those that are a flag and
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, StrictStr, ValidationError
 
 from lig_lens.errors import InputError
-from lig_lens.fields import Flag, PositiveInt, Section, Switch, fields_of, flag_of, key_error
+from lig_lens.fields import Flag, Names, PositiveInt, Section, Switch, fields_of, flag_of, key_error
 from lig_lens.files import real
 from lig_lens.interventions import NODES
 from lig_lens.names import DTYPES
-from lig_lens.settings import Asked, Attribution, Settings
+from lig_lens.relevance import METHODS
+from lig_lens.settings import Asked, Attribution, ByLayer, Explanation, Settings
 
 # What `patch --at` names: an activation by its node, whole heads, or edges.
 PATCHED = (*NODES.names(), "heads", "edges", "edges_patched")
@@ -57,17 +59,54 @@ def _files(kind: type[RunConfig]) -> dict[str, str]:
     return {key: names[key] for key in fields_of(kind) if key in names}
 
 
-class ExplainConfig(RunConfig, Attribution):
-    """Settings of one `lig-lens explain` run."""
+class PromptConfig(RunConfig):
+    """What commands that explain one prompt are asked: a text, or an image."""
 
     text: Annotated[StrictStr | None, Flag(Section.QUESTION, argument="TEXT")] = Field(
         None, description="The prompt; of an encoder and a decoder, the source."
     )
-    target_text: Annotated[StrictStr | None, Flag(Section.QUESTION)] = Field(
-        None, description="Of a decoder beside an encoder, what it has written so far; '' for nothing yet."
-    )
     image: Annotated[StrictStr | None, Flag(Section.QUESTION)] = Field(
         None, description="Image file in place of TEXT, for models of images; --corrupted is another then."
+    )
+
+    def of_text(self) -> tuple[str, ...]:
+        """Settings that go with a text, and with no image."""
+        return ("text",)
+
+    def check_prompt(self) -> None:
+        """Check that there is one prompt, and what it goes with.
+
+        Raises:
+            InputError: none, or more than one.
+        """
+        if self.image is not None:
+            for name in self.of_text():
+                if getattr(self, name) is not None:
+                    shown = "TEXT" if name == "text" else f"--{name.replace('_', '-')}"
+                    raise InputError(
+                        f"{shown} goes with models of text, and --image {self.image!r} is given: drop one."
+                    )
+        elif self.text is None:
+            raise InputError("There is no prompt: give TEXT, or --image FILE for a model of images.")
+        elif not self.text.strip():
+            raise InputError(f"TEXT is empty ({self.text!r}): give a prompt, such as 'The cat sat on the mat.'")
+
+    def files_read(self) -> dict[str, str | None]:
+        """See the base class."""
+        other = None if self.image is None else getattr(self, "corrupted", None)
+        return {"the image to be explained": self.image, "the second image": other}
+
+    @property
+    def title(self) -> str:
+        """The prompt in a line."""
+        return str(self.text) if self.image is None else Path(self.image).name
+
+
+class ExplainConfig(PromptConfig, Attribution):
+    """Settings of one `lig-lens explain` run."""
+
+    target_text: Annotated[StrictStr | None, Flag(Section.QUESTION)] = Field(
+        None, description="Of a decoder beside an encoder, what it has written so far; '' for nothing yet."
     )
     # `json` is a name of BaseModel's
     json_path: Annotated[StrictStr | None, Flag(Section.FILES)] = Field(
@@ -92,43 +131,97 @@ class ExplainConfig(RunConfig, Attribution):
             )
         super().check_together()
 
-    def check_prompt(self) -> None:
-        """Check that there is one prompt, and what it goes with.
+    def of_text(self) -> tuple[str, ...]:
+        """See the base class."""
+        return ("text", "target_text", "stream")
 
-        Raises:
-            InputError: none, or more than one.
-        """
-        if self.image is not None:
-            for name in ("text", "target_text", "stream"):
-                if getattr(self, name) is not None:
-                    shown = "TEXT" if name == "text" else f"--{name.replace('_', '-')}"
-                    raise InputError(
-                        f"{shown} goes with models of text, and --image {self.image!r} is given: drop one."
-                    )
-        elif self.text is None:
-            raise InputError("There is no prompt: give TEXT, or --image FILE for a model of images.")
-        elif not self.text.strip():
-            raise InputError(f"TEXT is empty ({self.text!r}): give a prompt, such as 'The cat sat on the mat.'")
-        elif self.stream not in (None, "encoder") and self.target_text is None:
+    def check_prompt(self) -> None:
+        """See the base class; also a decoder's stream without what the decoder has written."""
+        super().check_prompt()
+        if self.image is None and self.stream not in (None, "encoder") and self.target_text is None:
             raise InputError(
                 f"--stream {self.stream} needs a target: add --target-text TEXT, what the decoder has written so far, "
                 "'' for nothing yet."
             )
 
-    def files_read(self) -> dict[str, str | None]:
-        """See the base class."""
-        other = None if self.image is None else self.corrupted
-        return {"the image to be explained": self.image, "the second image": other}
-
     @property
     def title(self) -> str:
         """The prompt in a line."""
-        if self.image is not None:
-            return Path(self.image).name
-        return f"{self.text} → {self.target_text}" if self.target_text else str(self.text)
+        return f"{super().title} → {self.target_text}" if self.target_text else super().title
 
 
-class CircuitConfig(RunConfig):
+class ClassifyConfig(PromptConfig, Explanation):
+    """Settings of one `lig-lens classify` run."""
+
+    model: Annotated[StrictStr, Flag(Section.MODEL)] = Field(
+        "sentiment", description="A classifier: sentiment, digits (of images), a local folder or a hub id."
+    )
+    method: Annotated[Names, Flag(shown="ca_lig", choices=METHODS.names)] = Field(
+        ("ca_lig",), description="How to explain it; several, with commas, stand side by side."
+    )
+    parameters: Annotated[Names | None, Flag()] = Field(
+        None, description="Of the method, such as mix=0.3,keep=positive."
+    )
+    top: Annotated[PositiveInt | None, Flag(shown="all")] = Field(
+        None, description="Positions to print: those with the largest scores."
+    )
+    out: Annotated[StrictStr | None, Flag(Section.FILES)] = Field(
+        None, description="Write the Relevance here, as safetensors."
+    )
+    json_path: Annotated[StrictStr | None, Flag(Section.FILES)] = Field(
+        None, alias="json", description="Write the Relevance here, as JSON."
+    )
+    html: Annotated[StrictStr | None, Flag(Section.FILES)] = Field(
+        None, description="Write a page to explore it in here."
+    )
+
+    def check_together(self) -> None:
+        """See the base class; also one file for several methods, and a baseline beside a second prompt."""
+        for flag, path in (("--out", self.out), ("--json", self.json_path)):
+            if path is not None and len(self.method) > 1:
+                raise InputError(
+                    f"{flag} holds one Relevance, and there are {len(self.method)} methods ({', '.join(self.method)}): "
+                    "name one, or write a page of all with --html."
+                )
+        if self.corrupted is not None and self.baseline is not None:
+            raise InputError(
+                f"--baseline {self.baseline} and --corrupted {self.corrupted!r}: paths start in one place, drop one."
+            )
+        self.method_parameters()
+        super().check_together()
+
+    def method_parameters(self) -> dict[str, Any]:
+        """Parameters of the method by name: numbers where they can be read as such, words otherwise.
+
+        Raises:
+            InputError: one that is not of the form name=value.
+        """
+        found: dict[str, Any] = {}
+        for one in self.parameters or ():
+            name, sign, text = one.partition("=")
+            if not sign or not name.strip() or not text.strip():
+                raise InputError(f"--parameters: {one!r} is not of the form name=value, such as mix=0.3.")
+            found[name.strip()] = _value(text.strip())
+        return found
+
+    def explain_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `lig_lens.explain_class`."""
+        asked = {name: getattr(self, name) for name in Explanation.model_fields}
+        for name in ("target", "against"):
+            asked[name] = _value(asked[name]) if isinstance(asked[name], str) else asked[name]
+        method = self.method[0] if len(self.method) == 1 else list(self.method)
+        return {**asked, "method": method, **self.method_parameters()}
+
+
+def _value(text: str) -> Any:
+    """A number where a text is one; the text otherwise."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+class CircuitConfig(RunConfig, ByLayer):
     """Settings of one `lig-lens patch` or `lig-lens compare` run."""
 
     model: Annotated[StrictStr, Flag(Section.MODEL)] = Field(

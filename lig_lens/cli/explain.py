@@ -7,7 +7,7 @@ import typer
 
 from lig_lens.cli.configs import ExplainConfig
 from lig_lens.cli.flags import with_flags
-from lig_lens.cli.shared import Outputs, load, say, terminal_width
+from lig_lens.cli.shared import Outputs, load, opened, say, terminal_width
 from lig_lens.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def explain(settings: ExplainConfig) -> None:
 def _prompt(settings: ExplainConfig) -> Any:
     """What `attribute` takes: a text, an image, or a source and a target."""
     if settings.image is not None:
-        return _opened("--image", settings.image)
+        return opened("--image", settings.image)
     return settings.text if settings.target_text is None else (settings.text, settings.target_text)
 
 
@@ -50,15 +50,9 @@ def _corrupted(settings: ExplainConfig) -> Any:
     if settings.corrupted is None:
         return None
     if settings.image is not None:
-        return _opened("--corrupted", settings.corrupted)
+        return opened("--corrupted", settings.corrupted)
     of_target = settings.target_text is not None and settings.stream in (None, "decoder")
     return (settings.text, settings.corrupted) if of_target else settings.corrupted
-
-
-def _opened(flag: str, path: str) -> Any:
-    from lig_lens.inputs.image_files import open_image
-
-    return open_image(path, flag)
 
 
 def _check_stacks(model: Any, settings: ExplainConfig) -> None:

@@ -2,7 +2,7 @@
 
 import webbrowser
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,24 +49,28 @@ def models(
 
 
 def view(
-    flows: Annotated[
-        list[str], typer.Argument(metavar="FLOW...", help="Files that explain --out wrote.", show_default=False)
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE...", help="Files that explain --out or classify --out wrote.", show_default=False),
     ],
     html: Annotated[str | None, option("--html", default="beside the first file", help="Write the page here.")] = None,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
 ) -> None:
-    """Open saved Flows in the explorer: several prompts, or several baselines of one."""
-    for path in flows:
+    """Open saved Flows, or Relevances, in the explorer: several prompts, or several baselines or methods of one."""
+    for path in files:
         if not Path(path).is_file():
-            raise InputError(f"{path!r} is no file: give one that explain --out wrote.")
-    page = html if html is not None else str(Path(flows[0]).with_suffix(".html"))
+            raise InputError(f"{path!r} is no file: give one that explain --out wrote, or classify --out.")
+    page = html if html is not None else str(Path(files[0]).with_suffix(".html"))
     check_writable(page, "--html")
-    for path in flows:
-        check_apart(page, "--html", {"the Flow to be shown": path})
+    for path in files:
+        check_apart(page, "--html", {"the file to be shown": path})
     from lig_lens.flow.flow import Flow
+    from lig_lens.relevance.header import SCHEMA
+    from lig_lens.relevance.relevance import Relevance
     from lig_lens.show.explorer import write_explorer
+    from lig_lens.stored import schema_in
 
-    loaded = [Flow.load(path) for path in flows]
+    loaded: list[Any] = [(Relevance if schema_in(path) == SCHEMA else Flow).load(path) for path in files]
     written = write_explorer(loaded, page)
     typer.echo(f"Wrote {written} ({written.stat().st_size / 1e6:.1f} MB)")
     if open_browser and not webbrowser.open(written.absolute().as_uri()):

@@ -16,11 +16,12 @@ import typer
 
 import lig_lens
 from lig_lens.cli.circuits import compare, patch
+from lig_lens.cli.classify import classify
 from lig_lens.cli.explain import explain
 from lig_lens.cli.look import boundaries, models, view
-from lig_lens.errors import FlowFileError, InputError, MissingPackageError, NonFiniteError, OutputError
+from lig_lens.errors import InputError, MissingPackageError, NonFiniteError, OutputError, ResultFileError
 
-_BAD_INPUT = (InputError, MissingPackageError, FlowFileError, NonFiniteError)
+_BAD_INPUT = (InputError, MissingPackageError, ResultFileError, NonFiniteError)
 # Newer typer carries its own copy of click, older typer uses the package: find the base of what is raised.
 _USAGE_ERROR: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 _INTERRUPTED = 130  # what newer typer makes of Ctrl-C; older typer raises Abort
@@ -52,7 +53,7 @@ def _root(
     """Layer-wise Integrated Gradients between the token vectors inside transformer blocks."""
 
 
-for _command in (explain, boundaries, models, view, patch, compare):
+for _command in (explain, classify, boundaries, models, view, patch, compare):
     app.command()(_command)
 
 

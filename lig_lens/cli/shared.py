@@ -77,3 +77,14 @@ class Outputs:
 def terminal_width() -> int | None:
     """Columns of the terminal, or None where the output is piped."""
     return max(60, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+
+
+def opened(flag: str, path: str) -> Any:
+    """An image that a flag names.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
+    from lig_lens.inputs.image_files import open_image
+
+    return open_image(path, flag)

@@ -2,38 +2,32 @@
 
 import contextlib
 import errno
-import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from lig_lens.errors import FlowFileError
-from lig_lens.files import replacing, write_atomic, writing
+from lig_lens.files import replacing, writing
 from lig_lens.flow.data import FlowData
-from lig_lens.flow.header import LABELS, brief, header_of, parse_header
+from lig_lens.flow.header import KIND, LABELS, written
 from lig_lens.flow.labels import CELLS as CELLS
 from lig_lens.flow.labels import TENSORS
 from lig_lens.names import MAPS
+from lig_lens.stored import checksum, metadata_of
 
 
 def save(flow: FlowData, path: str | os.PathLike[str]) -> Path:
-    """Write `flow` to `path`; see `Flow.save`. The labels are one JSON text in the metadata."""
+    """Write `flow` to `path`; see `Flow.save`."""
     tensors = {name: getattr(flow, name) for name in TENSORS if getattr(flow, name) is not None}
     for group in CELLS:
         tensors |= {f"{group}.{name}": value for name, value in getattr(flow, group).items()}
-    # safetensors refuses tensors that share memory, which slices of one result may do.
-    tensors = {name: value.clone() for name, value in tensors.items()}
-    head = _head({name: getattr(flow, name) for name in LABELS})
-    stored = {name: _numbers(value) for name, value in tensors.items()}
-    return write_atomic(path, safetensors_bytes(tensors, metadata=_metadata(head, _checksum(head, stored))))
+    return KIND.write(path, written({name: getattr(flow, name) for name in LABELS}), tensors)
 
 
 # Of the length of one; it is filled in at the end.
@@ -49,8 +43,8 @@ class GrowingFile:
 
     def __init__(self, stream: BinaryIO, labels: Mapping[str, object], shapes: Mapping[str, Sequence[int]]) -> None:
         self._stream, self._shapes, self._starts = stream, shapes, {}
-        self._head = _head(labels)
-        entries: dict[str, object] = {"__metadata__": _metadata(self._head, _NO_CHECKSUM)}
+        self._head = KIND.head(written(labels))
+        entries: dict[str, object] = {"__metadata__": metadata_of(self._head, _NO_CHECKSUM)}
         end = 0
         # safetensors wants large elements first.
         for name in sorted(shapes, key=_dtype, reverse=True):
@@ -81,7 +75,7 @@ class GrowingFile:
 
     def finish(self) -> None:
         """Add the checksum, once all is there."""
-        found = _checksum(self._head, {name: self._stored(name) for name in self._starts})
+        found = checksum(self._head, {name: self._stored(name) for name in self._starts})
         self._stream.seek(self._checksum_at)
         self._stream.write(found.encode())
 
@@ -134,71 +128,14 @@ def _dtype(name: str) -> str:
     return "BOOL" if name.startswith("converged") else "F32"
 
 
-def _head(labels: Mapping[str, object]) -> str:
-    return json.dumps({**header_of(labels), "checksummed": True}, ensure_ascii=False, allow_nan=False)
-
-
-def _metadata(head: str, checksum: str) -> dict[str, str]:
-    return {"lig_lens": head, "sha256": checksum}
-
-
-def _numbers(tensor: Tensor) -> Iterator[Any]:
-    """The numbers of a tensor as buffers, layer by layer, since all of them may not fit into memory twice."""
-    for layer in tensor if tensor.ndim > 1 else [tensor]:
-        yield layer.detach().cpu().contiguous().numpy()
-
-
-def _checksum(head: str, tensors: Mapping[str, Iterable[Any]]) -> str:
-    """SHA-256 over the labels, and over the names and numbers of all tensors in the order of their names."""
-    digest = hashlib.sha256(head.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        for piece in tensors[name]:
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any], bool]:
     """Labels and tensors of a saved Flow, as arguments for `Flow`, and whether a checksum vouches for them.
 
     See `Flow.load`.
     """
-    file, shown = Path(path), repr(os.fspath(path))
-    try:
-        file.stat()
-    except (OSError, ValueError) as error:
-        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            raise FlowFileError(
-                f"{shown[:200]} cannot be read ({error.args[-1]}): give a file that Flow.save wrote."
-            ) from error
-    if not file.is_file():
-        kind = "is a folder, not a Flow file" if file.is_dir() else "does not exist"
-        raise FlowFileError(f"{shown} {kind}: give a file that Flow.save wrote.")
-    try:
-        with safe_open(file, framework="pt") as stored:
-            metadata = stored.metadata() or {}
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FlowFileError(
-            f"{shown} cannot be read as safetensors ({brief(error)}): it is damaged or another kind of "
-            "file. Give a file that Flow.save wrote."
-        ) from error
-    if "lig_lens" not in metadata:
-        raise FlowFileError(
-            f"{shown} is a safetensors file but holds no Flow (no 'lig_lens' in its header): "
-            "give one that Flow.save wrote."
-        )
-    header = parse_header(metadata["lig_lens"], shown)
-    checked = header.checksummed or "sha256" in metadata  # older files have none
-    if checked:
-        stored = {name: _numbers(tensor) for name, tensor in tensors.items()}
-        if metadata.get("sha256") != _checksum(metadata["lig_lens"], stored):
-            raise FlowFileError(
-                f"{shown} is damaged: its labels and numbers are not those that were written (checksum). Take a copy "
-                "of it, or compute the Flow again."
-            )
-    fields = {name: getattr(header, name) for name in LABELS}
-    return fields, _group(tensors, shown), checked
+    stored = KIND.read(path)
+    fields = {name: getattr(stored.header, name) for name in LABELS}
+    return fields, _group(stored.tensors, repr(os.fspath(path))), stored.checked
 
 
 def _group(tensors: dict[str, Tensor], shown: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from lig_lens.relevance.explained import Explained
 from lig_lens.relevance.method import Method, made
 from lig_lens.relevance.relevance import Relevance
 from lig_lens.relevance.targets import as_metric, shown_class
-from lig_lens.settings import MAX_BATCH_TOKENS, MAX_NODES
+from lig_lens.settings import EXPLANATION
 
 
 @torch.inference_mode(False)  # gradients are needed, whatever mode the caller is in
@@ -33,16 +33,16 @@ def explain_class(
     model: HookedModel | object,
     prompt: Any,
     *,
-    target: Any = None,
-    against: Any = None,
+    target: Any = EXPLANATION.target,
+    against: Any = EXPLANATION.against,
     method: "str | Method | Sequence[str | Method]" = "ca_lig",
-    baseline: str | None = None,
-    corrupted: Any = None,
-    tol: float = 1e-3,
-    max_nodes: int = MAX_NODES,
-    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    baseline: str | None = EXPLANATION.baseline,
+    corrupted: Any = EXPLANATION.corrupted,
+    tol: float = EXPLANATION.tol,
+    max_nodes: int = EXPLANATION.max_nodes,
+    max_batch_tokens: int = EXPLANATION.max_batch_tokens,
     prepend_bos: bool | None = None,
-    progress: bool = True,
+    progress: bool = EXPLANATION.progress,
     **parameters: Any,
 ) -> "Relevance | list[Relevance]":
     """What the positions of a prompt do to a class's logit, or to any other number of a model's output.

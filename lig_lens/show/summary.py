@@ -11,8 +11,11 @@ from lig_lens.flow.data import Edge
 from lig_lens.flow.describe import Facts, describe
 from lig_lens.flow.effects import Effects
 from lig_lens.flow.flow import Flow
+from lig_lens.relevance.prompts import of_one_prompt
+from lig_lens.relevance.relevance import Relevance
 from lig_lens.show.tables import PLAIN_WIDTH, new_table, rendered
 from lig_lens.show.text import show_token
+from lig_lens.show.words import asked_of, certainty_of, ends_of, names_of
 
 if TYPE_CHECKING:
     import pandas
@@ -134,6 +137,38 @@ def boundaries_table(model_name: str, blocks: Sequence[BlockBoundaries], width: 
     prefix = blocks[0].resid_post.partition(".")[0] if blocks else "blocks"
     title = f"{model_name}: {_count(len(blocks), 'block')}; hooks are named {prefix}.N.…"
     return f"{title}\n\n{rendered(table, width)}"
+
+
+def relevance_table(
+    relevances: "Relevance | Sequence[Relevance]", k: int | None = None, width: int | None = None
+) -> str:
+    """Write what positions do in lines, in the order of the prompt: one column of scores for each Relevance.
+
+    Args:
+        relevances: one, or several of one prompt.
+        k: positions to show, those with the largest scores in absolute value (of the first, where there are several).
+        width: of the terminal in columns; None for text that is piped, which is never wrapped.
+
+    Raises:
+        InputError: k below 1, no Relevance, or Relevances of different prompts.
+    """
+    several = of_one_prompt("relevance_table", relevances)
+    first, names = several[0], names_of(several)
+    shown = range(len(first.tokens)) if k is None else sorted(number for number, _, _ in first.top(k))
+    table = new_table("position", "token")
+    for name in ["score"] if len(several) == 1 else names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for at in shown:
+        scores = [f"{float(one.scores[at]):+#.3g}" for one in several]
+        table.add_row(str(at), Text(show_token(first.tokens[at])), *scores)
+    size = (
+        f"{_count(len(first.tokens), 'token')}, {_count(len(first.layers), 'layer')} of {first.model_name or 'a model'}"
+    )
+    lines = [_cut(" ".join(show_token(token) for token in first.tokens), width or PLAIN_WIDTH)]
+    lines += [" · ".join([f"{asked_of(one)}: {ends_of(one)}", *certainty_of(one)]) for one in several]
+    left = len(first.tokens) - len(shown)
+    more = [f"{_count(left, 'position')} with smaller scores not shown."] if left else []
+    return "\n".join([size, *lines, "", rendered(table, width), *more])
 
 
 def _cut(text: str, width: int) -> str:

@@ -1,15 +1,12 @@
 """What the explorer's page holds of some Flows: labels as JSON, tensors as base64 of halves or floats."""
 
-import base64
 import math
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lig_lens.errors import InputError
@@ -19,6 +16,7 @@ from lig_lens.flow.describe import Facts, averaged, describe
 from lig_lens.flow.flow import Flow
 from lig_lens.flow.labels import TENSORS
 from lig_lens.flow.rules import rule_of
+from lig_lens.show.explorer.packed import Packed, encoded
 from lig_lens.show.plots.style import QUALITATIVE
 from lig_lens.show.text import show_token
 from lig_lens.show.words import beside_gap, by_message, change, mean_of
@@ -30,14 +28,6 @@ RULES = tuple(name for name in compose.RULES if rule_of(name).in_explorer)
 EXACT_NUMBERS = 2**20
 MOST_NUMBERS = 2**23
 _UNITS = {"l2": "vector length (l2)"}
-
-
-class Packed(TypedDict):
-    """An array of the page: its element's id, the type of its numbers, and what each layer's are multiplied by."""
-
-    id: str
-    dtype: str
-    scales: list[float]
 
 
 class Token(TypedDict):
@@ -163,8 +153,7 @@ def _view(label: str, flow: Flow, prefix: str, arrays: dict[str, str]) -> View:
 
     def pack(name: str, tensor: Tensor, half: bool = False) -> None:
         key = f"{prefix}-{name}"
-        arrays[key], dtype, scales = _encoded(tensor.numpy(), half)
-        packed[name] = {"id": key, "dtype": dtype, "scales": scales}
+        arrays[key], packed[name] = encoded(key, tensor.numpy(), half)
 
     facts, heads = describe(flow), flow.attn if flow.attn is not None else flow.mlp
     n_heads = 0 if heads is None else heads.shape[1]
@@ -251,42 +240,9 @@ def _in_a_line(facts: Facts) -> str:
     return " · ".join(said)
 
 
-def _encoded(values: NDArray[np.float32], half: bool) -> tuple[str, str, list[float]]:
-    """Base64 of an array, its type, and what its layers are to be multiplied by.
-
-    Of halves each layer is divided by its largest value, so that none overflows or fades.
-    """
-    by_layer = values.reshape(len(values), -1).astype("<f4")
-    scales = np.abs(by_layer).max(axis=1, initial=0.0) if half else np.ones(len(by_layer), dtype=np.float32)
-    scales = np.where(scales > 0, scales, 1.0)
-    raw = (by_layer / scales[:, None]).astype("<f2" if half else "<f4")
-    return base64.b64encode(raw.tobytes()).decode(), "f2" if half else "f4", scales.tolist()
-
-
-def labelled(flows: object) -> dict[str, Flow]:
-    """Flows by their labels; those without get their baselines, or metric, as one.
-
-    Args:
-        flows: as `explore` takes them.
-
-    Raises:
-        InputError: no Flow, or something else.
-    """
-    if isinstance(flows, Flow):
-        flows = [flows]
-    given = list(flows.items()) if isinstance(flows, Mapping) else None
-    if given is None and isinstance(flows, Iterable) and not isinstance(flows, str):
-        given = [(None, flow) for flow in flows]
-    odd = [flow for _, flow in given if not isinstance(flow, Flow)] if given is not None else [flows]
-    if given is None or odd:
-        raise InputError(
-            f"explore: got {type(odd[0]).__name__}: give a Flow, several, or a mapping of labels to Flows (of an "
-            "average its .mean)."
-        )
-    named = [(_name(describe(flow)) if label is None else str(label), flow) for label, flow in given]
-    if not named:
-        raise InputError("explore: no Flow: give at least one.")
-    return dict(_unique(named))
+def flow_names(flows: Sequence[Flow]) -> list[str]:
+    """Baselines of Flows, or their metrics."""
+    return [_name(describe(flow)) for flow in flows]
 
 
 def _name(facts: Facts) -> str:
@@ -294,11 +250,3 @@ def _name(facts: Facts) -> str:
     if facts.metric is not None:
         return f"{facts.metric}{by_message(facts)}, from {facts.baselines.get('attn')}"
     return ", ".join(f"{name} {facts.baselines.get(name, '?')}" for name in facts.maps)
-
-
-def _unique(named: Sequence[tuple[str, Flow]]) -> Iterator[tuple[str, Flow]]:
-    """Labels that are equal for one prompt get numbers; across prompts the page tells them apart, a dict does not."""
-    seen: dict[str, int] = {}
-    for label, flow in named:
-        seen[label] = seen.get(label, 0) + 1
-        yield (label if seen[label] == 1 else f"{label} ({seen[label]})"), flow

@@ -63,8 +63,12 @@ def signed_scale(title: str, *values: Values, percent: bool = False, relative: b
     """
     top = strongest(*values, cut=cut)
     top = min(top, 1.0) if percent else top
-    ticks = ([-top, -top / 2, 0.0, top / 2, top], [f"{MINUS}1", f"{MINUS}0.5", "0", "0.5", "1"]) if relative else None
-    return Scale(title, -top, top, _percents(top) if percent else ".2~g", ticks)
+    return Scale(title, -top, top, _percents(top) if percent else ".2~g", relative_ticks(top) if relative else None)
+
+
+def relative_ticks(top: float) -> tuple[Sequence[float], Sequence[str]]:
+    """Ticks of a scale up to `top` that call it 1."""
+    return [-top, -top / 2, 0.0, top / 2, top], [f"{MINUS}1", f"{MINUS}0.5", "0", "0.5", "1"]
 
 
 def share_scale(title: str, *values: Values, cut: bool = True) -> Scale:
@@ -193,7 +197,7 @@ def draw(
         caption.update(font={"size": 10, "color": QUIET}, yshift=0)
     above = 56.0 + (16 if size.captions else 0)
     for number, scale in enumerate(scales):
-        axis = _coloraxis(scale, shown=number == 0, raised=22 if size.captions else 8)
+        axis = coloraxis(scale, shown=number == 0, raised=22 if size.captions else 8)
         figure.update_layout({"coloraxis" if number == 0 else f"coloraxis{number + 1}": axis})
     missing = any(np.isnan(panel.values).any() for panel in panels)
     figure.update_layout(plot_bgcolor=LINE if missing else FAINT)
@@ -367,7 +371,8 @@ def _style_axes(figure: go.Figure, size: _Geometry, n_panels: int, down: Axis, a
             figure.update_xaxes(showticklabels=True, row=row, col=column)
 
 
-def _coloraxis(scale: Scale, shown: bool, raised: int) -> dict[str, Any]:
+def coloraxis(scale: Scale, shown: bool, raised: int) -> dict[str, Any]:
+    """A scale with its colour bar, where that is shown, `raised` pixels above the plot."""
     ticks = {} if scale.ticks is None else {"tickvals": scale.ticks[0], "ticktext": scale.ticks[1]}
     return {
         "colorscale": DIVERGING if scale.signed else SEQUENTIAL,

@@ -17,9 +17,25 @@ SEQUENTIAL = ["#fcfbfd", "#efedf5", "#dadaeb", "#bcbddc", "#9e9ac8", "#807dba", 
 # for every kind of colour-blindness: any two differ by 16 in Lab or more, as Machado et al. simulate it.
 QUALITATIVE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a2be2", "#774422"]
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
+MONOSPACE = "'DejaVu Sans Mono', Menlo, Consolas, 'Liberation Mono', 'Courier New', monospace"
 INK, QUIET, LINE, FAINT = "#24292f", "#6e7781", "#d0d7de", "#f3f4f6"
+DARK = 0.6  # of the end of the diverging colours, from where letters are white
 LETTER = 5.6  # pixels that a letter of a label is wide, on average
 _EDGE = 12  # pixels between the heading and the figure's edges
+
+
+def diverging(share: float) -> str:
+    """The diverging colour of a value from -1 to 1; what is beyond has the colour at the end."""
+    place = (min(1.0, max(-1.0, share)) + 1) / 2 * (len(DIVERGING) - 1)
+    low = min(int(place), len(DIVERGING) - 2)
+    ends = [[int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in DIVERGING[low : low + 2]]
+    mixed = [int(a + (b - a) * (place - low) + 0.5) for a, b in zip(*ends, strict=True)]
+    return "#{:02x}{:02x}{:02x}".format(*mixed)
+
+
+def on_colour(share: float) -> str:
+    """The colour of letters that can be read on `diverging(share)`."""
+    return INK if abs(share) < DARK else "white"
 
 
 def plain_text(plain: str) -> str:

@@ -95,18 +95,6 @@ function bringIntoSight(row, pos) {
   );
 }
 
-function tip(event, text) {
-  const box = byId("tip");
-  box.textContent = text;
-  box.hidden = false;
-  box.style.left = `${Math.min(event.clientX + 14, innerWidth - box.offsetWidth - 8)}px`;
-  box.style.top = `${Math.min(event.clientY + 14, innerHeight - box.offsetHeight - 8)}px`;
-}
-
-function hideTip() {
-  byId("tip").hidden = true;
-}
-
 function hoverGraph(event) {
   const data = event.target.dataset ?? {};
   const view = currentView();

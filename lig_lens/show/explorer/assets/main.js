@@ -1,6 +1,5 @@
 // The page: a state, what shows it, and what changes it.
 
-const byId = (id) => document.getElementById(id);
 const header = JSON.parse(byId("header").textContent);
 const samples = header.samples.map((sample) => ({
   ...sample,

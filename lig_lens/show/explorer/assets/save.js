@@ -59,18 +59,3 @@ function savePng() {
   };
   picture.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(svgText())}`;
 }
-
-async function copy(text, done) {
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch {
-    // Without permission, as in a file of one's own: the old way.
-    const area = Object.assign(document.createElement("textarea"), { value: text });
-    document.body.append(area);
-    area.select();
-    const copied = document.execCommand("copy");
-    area.remove();
-    if (!copied) done = "The browser does not allow it.";
-  }
-  byId("status").textContent = done;
-}
