@@ -56,6 +56,7 @@ class Explained:
             budget: how hard integrals try.
         """
         self.inputs, self.values, self.start, self.down, self.budget = inputs, values, start, down, budget
+        self._integrals: dict[int, Integral] = {}
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -83,8 +84,11 @@ class Explained:
 
     def token_relevance(self, boundary: int) -> Integral:
         """What the vectors at a boundary contribute along the path: one cell, whose parts are the positions."""
-        integrand = OfPositions(self.entry(boundary), self.down, self.budget)
-        return integrand.integrate(None if self.start is None else self.down.corrupted, self.budget)
+        if boundary not in self._integrals:
+            integrand = OfPositions(self.entry(boundary), self.down, self.budget)
+            known = None if self.start is None else self.down.corrupted
+            self._integrals[boundary] = integrand.integrate(known, self.budget)
+        return self._integrals[boundary]
 
     def messages(self, layer: int) -> Messages:
         """Pattern and values of a block's attention.
