@@ -3,7 +3,7 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -65,8 +65,15 @@ class Method(ABC):
         return {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}  # type: ignore[arg-type]
 
 
-def made(kind: type[Method], options: dict[str, Any]) -> Method:
-    """A method with parameters.
+class _Named(Protocol):
+    name: ClassVar[str]
+
+
+_N = TypeVar("_N", bound=_Named)
+
+
+def made(kind: type[_N], options: dict[str, Any], what: str = "method") -> _N:
+    """A method, or something else that is a dataclass with a name, with parameters.
 
     Raises:
         InputError: a parameter that it does not have.
@@ -75,5 +82,5 @@ def made(kind: type[Method], options: dict[str, Any]) -> Method:
     for name in options:
         if name not in known:
             takes = f"takes {', '.join(known)}" if known else "takes no parameters"
-            raise InputError(f"The method {kind.name!r} has no parameter {name!r}: it {takes}.")
+            raise InputError(f"The {what} {kind.name!r} has no parameter {name!r}: it {takes}.")
     return kind(**options)
