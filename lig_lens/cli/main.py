@@ -17,6 +17,7 @@ import typer
 import lig_lens
 from lig_lens.cli.circuits import compare, patch
 from lig_lens.cli.explain import explain
+from lig_lens.cli.league import league
 from lig_lens.cli.look import boundaries, models, view
 from lig_lens.errors import FlowFileError, InputError, MissingPackageError, NonFiniteError, OutputError
 
@@ -52,7 +53,7 @@ def _root(
     """Layer-wise Integrated Gradients between the token vectors inside transformer blocks."""
 
 
-for _command in (explain, boundaries, models, view, patch, compare):
+for _command in (explain, boundaries, models, view, patch, compare, league):
     app.command()(_command)
 
 

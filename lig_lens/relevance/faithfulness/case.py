@@ -67,7 +67,8 @@ class Case:
     @functools.cached_property
     def of_free(self) -> Float[np.ndarray, "free"]:
         """Scores of the positions that may be removed."""
-        return self.scores[self.subject.free]
+        scores: Float[np.ndarray, free] = self.scores[self.subject.free]
+        return scores
 
     @functools.cached_property
     def ranks(self) -> Int[np.ndarray, "free"]:
