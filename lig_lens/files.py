@@ -1,12 +1,14 @@
-"""Output files: checked before the work starts, replaced in one step when it is done."""
+"""Output files: checked before the work starts, replaced in one step when it is done; folders of the user's cache."""
 
 import contextlib
 import hashlib
 import os
 import platform
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lig_lens.errors import InputError, OutputError
@@ -175,3 +177,38 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
         stream.flush()
         os.fsync(stream.fileno())
     return file
+
+
+def cached_folder(name: str, holds: Sequence[str], fill: Callable[[Path], None]) -> Path:
+    """Folder of the user's cache, filled when it is first asked for.
+
+    Args:
+        name: of the folder; what its contents depend on belongs into it, so that none is ever out of date.
+        holds: names of the files in it that are read.
+        fill: writes them into the empty folder that it is given, which takes the name when all is written.
+
+    Raises:
+        InputError: the cache cannot be written, or a folder of that name lacks a file.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lig_lens"
+    folder = cache / name
+    if not folder.is_dir():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            beside = Path(tempfile.mkdtemp(dir=cache, prefix=f".{name}-"))
+        except OSError as error:
+            raise InputError(
+                f"Cannot write into the cache {str(cache)!r}: {os.strerror(error.errno or 0)}: set XDG_CACHE_HOME to a "
+                "folder that can be written."
+            ) from error
+        try:
+            fill(beside)
+            # Renamed last, so that a half-written copy is never taken for a whole one. Another process may be first.
+            with contextlib.suppress(OSError):
+                os.replace(beside, folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    missing = [file for file in holds if not (folder / file).is_file()]
+    if missing:
+        raise InputError(f"The copy at {str(folder)!r} lacks {', '.join(missing)}: delete that folder and try again.")
+    return folder

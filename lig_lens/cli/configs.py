@@ -35,7 +35,7 @@ class RunConfig(Asked):
     """Settings that all commands share: every flag, under its name with `_` for `-`."""
 
     model: Annotated[StrictStr, Flag(Section.MODEL)] = Field(
-        "minilm", description="minilm, smollm2, a local folder or a hub id."
+        "minilm", description="minilm, smollm2, sentiment, a local folder or a hub id."
     )
     device: Annotated[StrictStr | None, Flag(Section.MACHINE)] = Field(None, description="cpu, cuda, cuda:1, mps.")
     dtype: Annotated[StrictStr | None, Flag(Section.MACHINE, shown="float32", choices=lambda: DTYPES)] = None
@@ -143,7 +143,7 @@ class CircuitConfig(RunConfig):
     """Settings of one `lig-lens patch` or `lig-lens compare` run."""
 
     model: Annotated[StrictStr, Flag(Section.MODEL)] = Field(
-        "induction", description="induction, minilm, smollm2, a folder or a hub id."
+        "induction", description="induction, minilm, smollm2, sentiment, a folder or a hub id."
     )
     clean: Annotated[StrictStr | None, Flag(Section.QUESTION, argument="CLEAN")] = Field(
         None, description="The prompt."

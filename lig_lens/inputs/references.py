@@ -28,4 +28,6 @@ def reference_of(model: HookedModel, inputs: Inputs, name: str | None) -> tuple[
         chosen = name or default_text_reference(model) or ZERO
         check_choice("baseline", chosen, (*TEXT_REFERENCES, ZERO))
         return chosen, None if chosen == ZERO else replaced_by(model, inputs, chosen)
-    raise InputError(f"baseline={name!r}: give a second prompt as corrupted, or baseline='zero'.")
+    if name in (None, ZERO):
+        return ZERO, None
+    raise InputError(f"baseline={name!r} is not for images: give a second image as corrupted, or baseline='zero'.")

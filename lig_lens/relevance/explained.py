@@ -15,7 +15,7 @@ from lig_lens.integrate.integrand import Budget
 from lig_lens.integrate.onward import Downstream, Entry, OfPositions, behind, entry_of
 from lig_lens.integrate.quadrature import Integral
 from lig_lens.interventions.run import messages_at
-from lig_lens.models.running import first_tensor, module_hooks, torch_hooks, with_first_tensor
+from lig_lens.models.running import first_tensor, torch_hooks, with_first_tensor
 from lig_lens.paths.path import ResidPath
 
 
@@ -129,7 +129,7 @@ class Explained:
             block = values.call.block
             pairs.append((block, lambda _m, _a, output, layer=layer: behind_block(layer, output), False))
         metric = self.down.metric
-        with torch.enable_grad(), module_hooks([]):
+        with torch.enable_grad():
             value = metric.checked(metric(forward.onward(first.layer, resid, pairs)))
             leaves[first.layer] = resid
             grads = torch.autograd.grad(value.sum(), list(leaves.values()), materialize_grads=True)

@@ -1,9 +1,9 @@
 """The number that is explained, as users name it: a class, one class against another, a token, or a metric."""
 
-from collections.abc import Callable
+import contextlib
+import operator
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,8 +11,6 @@ from lig_lens.errors import InputError
 from lig_lens.hooked import HookedModel
 from lig_lens.models.heads import class_names
 from lig_lens.targets.metrics import Metric, class_logit, logit_difference, metric, token_logit
-
-Target = int | str | Metric | Callable[[Tensor], Any] | None
 
 
 def as_metric(model: HookedModel, output: Float[Tensor, "1 *rest"], target: Any, against: Any = None) -> Metric:
@@ -78,12 +76,10 @@ def _class(names: dict[int, str], count: int, given: Any, what: str) -> int:
         if len(found) == 1:
             return found[0]
     elif not isinstance(given, bool):
-        try:
-            number = int(torch.as_tensor(given).item()) if not isinstance(given, int) else given
-        except (TypeError, ValueError, RuntimeError):
-            number = -1
-        if 0 <= number < count:
-            return number
+        with contextlib.suppress(TypeError):
+            number = operator.index(given)
+            if 0 <= number < count:
+                return number
     raise InputError(f"{what}={given!r} is no class of this model: it has {shown}.")
 
 

@@ -1,0 +1,148 @@
+"""`explain_class`: targets, baselines, lists, and what is refused."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import GPT2, IDS, OTHER, SMALL, saved
+
+import lig_lens as ll
+from lig_lens.relevance import METHODS
+
+NAMES = {"id2label": {0: "bad", 1: "so-so", 2: "good"}, "label2id": {"bad": 0, "so-so": 1, "good": 2}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier")
+    saved("BertForSequenceClassification", folder, **SMALL, **NAMES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return ll.load_model(str(folder), device="cpu")
+
+
+def explain(model: Any, prompt: Any = IDS, **options: Any) -> Any:
+    return ll.explain_class(model, prompt, progress=False, **options)
+
+
+def logits(model: Any, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(torch.tensor([ids]))[0]
+    return found
+
+
+def test_without_a_target_the_predicted_class_is_explained(model: Any) -> None:
+    found, wanted = explain(model), logits(model, IDS)
+    predicted = int(wanted.argmax())
+    assert found.target == f"class_logit({predicted}) {NAMES['id2label'][predicted]!r}"
+    assert found.value == pytest.approx(float(wanted[predicted]), rel=1e-5)
+
+
+@pytest.mark.parametrize("target", [2, "good", "Good", torch.tensor(2), ll.class_logit(2), lambda x: x[0, 2]])
+def test_a_class_has_a_number_and_a_name(model: Any, target: Any) -> None:
+    found = explain(model, target=target)
+    assert found.value == pytest.approx(float(logits(model, IDS)[2]), rel=1e-5)
+    assert torch.allclose(found.scores, explain(model, target=2).scores)
+
+
+def test_one_class_against_another_is_the_difference_of_their_logits(model: Any) -> None:
+    found, wanted = explain(model, target="good", against="bad", method="ca_lig", mix=0.0), logits(model, IDS)
+    assert found.value == pytest.approx(float(wanted[2] - wanted[0]), rel=1e-5)
+    good, bad = explain(model, target=["good", "bad"], mix=0.0)
+    # Integrals are linear in what is explained.
+    assert torch.allclose(found.scores, good.scores - bad.scores, atol=2e-3 * float(found.scores.abs().max()))
+
+
+def test_lists_give_what_single_calls_give(model: Any) -> None:
+    for options in ({"prompt": [IDS, OTHER]}, {"target": [0, 2]}, {"method": ["ca_lig", "ca_lig"]}):
+        several = explain(model, **{"target": 2, **options})
+        name, values = next(iter(options.items()))
+        single = [explain(model, **{"target": 2, name: value}) for value in values]
+        assert len(several) == 2
+        for one, other in zip(several, single, strict=True):
+            assert torch.equal(one.scores, other.scores) and one.target == other.target
+
+
+def test_baselines_keep_special_tokens_and_replace_all_others(folder: Path) -> None:
+    model = ll.load_model(str(folder), device="cpu")
+    tokenizer = model.tokenizer
+    text = tokenizer.decode(IDS)
+    found = explain(model, text, target=1, baseline="unk")
+    assert found.settings["baseline"] == "unk"
+    ids = found.settings["token_ids"]
+    wanted = [one if special else tokenizer.unk_token_id for one, special in zip(ids, found.special, strict=True)]
+    assert found.settings["corrupted_token_ids"] == wanted
+    assert found.reference == pytest.approx(float(logits(model, wanted)[1]), rel=1e-5)
+    assert any(found.special) and not all(found.special)
+
+
+def test_a_second_prompt_may_stand_for_a_baseline(model: Any) -> None:
+    found = explain(model, target=1, corrupted=OTHER)
+    assert found.settings["baseline"] == "corrupted"
+    assert found.reference == pytest.approx(float(logits(model, OTHER)[1]), rel=1e-5)
+
+
+def test_a_language_model_explains_the_token_that_it_predicts(tmp_path: Path) -> None:
+    saved("GPT2LMHeadModel", tmp_path, **GPT2)
+    model = ll.load_model(str(tmp_path), device="cpu")
+    found = explain(model, corrupted=OTHER)
+    wanted = model(torch.tensor([IDS]))[0, -1].detach()
+    assert found.target == f"token_logit({int(wanted.argmax())})"
+    assert found.value == pytest.approx(float(wanted.max()), rel=1e-5)
+    found = explain(model, target=7, against=8, baseline="zero")
+    assert found.value == pytest.approx(float(wanted[7] - wanted[8]), rel=1e-4)
+
+
+def test_parameters_are_recorded(model: Any) -> None:
+    found = explain(model, mix=0.25, keep="positive")
+    parameters = found.settings["parameters"]
+    assert parameters["mix"] == 0.25 and parameters["keep"] == "positive" and parameters["through"] == "conserving"
+    assert found.settings["method"] == "ca_lig" and found.settings["tol"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "fine"}, "target='fine' is no class of this model: it has 0 ('bad'), 1 ('so-so'), 2 ('good')."),
+        ({"target": 3}, "target=3 is no class"),
+        ({"target": -1}, "target=-1 is no class"),
+        ({"target": 1.5}, "target=1.5 is no class"),
+        ({"target": True}, "target=True is no class"),
+        ({"against": 1}, "against=1 without a target"),
+        ({"target": 1, "against": "so-so"}, "target and against are the same class, 1"),
+        ({"target": lambda x: x[0, 0], "against": 1}, "against goes with a class or a token"),
+        ({"method": "lime"}, "Unknown method 'lime'"),
+        ({"method": 3}, "method=3: give one of"),
+        ({"lam": 0.5}, "The method 'ca_lig' has no parameter 'lam': it takes mix, attention, keep"),
+        ({"mix": 1.5}, "mix=1.5: give a number from 0"),
+        ({"through": "all"}, "Unknown through 'all'"),
+        ({"baseline": "blurred"}, "Unknown baseline 'blurred'"),
+        ({"corrupted": OTHER, "baseline": "mask"}, "baseline='mask' and corrupted are both given"),
+        ({"corrupted": IDS[:3]}, "corrupted has 3 tokens, the prompt 6"),
+        ({"corrupted": IDS}, "corrupted equals the prompt"),
+        ({"tol": 2}, "tol=2"),
+        ({"prompt": [IDS, IDS], "target": [0, 1]}, "one of them at a time"),
+        ({"prompt": [IDS, IDS], "corrupted": [OTHER]}, "corrupted has 1 entries for 2 prompts"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(model: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ll.InputError, match=re.escape(message)):
+        explain(model, **options)
+
+
+def test_parameters_beside_a_method_object_are_refused(model: Any) -> None:
+    with pytest.raises(ll.InputError, match="mix is given beside a method that is an object"):
+        explain(model, method=METHODS["ca_lig"], mix=0.1)
+
+
+def test_a_model_without_a_class_head_says_what_it_has(tmp_path: Path) -> None:
+    saved("BertForMaskedLM", tmp_path, **SMALL)
+    model = ll.load_model(str(tmp_path), device="cpu")
+    with pytest.raises(ll.InputError, match="no class head: it gives the logits of 40 tokens at each position"):
+        explain(model)
+    assert explain(model, target=ll.token_logit(7, pos=2), corrupted=OTHER).target == "token_logit(7, pos=2)"
