@@ -25,6 +25,8 @@ def read_methods(given: Any) -> dict[str, Any]:
     """What explains, by label: `Method`s, or what was explained before."""
     if isinstance(given, (str, Method)):
         given = [given]
+    if not isinstance(given, Mapping):
+        given = [one for name in given for one in (METHODS.names() if name == "all" else [name])]
     pairs = given.items() if isinstance(given, Mapping) else ((None, one) for one in given)
     found: dict[str, Any] = {}
     for label, one in pairs:

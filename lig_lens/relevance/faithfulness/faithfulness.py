@@ -62,9 +62,9 @@ def faithfulness(
     Args:
         model: a hooked classifier of texts or of images.
         prompts: inputs as `explain_class` takes them.
-        methods: names, with parameters behind them (`"ca_lig mix=0.25"`), or `Method`s; all by default. In a mapping,
-            by labels of one's own; there what was explained before may stand as well, a `Relevance` or the scores of
-            all positions for each input.
+        methods: names, with parameters behind them (`"ca_lig mix=0.25"`), or `Method`s; `"all"` stands for each with
+            its usual parameters, and is the default. In a mapping, by labels of one's own; there what was explained
+            before may stand as well, a `Relevance` or the scores of all positions for each input.
         replacers: what takes a removed position's place; all that the model can have by default. Of texts `mask`,
             `unk`, `pad` (tokens), `mean` (the mean of all tokens' embeddings) and `dropped` (nothing: the text is
             shorter); of images `mean` (the image's mean colour), `zero` and `blurred`.

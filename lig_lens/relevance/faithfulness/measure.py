@@ -4,7 +4,7 @@ import ast
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -74,6 +74,7 @@ class OfScores(Measure):
         """The measure; NaN where this input says nothing."""
 
 
+@runtime_checkable
 class Explainer(Protocol):
     """What explains inputs again, for measures that need it."""
 

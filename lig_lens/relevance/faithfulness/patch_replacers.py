@@ -84,7 +84,7 @@ def covered(image: Pixels, removed: Bool[Tensor, "pos"]) -> Bool[Tensor, "height
 
 def _gaussian(side: int, sigma: float) -> Float[Tensor, "side side"]:
     """What pixels along a side become, of what they were: row i holds the weights of pixel i's neighbours."""
-    reach = math.ceil(4 * sigma)
+    reach = math.floor(4 * sigma + 0.5)
     at = torch.arange(-reach, reach + 1)
     weights = torch.exp(-0.5 * (at.double() / sigma) ** 2)
     seen = (torch.arange(side)[:, None] + at) % (2 * side)

@@ -1,12 +1,13 @@
 """What takes the place of removed positions of a text: a token, a mean embedding, or nothing."""
 
+import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lig_lens.errors import InputError
@@ -16,7 +17,9 @@ from lig_lens.inputs.token_ids import TokenIds
 from lig_lens.models.running import Stop, module_hooks, stop
 
 HookPair = tuple[nn.Module, Callable[..., Any], bool]
-_EMBED = "hook_embed"
+# Where tokens become vectors, before positions are added: of bridges, HookedEncoder, HookedTransformer. On an encoder's
+# bridge hook_embed is behind the sum and its norm.
+_EMBEDS = ("embed.hook_out", "embed.hook_embed", "hook_embed")
 
 
 class Replacer(ABC):
@@ -93,8 +96,14 @@ class MeanEmbedding(Replacer):
     def __init__(self, model: HookedModel) -> None:
         """See the base class."""
         super().__init__(model)
-        if _EMBED not in model.hook_dict:
-            raise InputError(f"The model has no {_EMBED}, where tokens become vectors: leave the replacer 'mean' out.")
+        name = next((one for one in _EMBEDS if one in model.hook_dict), None)
+        if name is not None:
+            self._embedding = model.hook_dict[name]
+            twice = self._embedded(torch.zeros(2, dtype=torch.long))
+        if name is None or not torch.equal(twice[0], twice[1]):
+            raise InputError(
+                "The model shows no embeddings of tokens without their positions: leave the replacer 'mean' out."
+            )
 
     def row(self, inputs: Inputs, removed: Bool[Tensor, "pos"]) -> Tensor:
         """See the base class."""
@@ -110,27 +119,27 @@ class MeanEmbedding(Replacer):
         def replacing(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             return torch.where(positions.to(output.device), mean.to(output), output)
 
-        return [(self.model.hook_dict[_EMBED], replacing, False)]
+        return [(self._embedding, replacing, False)]
 
     @functools.cached_property
     def mean(self) -> Float[Tensor, "d_model"]:
         """Mean of what the hook shows for every token, since some models scale what stands in their table."""
-        d_vocab, seen = int(self.model.cfg.d_vocab), list[Tensor]()
+        d_vocab = int(self.model.cfg.d_vocab)
         length = int(getattr(self.model.cfg, "n_ctx", 0) or 0) or d_vocab
-        device = self.model.cfg.device
+        parts = [self._embedded(some).double().sum(0) for some in torch.split(torch.arange(d_vocab), length)]
+        return torch.stack(parts).sum(0) / d_vocab
+
+    def _embedded(self, ids: Int[Tensor, "pos"]) -> Float[Tensor, "pos d_model"]:
+        """What the hook shows; the model runs no further."""
+        seen = list[Tensor]()
 
         def read(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            seen.append(output[0].double().sum(0))
+            seen.append(output[0])
             stop()
 
-        with torch.no_grad(), module_hooks([(self.model.hook_dict[_EMBED], read, False)]):
-            for first in range(0, d_vocab, length):
-                ids = torch.arange(first, min(first + length, d_vocab), device=device)
-                try:
-                    self.model(ids[None])
-                except Stop:
-                    continue
-        return torch.stack(seen).sum(0) / d_vocab
+        with torch.no_grad(), module_hooks([(self._embedding, read, False)]), contextlib.suppress(Stop):
+            self.model(ids[None].to(self.model.cfg.device))
+        return seen[0]
 
 
 class Dropped(Replacer):
