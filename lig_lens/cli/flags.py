@@ -108,8 +108,8 @@ def _read(key: str, field: FieldInfo, value: Any) -> Any:
     return _number(flag, kind, value)
 
 
-def _number(flag: str, kind: Any, value: str) -> Any:
-    """A flag's text as a number where that is wanted."""
+def _number(flag: str, kind: Any, value: Any) -> Any:
+    """A flag's value as a number where that is wanted."""
     if kind not in (int, float):
         return value
     try:

@@ -3,7 +3,7 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, TypeVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -65,12 +65,7 @@ class Method(ABC):
         return {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}  # type: ignore[arg-type]
 
 
-@runtime_checkable
-class _Named(Protocol):
-    name: ClassVar[str]
-
-
-_N = TypeVar("_N", bound=_Named)
+_N = TypeVar("_N")
 
 
 def made(kind: type[_N], options: dict[str, Any], what: str = "method") -> _N:
@@ -79,9 +74,12 @@ def made(kind: type[_N], options: dict[str, Any], what: str = "method") -> _N:
     Raises:
         InputError: a parameter that it does not have.
     """
-    known = [one.name for one in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    known = {one.name: one.default for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in options:
         if name not in known:
             takes = f"takes {', '.join(known)}" if known else "takes no parameters"
-            raise InputError(f"The {what} {kind.name!r} has no parameter {name!r}: it {takes}.")
-    return kind(**options)
+            called = getattr(kind, "name", kind.__name__)
+            raise InputError(f"The {what} {called!r} has no parameter {name!r}: it {takes}.")
+    # 1 is written for 1.0.
+    whole = {name for name, value in options.items() if type(value) is int and isinstance(known[name], float)}
+    return kind(**{name: float(value) if name in whole else value for name, value in options.items()})

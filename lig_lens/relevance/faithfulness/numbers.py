@@ -7,8 +7,7 @@ from jaxtyping import Float
 def probability(logits: Float[np.ndarray, "*batch class"], target: int) -> Float[np.ndarray, "*batch"]:
     """Probability of a class."""
     shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    share: Float[np.ndarray, "*batch"] = shifted[..., target] / shifted.sum(-1)
-    return share
+    return np.asarray(shifted[..., target] / shifted.sum(-1))
 
 
 def log_odds(logits: Float[np.ndarray, "*batch class"], target: int) -> Float[np.ndarray, "*batch"]:
