@@ -17,6 +17,7 @@ from .flow.average import average as average
 from .flow.consistency import consistency_table as consistency_table
 from .flow.effects import Effects as Effects
 from .flow.flow import Flow as Flow
+from .inputs.digit_images import digit_images as digit_images
 from .inputs.induction import induction_pairs as induction_pairs
 from .inputs.ioi import ioi_pairs as ioi_pairs
 from .interventions import patching as patching

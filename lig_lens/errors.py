@@ -112,8 +112,13 @@ def missing_package(package: str, purpose: str, command: str) -> MissingPackageE
     )
 
 
-def optional(package: str, purpose: str) -> Any:
+def optional(package: str, purpose: str, distribution: str | None = None) -> Any:
     """Import a package that is not always installed.
+
+    Args:
+        package: a module's name.
+        purpose: what needs it.
+        distribution: what to install for it, where that is called otherwise.
 
     Raises:
         MissingPackageError: it is not; says how to install it.
@@ -121,4 +126,5 @@ def optional(package: str, purpose: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise missing_package(package, purpose, f"pip install {package}") from error
+        named = distribution or package
+        raise missing_package(named, purpose, f"pip install {named}") from error

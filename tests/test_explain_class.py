@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import image_models
 import pytest
 import torch
 from checkpoints import GPT2, IDS, OTHER, SMALL, saved
@@ -146,3 +147,21 @@ def test_a_model_without_a_class_head_says_what_it_has(tmp_path: Path) -> None:
     with pytest.raises(ll.InputError, match="no class head: it gives the logits of 40 tokens at each position"):
         explain(model)
     assert explain(model, target=ll.token_logit(7, pos=2), corrupted=OTHER).target == "token_logit(7, pos=2)"
+
+
+def test_baselines_of_images(tmp_path: Path) -> None:
+    pytest.importorskip("transformer_lens.model_bridge.supported_architectures.vit")
+    plain = image_models.saved("ViTForImageClassification", tmp_path)
+    model, image = image_models.load(tmp_path), image_models.image(0)
+    for name, other in (
+        ("zero_pixels", torch.zeros(3, 12, 12)),
+        ("mean", image.mean((1, 2), keepdim=True).expand(3, 12, 12)),
+    ):
+        found = explain(model, image, target=1, baseline=name, mix=0.0)
+        with torch.no_grad():
+            wanted = float(plain(other[None]).logits[0, 1])
+        assert found.reference == pytest.approx(wanted, rel=1e-4) and found.settings["baseline"] == name
+        assert float(found.scores.sum()) == pytest.approx(found.value - wanted, rel=2e-3)
+    assert explain(model, image).settings["baseline"] == "blurred"
+    with pytest.raises(ll.InputError, match="Unknown baseline 'mask': use one of 'blurred', 'mean', 'zero_pixels'"):
+        explain(model, image, baseline="mask")

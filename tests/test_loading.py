@@ -14,6 +14,7 @@ import lig_lens
 from lig_lens.errors import InputError, MissingPackageError
 from lig_lens.inputs import token_ids
 from lig_lens.models import loading
+from lig_lens.models.packaged import PACKAGED
 
 
 def test_a_model_is_used_as_it_is() -> None:
@@ -64,7 +65,7 @@ def test_no_such_folder(name: str) -> None:
     with pytest.raises(InputError) as caught:
         lig_lens.load_model(name)
     assert str(caught.value).startswith(f"No such model folder: {name!r}.")
-    assert "'minilm', 'smollm2', 'induction', 'sentiment' or a hub id" in str(caught.value)
+    assert f"Give an existing folder, {', '.join(map(repr, PACKAGED))} or a hub id" in str(caught.value)
 
 
 def test_folder_without_a_model(tmp_path: Path) -> None:

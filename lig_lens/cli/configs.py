@@ -35,7 +35,7 @@ class RunConfig(Asked):
     """Settings that all commands share: every flag, under its name with `_` for `-`."""
 
     model: Annotated[StrictStr, Flag(Section.MODEL)] = Field(
-        "minilm", description="minilm, smollm2, sentiment, a local folder or a hub id."
+        "minilm", description="minilm, smollm2, sentiment, digits (of images), a local folder or a hub id."
     )
     device: Annotated[StrictStr | None, Flag(Section.MACHINE)] = Field(None, description="cpu, cuda, cuda:1, mps.")
     dtype: Annotated[StrictStr | None, Flag(Section.MACHINE, shown="float32", choices=lambda: DTYPES)] = None

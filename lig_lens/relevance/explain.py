@@ -56,8 +56,9 @@ def explain_class(
         method: `ca_lig` or one of its neighbours (see `METHODS`), or a `Method`. A list of them, or of targets, gives a
             list.
         baseline: where paths start, for methods that have one: of texts the name of a token that takes the place of all
-            that are not special, `mask`, `pad`, `unk`, `eos` or `bos` (by default the first that the tokenizer has);
-            `zero` stands for residual vectors of zeros at each boundary.
+            that are not special, `mask`, `pad`, `unk`, `eos` or `bos` (by default the first that the tokenizer has); of
+            images `blurred` (the default), `mean` (its own colour), `zero_pixels` or `black`. `zero` of either stands
+            for residual vectors of zeros at each boundary.
         corrupted: a second prompt in place of a baseline: as many tokens, or an image of the same shape.
         tol: largest completeness gap, relative to the change of the number along the path.
         max_nodes: nodes that may be spent on one integral.
