@@ -260,14 +260,19 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 def test_runs_of_images_are_the_plain_model_s(images: tuple[Any, Any], name: str):
     plain, model = images
     subjects = _subjects(model, [image(0), image(1)], read_image)
-    runner = Runner(IMAGE_REPLACERS.home(name)(model), subjects)
+    replacer = IMAGE_REPLACERS.home(name)(model)
+    if name == "black":  # no image processor says what it is
+        with pytest.raises(InputError, match="needs to know which pixel values are black"):
+            Runner(replacer, subjects)
+        return
+    runner = Runner(replacer, subjects)
     for subject in subjects:
         some = _some_sets(subject, subject.number)
         runner.ask(subject, some)
         runner.run(4096)
         own = subject.prompt
         other = {
-            "zero": torch.zeros_like(own),
+            "zero_pixels": torch.zeros_like(own),
             "mean": own.mean((1, 2), keepdim=True).expand_as(own),
             "blurred": _blurred(own) if name == "blurred" else own,
         }[name]
@@ -510,7 +515,7 @@ def test_lexicon():
         ({"replacers": ["noise"]}, "Unknown replacer 'noise'"),
         ({"replacers": ["mask", "mask"]}, "'mask' is given twice"),
         ({"max_batch_tokens": 0}, "max_batch_tokens=0"),
-        ({"seed": 0.5}, "faithfulness: seed is 0.5"),
+        ({"seed": -1}, "seed=-1: give 0 or more"),
         ({"mix": 0.5}, "faithfulness has no argument 'mix'"),
     ],
 )
@@ -537,7 +542,8 @@ def test_a_league_of_images(images: tuple[Any, Any]):
     _, model = images
     given = {"given": [torch.arange(10.0), -torch.arange(10.0)]}
     league = ll.faithfulness(model, [image(0), image(1)], methods=given, progress=False)
-    assert league.replacers == ("mean", "zero", "blurred") and CLASSES["num_labels"] == 5
+    assert league.replacers == ("mean", "zero_pixels", "blurred") and "black" in league.left_out
+    assert len(league.settings["targets"]) == 2 and CLASSES["num_labels"] == 5
     assert "No input has 3 to 8 positions" in league.left_out["shapley spearman"]
 
 

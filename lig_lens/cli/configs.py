@@ -204,7 +204,7 @@ class LeagueConfig(RunConfig):
         None, description="Methods, with parameters behind them: 'ig,ca_lig mix=0.25'."
     )
     replacers: Annotated[Names | None, Flag(Section.INTERVENTION, shown="all")] = Field(
-        None, description="What takes a removed position's place: mask,unk,pad,mean,dropped or mean,zero,blurred."
+        None, description="What takes a removed position's place: mask,unk,pad,mean,dropped or mean,black,blurred."
     )
     measures: Annotated[Names | None, Flag(Section.INTERVENTION, shown="all")] = Field(
         None, description="Measures, with parameters behind them: 'deletion,shapley positions=6'."

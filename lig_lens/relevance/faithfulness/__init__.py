@@ -16,7 +16,8 @@ TEXT_REPLACERS = Registry(
 IMAGE_REPLACERS = Registry(
     "replacer",
     mean=Entry("lig_lens.relevance.faithfulness.patch_replacers:MeanColour"),
-    zero=Entry("lig_lens.relevance.faithfulness.patch_replacers:Zero"),
+    zero_pixels=Entry("lig_lens.relevance.faithfulness.patch_replacers:ZeroPixels"),
+    black=Entry("lig_lens.relevance.faithfulness.patch_replacers:Black"),
     blurred=Entry("lig_lens.relevance.faithfulness.patch_replacers:Blurred"),
 )
 MEASURES = Registry(

@@ -49,7 +49,7 @@ def read_methods(given: Any) -> dict[str, Any]:
     return found
 
 
-def read_measures(given: Sequence[str | Measure] | None, with_lexicon: bool) -> list[Measure]:
+def read_measures(given: Any, with_lexicon: bool) -> list[Measure]:
     """What is measured."""
     if given is None:
         usual = [name for name in MEASURES.names() if with_lexicon or not name.startswith("lexicon")]
@@ -69,7 +69,7 @@ def read_measures(given: Sequence[str | Measure] | None, with_lexicon: bool) -> 
     return list(found.values())
 
 
-def read_fractions(given: Sequence[float]) -> tuple[float, ...]:
+def read_fractions(given: Any) -> tuple[float, ...]:
     """Shares of the positions, in order, each once."""
     try:
         found = tuple(sorted({float(one) for one in given}))
@@ -83,7 +83,7 @@ def read_fractions(given: Sequence[float]) -> tuple[float, ...]:
 
 
 def read_replacers(
-    model: HookedModel, subjects: Sequence[Subject], given: Sequence[Any] | None, left_out: dict[str, str]
+    model: HookedModel, subjects: Sequence[Subject], given: Any, left_out: dict[str, str]
 ) -> list[Replacer]:
     """Replacers that the inputs allow; of those that were not named, the others are left out."""
     image = isinstance(subjects[0].inputs, Pixels)

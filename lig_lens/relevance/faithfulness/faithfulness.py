@@ -44,10 +44,10 @@ def faithfulness(
     model: HookedModel | object,
     prompts: Sequence[Any],
     *,
-    methods: "Sequence[str | Method] | Mapping[str, str | Method | Sequence[Any]] | None" = None,
-    replacers: Sequence[str | Replacer] | None = None,
-    measures: Sequence[str | Measure] | None = None,
-    fractions: Sequence[float] = FRACTIONS,
+    methods: Any = None,
+    replacers: Any = None,
+    measures: Any = None,
+    fractions: Any = FRACTIONS,
     lexicon: Mapping[str, float] | None = None,
     seed: int = 0,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
@@ -67,7 +67,7 @@ def faithfulness(
             before may stand as well, a `Relevance` or the scores of all positions for each input.
         replacers: what takes a removed position's place; all that the model can have by default. Of texts `mask`,
             `unk`, `pad` (tokens), `mean` (the mean of all tokens' embeddings) and `dropped` (nothing: the text is
-            shorter); of images `mean` (the image's mean colour), `zero` and `blurred`.
+            shorter); of images the baselines `mean`, `zero_pixels`, `black` and `blurred`, patch by patch.
         measures: names, with parameters behind them (`"shapley positions=6"`), or `Measure`s; see `MEASURES`. All by
             default, those with a lexicon where there is one.
         fractions: shares of the positions that are removed, or kept.
@@ -94,7 +94,8 @@ def faithfulness(
     chosen = read_methods(METHODS.names() if methods is None else methods)
     asked = read_measures(measures, lexicon is not None)
     shares = read_fractions(fractions)
-    seed = check_whole("faithfulness: seed", seed)
+    if check_whole("faithfulness: seed", seed) < 0:
+        raise InputError(f"seed={seed}: give 0 or more.")
     if not isinstance(max_batch_tokens, int) or not 1 <= max_batch_tokens <= 10**12:
         raise InputError(f"max_batch_tokens={max_batch_tokens!r}: give at least 1, such as {MAX_BATCH_TOKENS}.")
     for name in options:
