@@ -89,7 +89,8 @@ def read_replacers(
     image = isinstance(subjects[0].inputs, Pixels)
     known, others = (IMAGE_REPLACERS, TEXT_REPLACERS) if image else (TEXT_REPLACERS, IMAGE_REPLACERS)
     found: dict[str, Replacer] = {}
-    for one in known.names() if given is None else [given] if isinstance(given, (str, Replacer)) else given:
+    wanted: Sequence[Any] = known.names() if given is None else [given] if isinstance(given, (str, Replacer)) else given
+    for one in wanted:
         try:
             replacer = one if isinstance(one, Replacer) else _replacer(model, one, known, others, image)
             for subject in subjects:
