@@ -39,9 +39,9 @@ MEASURES = Registry(
 """Of those with a correlation there are two by a parameter: `leave_one_out by=pearson`."""
 DATA = Registry(
     "set of inputs",
-    movie_sentences=Entry("lig_lens.inputs.movie_sentences:movie_sentences"),
-    digit_images=Entry("lig_lens.inputs.digit_images:digit_images"),
+    movie_sentences=Entry("lig_lens.relevance.faithfulness.data:movie_sentences"),
+    digit_images=Entry("lig_lens.relevance.faithfulness.data:digit_images"),
 )
 """Functions that give pairs, of which the first is a prompt, for the name of a split."""
-LEXICONS = Registry("lexicon", sentiment=Entry("lig_lens.inputs.movie_sentences:sentiment_lexicon"))
+LEXICONS = Registry("lexicon", sentiment=Entry("lig_lens.relevance.faithfulness.data:sentiment_lexicon"))
 """Functions that give the valence of words."""

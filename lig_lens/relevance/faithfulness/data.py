@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from lig_lens.errors import InputError
+from lig_lens.inputs.digit_images import digit_images as digit_images
+from lig_lens.inputs.movie_sentences import movie_sentences as movie_sentences
+from lig_lens.inputs.movie_sentences import sentiment_lexicon as sentiment_lexicon
 from lig_lens.relevance.faithfulness import DATA, LEXICONS
 
 
