@@ -11,7 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from lig_lens.errors import BoundaryError, ConvergenceWarning, InputError, NonFiniteError
+from lig_lens.errors import (
+    BoundaryError,
+    CancellationWarning,
+    CollapseWarning,
+    ConvergenceWarning,
+    InputError,
+    NonFiniteError,
+)
 from lig_lens.hooked import HookedModel, lists_of_blocks
 from lig_lens.relevance.explain import explain_class
 from lig_lens.relevance.faithfulness.case import Subject
@@ -66,7 +73,8 @@ class Explaining:
 
     def _explain(self, subject: Subject, labels: Sequence[str]) -> list[Relevance]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # one warning for all inputs comes at the end
+            for kind in (CancellationWarning, CollapseWarning, ConvergenceWarning):
+                warnings.simplefilter("ignore", kind)  # of what missed tol one warning for all comes at the end
             found = explain_class(
                 self.model,
                 subject.prompt,

@@ -25,7 +25,7 @@ class Randomization(OfMethod):
     """
 
     name, better, paper = "randomization", "lower", "Adebayo et al. 2018"
-    inputs: int = 20
+    inputs: int = 10
     steps: int = 2
 
     def __post_init__(self) -> None:
