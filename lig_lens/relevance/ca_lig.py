@@ -29,12 +29,10 @@ from torch import Tensor
 
 from lig_lens.errors import InputError
 from lig_lens.relevance.explained import Explained
+from lig_lens.relevance.follow import THROUGH, VANISHING, follow
 from lig_lens.relevance.method import Advance, Answer, Method
 from lig_lens.relevance.path_gradients import path_pattern_gradients
 from lig_lens.relevance.tokens import token_relevance
-
-# Sums that are this small beside the sum of absolute values are taken to be 0.
-_VANISHING = 1e-8
 
 OVER_HEADS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda edges: edges.mean(-3),
@@ -45,28 +43,6 @@ KEPT: dict[str, Callable[[Tensor], Tensor]] = {
     "signed": lambda edges: edges,
     "positive": lambda edges: edges.clamp(min=0),
 }
-
-
-def identity(edges: Float[Tensor, "src dst"]) -> Float[Tensor, "src dst"]:
-    """Half of what stood at a position stays, half goes where attention took it from (Abnar and Zuidema 2020)."""
-    return 0.5 * (torch.eye(len(edges)).to(edges) + edges)
-
-
-def additive(edges: Float[Tensor, "src dst"]) -> Float[Tensor, "src dst"]:
-    """All that stood at a position stays, and what attention adds comes on top (Chefer et al. 2021, eq. 6)."""
-    return torch.eye(len(edges)).to(edges) + edges
-
-
-def conserving(edges: Float[Tensor, "src dst"]) -> Float[Tensor, "src dst"]:
-    """As `additive`, each column divided by its sum: nothing is made or lost. A column without a sum stays in place."""
-    eye = torch.eye(len(edges)).to(edges)
-    moved = eye + edges
-    total = moved.sum(0)
-    vanishes = total.abs() <= _VANISHING * moved.abs().sum(0)
-    return torch.where(vanishes, eye, moved / total.masked_fill(vanishes, 1.0))
-
-
-THROUGH = {"identity": identity, "additive": additive, "conserving": conserving}
 
 
 @dataclass(frozen=True)
@@ -116,9 +92,15 @@ class CaLig(Method):
         """See the base class."""
         tokens = token_relevance(what, (*what.layers, len(what.layers)), advance)
         edges = KEPT[self.keep](self._edges(what))
-        fused, rolled = follow(
-            tokens.token.to(edges), OVER_HEADS[self.heads](edges), self.mix, self.scale, THROUGH[self.through]
-        )
+        token = tokens.token.to(edges)
+
+        def mixed(row: int, moved: Tensor, relevance: Tensor) -> Tensor:
+            moved = moved * _factor(token[row], moved.sum(-1), self.scale)
+            size = relevance.abs().sum()
+            spread = relevance.abs() / size if size > 0 else torch.full_like(relevance, 1 / len(relevance))
+            return (1 - self.mix) * token[row][:, None] * spread + self.mix * moved
+
+        fused, rolled = follow(token[-1], OVER_HEADS[self.heads](edges), THROUGH[self.through], mixed)
         return Answer(scores=rolled[0], rolled=rolled, attention=edges, fused=fused, **vars(tokens))
 
     def _edges(self, what: Explained) -> Float[Tensor, "layer head src dst"]:
@@ -128,44 +110,12 @@ class CaLig(Method):
         return what.patterns * gradients
 
 
-def follow(
-    token: Float[Tensor, "boundary pos"],
-    edges: Float[Tensor, "layer src dst"],
-    mix: float,
-    scale: str,
-    through: Callable[[Tensor], Tensor],
-) -> tuple[Float[Tensor, "layer src dst"], Float[Tensor, "layer pos"]]:
-    """Follow relevance back through the blocks.
-
-    Args:
-        token: relevance of the vectors at all boundaries.
-        edges: attention relevance of each block.
-        mix: share of what attention hands on.
-        scale: what of the two parts is made equal: `sum`, `max` or `none`.
-        through: what makes a matrix that relevance passes a block by out of a block's edges.
-
-    Returns:
-        what goes from destinations to sources in each block, and what arrives at them.
-    """
-    fused, rolled, relevance = [], [], token[-1]
-    for own, block in zip(token[:-1].flip(0), edges.flip(0), strict=True):
-        moved = through(block) * relevance
-        moved = moved * _factor(own, moved.sum(-1), scale)
-        size = relevance.abs().sum()
-        spread = relevance.abs() / size if size > 0 else torch.full_like(relevance, 1 / len(relevance))
-        both = (1 - mix) * own[:, None] * spread + mix * moved
-        relevance = both.sum(-1)
-        fused.append(both)
-        rolled.append(relevance)
-    return torch.stack(fused[::-1]), torch.stack(rolled[::-1])
-
-
 def _factor(own: Float[Tensor, "pos"], moved: Float[Tensor, "pos"], scale: str) -> Float[Tensor, ""]:
     """What `moved` is multiplied by to be on the scale of `own`; 1 where there is nothing to compare."""
     one = torch.ones_like(own.sum())
     if scale == "sum":
         wanted, there = own.sum(), moved.sum()
-        return one if there.abs() <= _VANISHING * moved.abs().sum() else wanted / there
+        return one if there.abs() <= VANISHING * moved.abs().sum() else wanted / there
     if scale == "max":
         wanted, there = own.abs().max(), moved.abs().max()
         return one if there == 0 else wanted / there

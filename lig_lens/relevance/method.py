@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lig_lens.arguments import checked
 from lig_lens.errors import InputError, check_choice
 from lig_lens.relevance.explained import Explained
 
@@ -72,14 +73,12 @@ def made(kind: type[_N], options: dict[str, Any], what: str = "method") -> _N:
     """A method, or something else that is a dataclass with a name, with parameters.
 
     Raises:
-        InputError: a parameter that it does not have.
+        InputError: a parameter that it does not have, or not such a value.
     """
-    known = {one.name: one.default for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    known = [one.name for one in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in options:
         if name not in known:
             takes = f"takes {', '.join(known)}" if known else "takes no parameters"
             called = getattr(kind, "name", kind.__name__)
             raise InputError(f"The {what} {called!r} has no parameter {name!r}: it {takes}.")
-    # 1 is written for 1.0.
-    whole = {name for name, value in options.items() if type(value) is int and isinstance(known[name], float)}
-    return kind(**{name: float(value) if name in whole else value for name, value in options.items()})
+    return checked(kind)(**options)
