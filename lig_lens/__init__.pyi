@@ -33,6 +33,8 @@ from .models.supported import supported as supported
 from .paths.baseline import Baseline as Baseline
 from .paths.baseline import register_baseline as register_baseline
 from .relevance.explain import explain_class as explain_class
+from .relevance.faithfulness.faithfulness import faithfulness as faithfulness
+from .relevance.faithfulness.league import League as League
 from .relevance.relevance import Relevance as Relevance
 from .show.explorer import Explorer as Explorer
 from .show.explorer import explore as explore

@@ -115,6 +115,8 @@ def _on_or_off(value: Any) -> Any:
 PositiveInt = Annotated[StrictInt, Field(ge=1, le=10**12)]
 Nodes = Annotated[StrictInt, Field(le=10**6), AfterValidator(_a_panel)]
 Share = Annotated[float, Strict(), Field(gt=0, lt=1, allow_inf_nan=False)]
+Shares = Annotated[tuple[Share, ...], AfterValidator(_no_repeats)]
+Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
 Switch = Annotated[StrictBool, BeforeValidator(_on_or_off)]
 Positions = Annotated[tuple[StrictInt, ...], AfterValidator(_no_repeats)]
 Names = Annotated[tuple[StrictStr, ...], AfterValidator(_no_repeats)]
@@ -148,7 +150,9 @@ def key_error(error: ValidationError, origin: str, kind: type[BaseModel]) -> str
     elif isinstance(cause, InputError):
         message = f"{shown}: {cause}"
     else:
-        example = {(int, True): "[0, 3]", (str, True): "[attn, mlp]"}.get(type_of(fields_of(kind)[key]))
+        example = {(int, True): "[0, 3]", (str, True): "[attn, mlp]", (float, True): "[0.1, 0.5]"}.get(
+            type_of(fields_of(kind)[key])
+        )
         hint = f"; write a list such as {example}" if example else ""
         message = f"{shown}: {first['msg']}, not {first['input']!r}{hint}."
     return message + (f" ({len(problems) - 1} more wrong.)" if len(problems) > 1 else "")

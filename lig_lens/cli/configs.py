@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, StrictStr, ValidationError
 
 from lig_lens.errors import InputError
-from lig_lens.fields import Flag, Names, PositiveInt, Section, Switch, fields_of, flag_of, key_error
+from lig_lens.fields import Flag, Names, PositiveInt, Section, Seed, Shares, Switch, fields_of, flag_of, key_error
 from lig_lens.files import real
 from lig_lens.interventions import NODES
 from lig_lens.names import DTYPES
@@ -264,6 +264,50 @@ class CircuitConfig(RunConfig, ByLayer):
         if self.wrong is not None and self.answer is None:
             raise InputError(f"--wrong {self.wrong!r} is given without --answer: name the right answer as well.")
         super().check_together()
+
+
+class LeagueConfig(RunConfig):
+    """Settings of one `lig-lens league` run."""
+
+    model: Annotated[StrictStr, Flag(Section.MODEL)] = Field(
+        "sentiment", description="sentiment, digits, a local folder or a hub id: a classifier."
+    )
+    inputs: Annotated[StrictStr, Flag(Section.QUESTION)] = Field(
+        "movie_sentences", description="movie_sentences, digit_images, or a file with a text in each line."
+    )
+    split: Annotated[StrictStr, Flag(Section.QUESTION)] = Field("held_out", description="Part of a named set.")
+    count: Annotated[PositiveInt | None, Flag(Section.QUESTION, shown="all")] = Field(
+        None, description="How many inputs, drawn by the seed."
+    )
+    lexicon: Annotated[StrictStr | None, Flag(Section.QUESTION)] = Field(
+        None, description="sentiment, or a file with a word, a tab and its valence in each line."
+    )
+    methods: Annotated[Names | None, Flag(Section.INTERVENTION, shown="all")] = Field(
+        None, description="Methods, with parameters behind them: 'ig,ca_lig mix=0.25'."
+    )
+    replacers: Annotated[Names | None, Flag(Section.INTERVENTION, shown="all")] = Field(
+        None, description="What takes a removed position's place: mask,unk,pad,mean,dropped or mean,black,blurred."
+    )
+    measures: Annotated[Names | None, Flag(Section.INTERVENTION, shown="all")] = Field(
+        None, description="Measures, with parameters behind them: 'deletion,shapley positions=6'."
+    )
+    fractions: Annotated[Shares, Flag(Section.INTERVENTION, shown="0.1,0.2,0.3,0.5,0.75")] = Field(
+        (0.1, 0.2, 0.3, 0.5, 0.75), description="Shares of the positions that are removed, or kept."
+    )
+    baseline: Annotated[StrictStr | None, Flag(Section.INTERVENTION, shown="the model's")] = Field(
+        None, description="Where paths of methods that have one start: mask, pad, unk, zero."
+    )
+    seed: Annotated[Seed, Flag(Section.ACCURACY)] = Field(
+        0, description="Of the inputs drawn, ties, random weights and intervals."
+    )
+    json_path: Annotated[StrictStr | None, Flag(Section.FILES)] = Field(
+        None, alias="json", description="Write the league here, as JSON."
+    )
+    markdown: Annotated[StrictStr | None, Flag(Section.FILES)] = Field(None, description="Write the tables here.")
+
+    def files_read(self) -> dict[str, str | None]:
+        """See the base class."""
+        return {"the file of inputs": self.inputs, "the lexicon": self.lexicon}
 
 
 _Config = TypeVar("_Config", bound=RunConfig)

@@ -102,7 +102,14 @@ def _read(key: str, field: FieldInfo, value: Any) -> Any:
     """A flag's text as the type that a file would give it."""
     flag, (kind, several) = f"--{key.replace('_', '-')}", type_of(field)
     if several:
-        return parse_numbers(flag, value) if kind is int else tuple(part.strip() for part in value.split(","))
+        if kind is int:
+            return parse_numbers(flag, value)
+        return tuple(_number(flag, kind, part.strip()) for part in value.split(","))
+    return _number(flag, kind, value)
+
+
+def _number(flag: str, kind: Any, value: Any) -> Any:
+    """A flag's value as a number where that is wanted."""
     if kind not in (int, float):
         return value
     try:

@@ -18,6 +18,7 @@ import lig_lens
 from lig_lens.cli.circuits import compare, patch
 from lig_lens.cli.classify import classify
 from lig_lens.cli.explain import explain
+from lig_lens.cli.league import league
 from lig_lens.cli.look import boundaries, models, view
 from lig_lens.errors import InputError, MissingPackageError, NonFiniteError, OutputError, ResultFileError
 
@@ -53,7 +54,7 @@ def _root(
     """Layer-wise Integrated Gradients between the token vectors inside transformer blocks."""
 
 
-for _command in (explain, classify, boundaries, models, view, patch, compare):
+for _command in (explain, classify, boundaries, models, view, patch, compare, league):
     app.command()(_command)
 
 

@@ -196,7 +196,8 @@ def _method(given: Any, parameters: dict[str, Any]) -> Method:
         return given
     if not isinstance(given, str):
         raise InputError(f"method={given!r}: give one of {', '.join(METHODS.names())}, or a Method.")
-    return made(METHODS.home(given), parameters)
+    kind: type[Method] = METHODS.home(given)
+    return made(kind, parameters)
 
 
 def _budget(tol: float, max_nodes: int, max_batch_tokens: int) -> Budget:

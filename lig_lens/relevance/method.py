@@ -3,7 +3,7 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -66,8 +66,11 @@ class Method(ABC):
         return {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}  # type: ignore[arg-type]
 
 
-def made(kind: type[Method], options: dict[str, Any]) -> Method:
-    """A method with parameters.
+_N = TypeVar("_N")
+
+
+def made(kind: type[_N], options: dict[str, Any], what: str = "method") -> _N:
+    """A method, or something else that is a dataclass with a name, with parameters.
 
     Raises:
         InputError: a parameter that it does not have, or not such a value.
@@ -76,5 +79,6 @@ def made(kind: type[Method], options: dict[str, Any]) -> Method:
     for name in options:
         if name not in known:
             takes = f"takes {', '.join(known)}" if known else "takes no parameters"
-            raise InputError(f"The method {kind.name!r} has no parameter {name!r}: it {takes}.")
+            called = getattr(kind, "name", kind.__name__)
+            raise InputError(f"The {what} {called!r} has no parameter {name!r}: it {takes}.")
     return checked(kind)(**options)

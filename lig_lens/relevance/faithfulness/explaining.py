@@ -1,0 +1,132 @@
+"""Methods at work on many inputs: what cannot be explained is left out with its reason."""
+
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import nn
+
+from lig_lens.errors import (
+    BoundaryError,
+    CancellationWarning,
+    CollapseWarning,
+    ConvergenceWarning,
+    InputError,
+    NonFiniteError,
+)
+from lig_lens.hooked import HookedModel, lists_of_blocks
+from lig_lens.relevance.explain import explain_class
+from lig_lens.relevance.faithfulness.case import Subject
+from lig_lens.relevance.method import Method
+from lig_lens.relevance.relevance import Relevance
+
+_CANNOT = (InputError, BoundaryError, NonFiniteError)
+Scores = Float[np.ndarray, "pos"]
+
+
+class Explaining:
+    """Methods, and a model whose classes they explain.
+
+    Attributes:
+        seed: of random weights.
+        labels: of the methods.
+        left_out: of methods that cannot explain, why.
+        missed: of methods, how many inputs missed the tolerance.
+    """
+
+    def __init__(
+        self, model: HookedModel, methods: Mapping[str, Method], seed: int, options: Mapping[str, Any]
+    ) -> None:
+        """Hold what explains.
+
+        Args:
+            model: a classifier.
+            methods: by label.
+            seed: of random weights.
+            options: of `explain_class`.
+        """
+        self.model, self.methods, self.options, self.seed = model, dict(methods), dict(options), seed
+        self.labels = tuple(methods)
+        self.left_out: dict[str, str] = {}
+        self.missed: Counter[str] = Counter()
+
+    def explain(self, subject: Subject, labels: Sequence[str]) -> dict[str, Scores]:
+        """Scores of an input's positions towards its class, by method; without methods that are left out."""
+        wanted = [label for label in labels if label not in self.left_out]
+        if not wanted:
+            return {}
+        try:
+            found = self._explain(subject, wanted)
+        except _CANNOT as error:
+            if len(wanted) > 1:  # one of them cannot, and the others can
+                return {label: one for name in wanted for label, one in self.explain(subject, [name]).items()}
+            self.left_out[wanted[0]] = f"input {subject.number}: {error}"
+            return {}
+        for label, one in zip(wanted, found, strict=True):
+            self.missed[label] += one.converged is not None and not bool(one.converged.all())
+        return {label: one.scores.double().numpy() for label, one in zip(wanted, found, strict=True)}
+
+    def _explain(self, subject: Subject, labels: Sequence[str]) -> list[Relevance]:
+        with warnings.catch_warnings():
+            for kind in (CancellationWarning, CollapseWarning, ConvergenceWarning):
+                warnings.simplefilter("ignore", kind)  # of what missed tol one warning for all comes at the end
+            found = explain_class(
+                self.model,
+                subject.prompt,
+                target=subject.target,
+                method=[self.methods[label] for label in labels],
+                progress=False,
+                **self.options,
+            )
+        for one in cast(list[Relevance], found):
+            if not bool(one.scores.isfinite().all()):
+                raise NonFiniteError(f"{one.method} gives scores that are NaN or infinite.")
+        return cast(list[Relevance], found)
+
+    @contextlib.contextmanager
+    def randomized(self, share: float) -> Iterator[None]:
+        """Put random weights into the last share of the blocks and all that follows; what fails there is not kept."""
+        blocks = [block for some in lists_of_blocks(self.model).values() for block in some]
+        left_out, missed = dict(self.left_out), self.missed.copy()
+        with random_weights(self.model, blocks[round(len(blocks) * (1 - share)) :], blocks, self.seed):
+            try:
+                yield
+            finally:
+                self.left_out, self.missed = left_out, missed
+
+
+@contextlib.contextmanager
+def random_weights(
+    model: HookedModel, chosen: Sequence[nn.Module], blocks: Sequence[nn.Module], seed: int
+) -> Iterator[None]:
+    """Draw the weights of some blocks, and those of what stands behind all blocks, anew, and put them back at the end.
+
+    From a normal distribution with the mean and standard deviation that each tensor has, so that norms stay norms.
+
+    Args:
+        model: whose weights they are.
+        chosen: the last blocks, or none.
+        blocks: all blocks.
+        seed: of the draw.
+    """
+    weights = list(model.parameters())  # in the order in which the model registers them: embeddings, blocks, head
+    of_blocks = {id(one) for block in blocks for one in block.parameters()}
+    wanted = {id(one) for block in chosen for one in block.parameters()}
+    behind = 1 + max((number for number, one in enumerate(weights) if id(one) in of_blocks), default=-1)
+    wanted |= {id(one) for one in weights[behind:]}
+    saved = [(one, one.data) for one in weights if id(one) in wanted and one.is_floating_point()]
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        for one, data in saved:
+            mean, spread = data.float().mean(), data.float().std(correction=0)
+            drawn = torch.randn(data.shape, generator=generator).to(mean.device) * spread + mean
+            one.data = drawn.to(data)
+        yield
+    finally:
+        for one, data in saved:
+            one.data = data
