@@ -51,7 +51,7 @@ class Propagation(Rules):
 
         def count(gradient: Tensor) -> None:
             share = torch.where(gradient == 0, 0.0, gradient * constant)  # a mask may be -inf
-            self.kept[stage] = self.kept.get(stage, 0.0) + float(share.double().sum())
+            self.kept[stage] = self.kept.get(stage, 0.0) + float(share.detach().double().sum())
 
         _on_gradient(output, count)
         return output
