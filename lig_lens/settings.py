@@ -9,7 +9,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -240,12 +240,7 @@ class Settings(Attribution):
             ...
         lig_lens.errors.InputError: max_nodes=3 is too few: give at least 7.
         """
-        try:
-            settings = cls.model_validate(asked)
-        except ValidationError as error:
-            raise InputError(argument_error(error, cls)) from None
-        settings.check_together()
-        return settings
+        return validated(cls, asked)
 
     @classmethod
     def _called(cls, name: str) -> str:
@@ -261,17 +256,7 @@ class Settings(Attribution):
             read["maps"] = tuple(dict.fromkeys([maps] if isinstance(maps, str) else maps))
             if not read["maps"]:
                 raise InputError(f"maps is empty: name at least one of {', '.join(repr(name) for name in MAPS)}.")
-        for name in ("max_nodes", "max_batch_tokens"):
-            with suppress(TypeError, KeyError):
-                read[name] = operator.index(read[name])  # of NumPy's whole numbers
-        tol = read.get("tol")
-        if hasattr(tol, "__float__") and not isinstance(tol, (str, bool)):
-            with suppress(TypeError, ValueError, RuntimeError):
-                read["tol"] = float(tol)  # type: ignore[arg-type]  # NumPy's and torch's numbers
-        if "progress" in read:
-            with suppress(TypeError, ValueError, RuntimeError):
-                read["progress"] = bool(read["progress"])
-        return read
+        return plain_numbers(read)
 
     @field_validator("layers", "destinations", "corrupted", "out", mode="wrap")
     @classmethod
@@ -327,6 +312,39 @@ class Settings(Attribution):
                 f"attn_baseline={baseline!r} has a path for each destination, and a metric ({name}) is one "
                 "number for all of them: use 'corrupted' with a second prompt, 'zero' or a tensor."
             )
+
+
+def plain_numbers(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with the numbers of NumPy and torch in them as Python's."""
+    read = dict(asked)
+    for name in ("max_nodes", "max_batch_tokens"):
+        with suppress(TypeError, KeyError):
+            read[name] = operator.index(read[name])
+    tol = read.get("tol")
+    if hasattr(tol, "__float__") and not isinstance(tol, (str, bool)):
+        with suppress(TypeError, ValueError, RuntimeError):
+            read["tol"] = float(tol)  # type: ignore[arg-type]  # whatever has a float
+    if "progress" in read:
+        with suppress(TypeError, ValueError, RuntimeError):
+            read["progress"] = bool(read["progress"])
+    return read
+
+
+M = TypeVar("M", bound=Asked)
+
+
+def validated(kind: type[M], asked: Mapping[str, Any]) -> M:
+    """Settings of a kind from a function's keyword arguments.
+
+    Raises:
+        InputError: a value that cannot be used, or settings that do not go together.
+    """
+    try:
+        settings = kind.model_validate(asked)
+    except ValidationError as error:
+        raise InputError(argument_error(error, kind)) from None
+    settings.check_together()
+    return settings
 
 
 # The defaults of the signatures of `attribute` and `explain_class`. In the first, `maps` and `attn_baseline` are None,

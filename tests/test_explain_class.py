@@ -1,6 +1,7 @@
 """`explain_class`: targets, baselines, lists, and what is refused."""
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from checkpoints import GPT2, IDS, OTHER, SMALL, saved
 
 import lig_lens as ll
 from lig_lens.relevance import METHODS
+from lig_lens.relevance.follow import conserving, follow
 
 NAMES = {"id2label": {0: "bad", 1: "so-so", 2: "good"}, "label2id": {"bad": 0, "so-so": 1, "good": 2}}
 
@@ -127,8 +129,14 @@ def test_parameters_are_recorded(model: Any) -> None:
         ({"corrupted": IDS[:3]}, "corrupted has 3 tokens, the prompt 6"),
         ({"corrupted": IDS}, "corrupted equals the prompt"),
         ({"tol": 2}, "tol=2"),
+        ({"tol": "a"}, "tol='a'"),
+        ({"max_nodes": 3}, "max_nodes=3"),
+        ({"max_nodes": "x"}, "max_nodes='x'"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens=0"),
+        ({"method": []}, "method is an empty list"),
+        ({"method": "rollout", "baseline": "nonsense"}, "Unknown baseline 'nonsense'"),
         ({"prompt": [IDS, IDS], "target": [0, 1]}, "one of them at a time"),
-        ({"prompt": [IDS, IDS], "corrupted": [OTHER]}, "corrupted has 1 entries for 2 prompts"),
+        ({"prompt": [IDS, IDS], "corrupted": [OTHER]}, "corrupted has 1 entries for 2 prompts: give a list"),
     ],
 )
 def test_what_cannot_be_used_is_refused(model: Any, options: dict[str, Any], message: str) -> None:
@@ -165,3 +173,38 @@ def test_baselines_of_images(tmp_path: Path) -> None:
     assert explain(model, image).settings["baseline"] == "blurred"
     with pytest.raises(ll.InputError, match="Unknown baseline 'mask': use one of 'blurred', 'mean', 'zero_pixels'"):
         explain(model, image, baseline="mask")
+
+
+def test_two_metrics_of_one_name_are_two_numbers(model: Any) -> None:
+    found, wanted = explain(model, target=[lambda x: x[0, 1], lambda x: x[0, 2]]), logits(model, IDS)
+    assert [one.value for one in found] == pytest.approx([float(wanted[1]), float(wanted[2])], rel=1e-5)
+
+
+def test_padding_is_no_baseline_where_the_head_reads_past_it(tmp_path: Path) -> None:
+    saved("GPT2ForSequenceClassification", tmp_path, **GPT2, num_labels=3, pad_token_id=0)
+    model = ll.load_model(str(tmp_path), device="cpu")
+    assert explain(model, corrupted=None).settings["baseline"] == "unk"
+    with pytest.raises(ll.InputError, match="baseline='pad': the model's head reads the last token that is not its"):
+        explain(model, baseline="pad")
+
+
+def test_a_head_that_knows_no_padding_says_so(tmp_path: Path) -> None:
+    saved("GPT2ForSequenceClassification", tmp_path, **GPT2, num_labels=3)
+    model = ll.load_model(str(tmp_path), device="cpu")
+    for call in (
+        lambda: explain(model),
+        lambda: ll.attribute(model, IDS, corrupted=OTHER, target=ll.class_logit(0), progress=False),
+    ):
+        with pytest.raises(ll.InputError, match="its config has no pad_token_id"):
+            call()
+
+
+def test_what_nearly_cancels_is_warned_of(model: Any) -> None:
+    edges = torch.full((1, 3, 3), 0.1)
+    edges[0, :, 1] = torch.tensor([-0.7, 0.3, -0.59])
+    with pytest.warns(ll.CancellationWarning, match="in block 0 its size is"):
+        follow(torch.tensor([0.0, 1.0, 0.0]), edges, conserving)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ll.CancellationWarning)
+        follow(torch.tensor([0.0, 1.0, 0.0]), edges.clamp(min=0), conserving)
+        explain(model)

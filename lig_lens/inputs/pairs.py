@@ -55,9 +55,9 @@ def read_pairs(
     read_one = kind_of(model, stream).read
     several = is_batch(prompt, stream)
     prompts, others, masks = (
-        _one_each(several, prompt, prompt),
-        _one_each(several, prompt, corrupted, "corrupted"),
-        _one_each(several, prompt, attention_mask, "attention_mask"),
+        one_each(several, prompt, prompt),
+        one_each(several, prompt, corrupted, "corrupted"),
+        one_each(several, prompt, attention_mask, "attention_mask"),
     )
     read: list[Pair] = []
     for number, (one, other, mask) in enumerate(zip(prompts, others, masks, strict=True)):
@@ -83,7 +83,7 @@ def read_pairs(
     return read
 
 
-def _one_each(several: bool, prompt: Any, value: Any, what: str = "prompt") -> list[Any]:
+def one_each(several: bool, prompt: Any, value: Any, what: str = "prompt") -> list[Any]:
     """`value` as a list with one entry per prompt."""
     if not several:
         return [value]

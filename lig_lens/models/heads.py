@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lig_lens.errors import InputError
+from lig_lens.inputs.padding import end_of_text, reads_last_token
 
 # Endings of classes whose head a language model's class takes over.
 _LANGUAGE = ("LM", "LMHeadModel", "Model", "ForPreTraining", "ForConditionalGeneration")
@@ -60,10 +61,16 @@ def check_head(model: object, of_logits: bool) -> None:
         of_logits: whether a metric needs logits, or may take the vectors of a model without a head.
 
     Raises:
-        InputError: names the weights, or the head that was not loaded.
+        InputError: names the weights, or the head that was not loaded, or that takes one prompt at a time.
     """
     if not isinstance(model, torch.nn.Module):
         return
+    if reads_last_token(model) and end_of_text(model) is None:
+        raise InputError(
+            "The model's head reads the last token that is not padding, and its config has no pad_token_id: so it "
+            "takes no more than one prompt at a time. Name a token that your prompts do not have: "
+            "model.original_model.config.pad_token_id = …"
+        )
     head = vars(model).get(_NOTE)
     if not isinstance(head, Head):
         return

@@ -15,8 +15,9 @@ parameter:
   the one by what tokens contribute there, the other by where attention took it from, M_l being made of 1 on i = j and
   of the attention relevance. Both parts are brought to the same total first.
 
-So mix = 0 is Integrated Gradients at the embeddings, and mix = 1 is Chefer et al. 2021 (positive, additive) or
-attention rollout (Abnar and Zuidema 2020; raw patterns, identity), times F(x) - F(x0).
+So mix = 0 is Integrated Gradients at the embeddings; and with scale = "none", where the output reads one position,
+mix = 1 is Chefer et al. 2021 (positive, additive) or attention rollout (Abnar and Zuidema 2020; raw patterns, identity), times
+F(x) - F(x0).
 """
 
 from collections.abc import Callable
@@ -27,7 +28,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lig_lens.errors import InputError
+from lig_lens.errors import CancellationWarning, InputError, warn_caller
+from lig_lens.flow.compose import CANCELS
 from lig_lens.relevance.explained import Explained
 from lig_lens.relevance.follow import THROUGH, VANISHING, follow
 from lig_lens.relevance.method import Advance, Answer, Method
@@ -115,7 +117,14 @@ def _factor(own: Float[Tensor, "pos"], moved: Float[Tensor, "pos"], scale: str) 
     one = torch.ones_like(own.sum())
     if scale == "sum":
         wanted, there = own.sum(), moved.sum()
-        return one if there.abs() <= VANISHING * moved.abs().sum() else wanted / there
+        factor = one if there.abs() <= VANISHING * moved.abs().sum() else wanted / there
+        if factor.abs() > CANCELS:
+            warn_caller(
+                f"What attention hands on nearly cancels: scale='sum' multiplies it by {float(factor):.0f}. Use a "
+                "baseline that is a prompt with through='conserving', where both sums are the same, or scale='max'.",
+                CancellationWarning,
+            )
+        return factor
     if scale == "max":
         wanted, there = own.abs().max(), moved.abs().max()
         return one if there == 0 else wanted / there

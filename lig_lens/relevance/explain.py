@@ -12,7 +12,7 @@ from lig_lens.blocks.values import Values
 from lig_lens.errors import InputError
 from lig_lens.hooked import HookedModel, check_hooked, check_one_stack
 from lig_lens.inputs.inputs import Inputs
-from lig_lens.inputs.pairs import check_different, is_batch, read_pair
+from lig_lens.inputs.pairs import check_different, is_batch, one_each, read_pair
 from lig_lens.inputs.references import reference_of
 from lig_lens.integrate.integrand import Budget
 from lig_lens.integrate.onward import Downstream
@@ -25,7 +25,7 @@ from lig_lens.relevance.explained import Explained
 from lig_lens.relevance.method import Method, made
 from lig_lens.relevance.relevance import Relevance
 from lig_lens.relevance.targets import as_metric, shown_class
-from lig_lens.settings import EXPLANATION
+from lig_lens.settings import EXPLANATION, Explanation, plain_numbers, validated
 
 
 @torch.inference_mode(False)  # gradients are needed, whatever mode the caller is in
@@ -79,6 +79,9 @@ def explain_class(
     hooked = check_hooked(model)
     check_one_stack(hooked, "explain_class")
     check_evaluating(hooked)
+    asked = {"tol": tol, "max_nodes": max_nodes, "max_batch_tokens": max_batch_tokens, "progress": progress}
+    settings = validated(Explanation, plain_numbers({**asked, "baseline": baseline}))
+    budget = Budget(settings.tol, settings.max_nodes, settings.max_batch_tokens)
     several = [is_batch(prompt), isinstance(target, (list, tuple)), isinstance(method, (list, tuple))]
     if sum(several) > 1:
         raise InputError("Give a list of prompts, of targets or of methods, one of them at a time.")
@@ -86,14 +89,13 @@ def explain_class(
     targets: Sequence[Any] = target if several[1] else [target]
     named: Sequence[Any] = method if several[2] else [method]  # type: ignore[assignment]
     methods = [_method(one, parameters) for one in named]
-    others = [None] * len(prompts) if corrupted is None else corrupted if several[0] else [corrupted]
-    if len(others) != len(prompts):
-        raise InputError(f"corrupted has {len(others)} entries for {len(prompts)} prompts: give one each.")
+    if not methods or not targets:
+        raise InputError(f"{'target' if methods else 'method'} is an empty list: give at least one.")
+    others = one_each(several[0], prompt, corrupted, "corrupted")
     if corrupted is not None and baseline is not None:
         raise InputError(
             f"baseline={baseline!r} and corrupted are both given: paths start in one place, leave one out."
         )
-    budget = _budget(tol, max_nodes, max_batch_tokens)
     found = []
     with one_at_a_time(hooked), prepared(hooked, hooked):
         stack = stack_of(hooked)
@@ -102,7 +104,9 @@ def explain_class(
         with shown_progress("lig_lens", "integral", steps, progress) as bar:
             for one, other in zip(prompts, others, strict=True):
                 run = _Run(hooked, blocks, methods, baseline, budget, one, other, prepend_bos)
-                found += [run.relevance(name, against, each, bar.update) for name in targets for each in methods]
+                for name in targets:
+                    what = run.explained(name, against)
+                    found += [run.relevance(what, each, bar.update) for each in methods]
     return found if any(several) else found[0]
 
 
@@ -125,7 +129,7 @@ class _Run:
         needs_start = any(one.needs_start for one in methods)
         if second is not None:
             self.baseline = "corrupted"
-        elif needs_start:
+        elif needs_start or baseline is not None:
             self.baseline, second = reference_of(model, self.inputs, baseline)
         if second is not None and needs_start:
             check_different(self.inputs, second)
@@ -142,21 +146,17 @@ class _Run:
         if second is not None:
             started = blocks.record(second, Needs(heads=False, formula=False), whole=True)
             self.start, self.start_forward = started.visited, started.whole
-        self._explained: dict[str, Explained] = {}
 
     def explained(self, target: Any, against: Any) -> Explained:
         """The number that a target stands for, on this prompt."""
         with torch.no_grad():
             ready = as_metric(self.model, self.forward.output, target, against).on(self.model, self.forward.output)
-            if ready.name not in self._explained:
-                start = None if self.start_forward is None else float(ready(self.start_forward.output))
-                down = Downstream(self.forward, ready, float(ready(self.forward.output)), start)
-                self._explained[ready.name] = Explained(self.inputs, self.values, self.start, down, self.budget)
-            return self._explained[ready.name]
+            start = None if self.start_forward is None else float(ready(self.start_forward.output))
+            down = Downstream(self.forward, ready, float(ready(self.forward.output)), start)
+            return Explained(self.inputs, self.values, self.start, down, self.budget)
 
-    def relevance(self, target: Any, against: Any, method: Method, advance: Any) -> Relevance:
-        """Explain it by one method."""
-        what = self.explained(target, against)
+    def relevance(self, what: Explained, method: Method, advance: Any) -> Relevance:
+        """Explain a number by one method."""
         answer = method.explain(what, advance)
         return Relevance(
             **vars(answer),
@@ -198,10 +198,3 @@ def _method(given: Any, parameters: dict[str, Any]) -> Method:
         raise InputError(f"method={given!r}: give one of {', '.join(METHODS.names())}, or a Method.")
     kind: type[Method] = METHODS.home(given)
     return made(kind, parameters)
-
-
-def _budget(tol: float, max_nodes: int, max_batch_tokens: int) -> Budget:
-    from_settings = {"tol": tol, "max_nodes": max_nodes, "max_batch_tokens": max_batch_tokens}
-    if not 0 < float(tol) < 1:
-        raise InputError(f"tol={tol!r} is not between 0 and 1: it is a relative gap, such as 1e-3.")
-    return Budget(**from_settings)  # type: ignore[arg-type]

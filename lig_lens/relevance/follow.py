@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lig_lens.errors import CancellationWarning, warn_caller
+from lig_lens.flow.compose import CANCELS
 from lig_lens.relevance.method import Answer
 
 VANISHING = 1e-8
@@ -65,14 +67,32 @@ def follow(
 
     Returns:
         what goes from destinations to sources in each block, and what arrives at them.
+
+    Warns:
+        CancellationWarning: what a block hands on nearly cancels, and is `CANCELS` times as large as its sum.
     """
-    fused, rolled = [], []
+    fused, rolled, worst = [], [], (1.0, 0)
     for row in range(len(edges) - 1, -1, -1):
-        both = fuse(row, through(edges[row]) * relevance, relevance)
+        moved = through(edges[row]) * relevance
+        worst = max(worst, (_times(moved), row))
+        both = fuse(row, moved, relevance)
         relevance = both.sum(-1)
         fused.append(both)
         rolled.append(relevance)
+    if worst[0] > CANCELS:
+        warn_caller(
+            f"What attention hands on nearly cancels: in block {worst[1]} its size is {worst[0]:.0f} times its sum, so "
+            "that scores are large and of both signs. Nothing cancels with keep='positive', and little with "
+            "through='identity' or 'additive' and scale='none'.",
+            CancellationWarning,
+        )
     return torch.stack(fused[::-1]), torch.stack(rolled[::-1])
+
+
+def _times(moved: Float[Tensor, "src dst"]) -> float:
+    """How many times as large as the sums over sources are the terms, signs left aside."""
+    size, sums = float(moved.abs().sum()), float(moved.sum(0).abs().sum())
+    return size / sums if sums > 0 else float(size > 0) * float("inf") or 1.0
 
 
 def read_back(readout: Float[Tensor, "pos"], edges: Float[Tensor, "layer head src dst"], through: Through) -> Answer:
