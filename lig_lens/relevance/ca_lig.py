@@ -15,8 +15,8 @@ parameter:
   the one by what tokens contribute there, the other by where attention took it from, M_l being made of 1 on i = j and
   of the attention relevance. Both parts are brought to the same total first.
 
-So mix = 0 is Integrated Gradients at the embeddings; and with scale = "none", where the output reads one position,
-mix = 1 is Chefer et al. 2021 (positive, additive) or attention rollout (Abnar and Zuidema 2020; raw patterns, identity), times
+So mix = 0 is Integrated Gradients at the embeddings. With scale = "none", where the output reads one position, mix = 1
+is Chefer et al. 2021 (positive, additive) or attention rollout (Abnar and Zuidema 2020; raw patterns, identity), times
 F(x) - F(x0).
 """
 
