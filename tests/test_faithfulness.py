@@ -198,7 +198,7 @@ def test_a_league(model: Any, plain: Any, league: Any):
     assert relevance.target.startswith(f"class_logit({target})")
     order = sorted(range(1, len(ids) - 1), key=lambda at: -float(relevance.scores[at]))
     lost = []
-    for fraction in (0.1, 0.2, 0.3, 0.5, 0.75):
+    for fraction in (0.1, 0.25, 0.5, 0.75, 0.9):
         gone = set(order[: max(1, round(fraction * 8 + 1e-9))])
         without = torch.tensor(_of_text(plain, model.tokenizer, "mask", ids, gone))
         lost.append(float(logits.softmax(-1)[target] - without.softmax(-1)[target]))
@@ -214,7 +214,7 @@ def test_a_league(model: Any, plain: Any, league: Any):
 
 def test_curves_of_a_league(league: Any):
     (curve,) = [one for one in league.curves if (one.method, one.replacer, one.kind) == ("tokens", "mask", "removed")]
-    assert curve.fractions == (0, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
+    assert curve.fractions == (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)
     (kept,) = [one for one in league.curves if (one.method, one.replacer, one.kind) == ("tokens", "mask", "kept")]
     assert (kept.mean[0], kept.mean[-1]) == pytest.approx((curve.mean[-1], curve.mean[0]), abs=1e-12)
     lost = curve.mean[0] - sum(curve.mean[1:-1]) / 5

@@ -34,9 +34,7 @@ from lig_lens.relevance.faithfulness.numbers import intervals, probability
 from lig_lens.relevance.faithfulness.replacers import Replacer
 from lig_lens.relevance.faithfulness.runner import Runner
 from lig_lens.relevance.method import Method
-from lig_lens.settings import MAX_BATCH_TOKENS
-
-FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.75)
+from lig_lens.settings import FRACTIONS, MAX_BATCH_TOKENS
 
 
 @torch.inference_mode(False)  # methods need gradients, whatever mode the caller is in
