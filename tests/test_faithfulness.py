@@ -4,7 +4,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,12 +18,13 @@ from ruamel.yaml import YAML
 import lig_lens as ll
 from lig_lens.cli.configs import LeagueConfig, load_config, merge_settings
 from lig_lens.cli.main import run
-from lig_lens.errors import InputError
+from lig_lens.errors import ConvergenceWarning, InputError, warn_caller
 from lig_lens.inputs.pixels import read_image
-from lig_lens.inputs.token_ids import read_ids
+from lig_lens.inputs.token_ids import TokenIds, read_ids
 from lig_lens.relevance.faithfulness import IMAGE_REPLACERS, TEXT_REPLACERS
-from lig_lens.relevance.faithfulness.case import Subject
+from lig_lens.relevance.faithfulness.case import Case, Subject
 from lig_lens.relevance.faithfulness.explaining import random_weights
+from lig_lens.relevance.faithfulness.reruns import Runtime
 from lig_lens.relevance.faithfulness.runner import Runner
 from lig_lens.relevance.method import Answer, Method
 
@@ -245,6 +246,48 @@ def test_what_does_not_look_at_weights_survives_randomization(model: Any, league
 
 def test_runtime_is_that_of_the_method_alone(league: Any):
     assert 0.05 <= _values(league, "places", "runtime").min()
+
+
+def test_runtime_does_not_depend_on_the_order():
+    class SlowAtFirst:
+        seed, labels = 0, ("one", "two")
+        seen: ClassVar[set[str]] = set()
+
+        def explain(self, _subject: Subject, labels: list[str]) -> dict[str, Any]:
+            time.sleep(0 if labels[0] in self.seen else 0.2)
+            self.seen.add(labels[0])
+            return {}
+
+    subject = Subject(0, None, TokenIds(torch.tensor([[1]]), ("a",), (False,)), np.zeros(2), np.arange(1))
+    cases = {label: [Case(subject, np.zeros(1), (0.5,))] for label in ("one", "two")}
+    assert max(seconds for (seconds,) in Runtime().values(SlowAtFirst(), cases).values()) < 0.1
+
+
+def test_inputs_that_missed_tol_are_counted_once(model: Any):
+    with pytest.warns(ConvergenceWarning, match="missed tol on some of 2 inputs") as caught:
+        ll.faithfulness(model, TEXTS[:2], methods=["ig", "lig"], measures=["runtime", "randomization"], tol=1e-7,
+                        max_nodes=7, progress=False)  # fmt: skip
+    assert [str(one.message) for one in caught if "ig on 2, lig on 2." in str(one.message)]
+    assert len(caught) == 1
+
+
+@dataclass(frozen=True)
+class Warns(OfPlaces):
+    """Says what missed in a warning alone, and something else."""
+
+    name = "warns"
+
+    def explain(self, what: Any, advance: Any) -> Answer:
+        warn_caller("missed", ConvergenceWarning)
+        warn_caller("old", DeprecationWarning)
+        return super().explain(what, advance)
+
+
+def test_what_is_only_warned_of_counts(model: Any):
+    with pytest.warns() as caught:
+        ll.faithfulness(model, TEXTS[:2], methods=[Warns(), OfPlaces()], measures=["runtime"], progress=False)
+    messages = [str(one.message) for one in caught]
+    assert sum("inputs: warns on 2. Raise" in one for one in messages) == 1 and "old" in messages
 
 
 def test_versus_is_paired(league: Any):

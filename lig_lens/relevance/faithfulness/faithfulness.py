@@ -277,7 +277,7 @@ def _shown(subject: Subject) -> str:
 
 
 def _warn(explaining: Explaining, n: int) -> None:
-    missed = {label: count for label, count in explaining.missed.items() if count}
+    missed = {label: len(some) for label, some in explaining.missed.items() if some}
     if missed:
         said = ", ".join(f"{label} on {count}" for label, count in missed.items())
         warn_caller(
