@@ -153,6 +153,26 @@ def test_dropped_needs_something_that_is_left(tmp_path: Path):
     assert "nothing is left" in league.left_out["dropped"] and "mean" in league.replacers
 
 
+def _gpt2(folder: Path, **config: Any) -> Any:
+    saved("GPT2ForSequenceClassification", folder, vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64,
+          num_labels=2, **config)  # fmt: skip
+    return ll.load_model(str(folder), device="cpu")
+
+
+def test_a_token_that_the_head_looks_for_replaces_nothing(tmp_path: Path):
+    gpt = _gpt2(tmp_path)
+    gpt.original_model.config.pad_token_id = gpt.tokenizer.pad_token_id = 3
+    with pytest.raises(InputError, match="'pad' token as the end of a text"):
+        TEXT_REPLACERS.home("pad")(gpt)
+
+
+def test_a_model_that_takes_one_input_at_a_time(tmp_path: Path):
+    gpt = _gpt2(tmp_path)
+    gpt.original_model.config.pad_token_id = None
+    with pytest.raises(InputError, match=r"one input at a time .*config\.pad_token_id = 0"):
+        ll.faithfulness(gpt, [[5, 12, 30, 7], [9, 8, 7]], progress=False)
+
+
 # The whole
 
 
@@ -331,6 +351,13 @@ def test_what_was_explained_before(model: Any, league: Any):
     other = ll.explain_class(model, TEXTS[0], target=(int(before[0].target[12]) + 1) % 3, progress=False)
     with pytest.raises(InputError, match="explain the predicted class"):
         ll.faithfulness(model, TEXTS, methods={"x": [other, *before[1:]]}, **options)
+    target = int(before[0].target[12])
+    minus = ll.explain_class(model, TEXTS[0], target=target, against=(target + 1) % 3, progress=False)
+    with pytest.raises(InputError, match="explain the predicted class"):
+        ll.faithfulness(model, TEXTS, methods={"x": [minus, *before[1:]]}, **options)
+    moved = ll.explain_class(model, " ".join(TEXTS[0].split()[::-1]), target=target, progress=False)
+    with pytest.raises(InputError, match="'x' explains another prompt than input 0"):
+        ll.faithfulness(model, TEXTS, methods={"x": [moved, *before[1:]]}, **options)
     with pytest.raises(InputError, match="'x' has 3 entries for 4 inputs"):
         ll.faithfulness(model, TEXTS, methods={"x": before[1:]}, **options)
     with pytest.raises(InputError, match=r"scores of shape \[2\] for the 8 positions"):

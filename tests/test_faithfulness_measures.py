@@ -172,6 +172,11 @@ def test_intervals():
     assert all(math.isnan(one[0]) for one in nothing)
 
 
+def test_intervals_hold_the_mean():
+    mean, low, high = intervals(np.array([[one] * 7 for one in (0.1, 0.7, 1 / 3, -0.123456789)]), seed=0)
+    assert (low <= mean).all() and (mean <= high).all()
+
+
 # Words
 
 

@@ -101,7 +101,7 @@ def faithfulness(
             raise InputError(f"faithfulness has no argument {name!r}: parameters stand behind a method's name.")
     if not is_batch(prompts):
         raise InputError("faithfulness needs several inputs: give a list of texts, of token ids or of images.")
-    subjects = _subjects(hooked, prompts, options.get("prepend_bos"), lexicon, seed)
+    subjects = _subjects(hooked, prompts, options.get("prepend_bos"), lexicon, seed, max_batch_tokens)
     left_out: dict[str, str] = {}
     removers = read_replacers(hooked, subjects, replacers, left_out)
     explaining = Explaining(
@@ -110,7 +110,9 @@ def faithfulness(
         seed,
         {**options, "max_batch_tokens": max_batch_tokens},
     )
-    given = {label: read_given(label, one, subjects) for label, one in chosen.items() if not isinstance(one, Method)}
+    given = {
+        label: read_given(hooked, label, one, subjects) for label, one in chosen.items() if not isinstance(one, Method)
+    }
     with shown_progress("explaining", "input", len(subjects), progress) as bar:
         explained = []
         for subject in subjects:
@@ -226,7 +228,12 @@ class _Work:
 
 
 def _subjects(
-    model: HookedModel, prompts: Sequence[Any], prepend_bos: Any, lexicon: Mapping[str, float] | None, seed: int
+    model: HookedModel,
+    prompts: Sequence[Any],
+    prepend_bos: Any,
+    lexicon: Mapping[str, float] | None,
+    seed: int,
+    max_batch_tokens: int,
 ) -> list[Subject]:
     """Inputs as the model takes them, with its logits."""
     read, draw = kind_of(model).read, np.random.default_rng(seed)
@@ -249,7 +256,7 @@ def _subjects(
         whole = {one.number: np.zeros((1, len(one.inputs)), dtype=bool) for one in found}
         for one in found:
             runner.ask(one, whole[one.number])
-        runner.run(MAX_BATCH_TOKENS)
+        runner.run(max_batch_tokens)
         return [replace(one, intact=runner.logits(one, whole[one.number])[0]) for one in found]
 
 
@@ -270,6 +277,13 @@ def _check_classes(model: HookedModel, inputs: Inputs) -> None:
             f"The model has no class head: its output has shape {list(output.shape)}, not [1, classes]. Load a "
             "classifier, saved as one, such as BertForSequenceClassification."
         )
+    try:
+        model(*inputs.arguments(2), **inputs.keywords(2))
+    except ValueError as error:
+        raise InputError(
+            f"The model takes one input at a time ({error}), and many have to run together: say which token is "
+            "padding, as in model.original_model.config.pad_token_id = 0."
+        ) from error
 
 
 def _shown(subject: Subject) -> str:
