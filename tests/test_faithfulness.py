@@ -264,6 +264,13 @@ def test_what_does_not_look_at_weights_survives_randomization(model: Any, league
     assert all(bool((one == old).all()) for one, old in zip(model.parameters(), before, strict=True))
 
 
+def test_a_head_that_is_registered_first_cannot_be_found():
+    model = torch.nn.Module()
+    model.head, model.blocks = torch.nn.Linear(4, 2), torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+    with pytest.raises(InputError, match="no head behind its blocks"), random_weights(model, [], list(model.blocks), 0):
+        pass
+
+
 def test_runtime_is_that_of_the_method_alone(league: Any):
     assert 0.05 <= _values(league, "places", "runtime").min()
 
@@ -452,11 +459,22 @@ def test_the_command(capsys, tmp_path: Path, folder: Path, model: Any, monkeypat
     assert league.methods == ("ca_lig mix=0.0", "ca_lig mix=1.0") and league.inputs == tuple(TEXTS[:3])
     assert league.measures == ("deletion", "insertion", "lexicon_sign") and league.settings["fractions"] == [0.2, 0.5]
     assert (tmp_path / "l.md").read_text() == league.to_markdown() and league.to_markdown() in out
-    more = ["--count", "2", "--methods", "ca_lig mix=0.5 heads=max", "--measures", "deletion", "--fractions", "0.3"]
+    more = [
+        "--count",
+        "2",
+        "--methods",
+        "ca_lig mix=0.5 heads=max",
+        "--measures",
+        "deletion",
+        "--fractions",
+        "0.3",
+        "--max-nodes",
+        "99",
+    ]
     assert run(["league", "--config", "league.yaml", "--no-progress", *more, "--json", "m.json"]) == 0
     small = ll.League.load("m.json")
     assert small.methods == ("ca_lig heads=max",)  # without what is usual
-    assert len(small.inputs) == 2
+    assert len(small.inputs) == 2 and small.settings["explain_class"]["max_nodes"] == 99
 
 
 @pytest.mark.parametrize("name", ["league-sentiment", "league-digits"])

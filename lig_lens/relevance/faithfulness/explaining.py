@@ -148,6 +148,8 @@ def random_weights(
     wanted = {id(one) for block in chosen for one in block.parameters()}
     behind = 1 + max((number for number, one in enumerate(weights) if id(one) in of_blocks), default=-1)
     wanted |= {id(one) for one in weights[behind:]}
+    if not any(one.ndim > 1 for one in weights[behind:]):
+        raise InputError("The model registers no head behind its blocks: leave the measure 'randomization' out.")
     saved = [(one, one.data) for one in weights if id(one) in wanted and one.is_floating_point()]
     generator = torch.Generator().manual_seed(seed)
     try:

@@ -142,7 +142,7 @@ def faithfulness(
         rows=tuple(work.rows),
         curves=tuple(work.curves),
         inputs=tuple(_shown(one) for one in subjects),
-        left_out=left_out,
+        left_out=left_out | work.left_out,
         model_name=model_name(hooked),
         seed=seed,
         settings={
@@ -164,6 +164,7 @@ class _Work:
         self.cases, self.looks, self.seed = cases, looks, seed
         self.rows: list[Row] = []
         self.curves: list[Curve] = []
+        self.left_out: dict[str, str] = {}
 
     def remove(self, replacer: Replacer, max_batch_tokens: int, progress: bool) -> None:
         """Measures of outputs, for one replacer."""
@@ -219,7 +220,10 @@ class _Work:
                 if isinstance(measure, OfScores):
                     found = {label: [measure.value(case) for case in cases] for label, cases in seen.items()}
                 elif isinstance(measure, OfMethod):
-                    found = dict(measure.values(explaining, seen))
+                    try:
+                        found = dict(measure.values(explaining, seen))
+                    except InputError as error:
+                        self.left_out[measure.label] = str(error)
                     bar.update()
                 for label, values in found.items():
                     at = dict(zip((case.subject.number for case in seen[label]), values, strict=True))
