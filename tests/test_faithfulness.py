@@ -1,5 +1,6 @@
 """How faithful methods are: runs against the plain model's, one by one, and the whole by hand."""
 
+import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -211,6 +212,7 @@ def _values(league: Any, method: str, measure: str, replacer: str | None = None)
 def test_a_league(model: Any, plain: Any, league: Any):
     assert league.methods == ("ca_lig", "tokens", "places") and league.replacers == ("mask", "dropped")
     assert "this layout does not allow it" in league.left_out["fails"]
+    assert league.settings["sha256"][0] == hashlib.sha256(TEXTS[0].encode()).hexdigest()
     # By hand, for one input: the class, its scores, and the plain model without the most relevant half.
     relevance = ll.explain_class(model, TEXTS[2], method="ca_lig", tol=1e-2, progress=False)
     ids = model.to_tokens(TEXTS[2])[0].tolist()
@@ -231,6 +233,12 @@ def test_a_league(model: Any, plain: Any, league: Any):
     assert _values(league, "ca_lig", "leave_one_out pearson", "mask")[2] == pytest.approx(
         np.corrcoef(relevance.scores[1:-1], alone)[0, 1], abs=1e-4
     )
+
+
+def test_long_inputs_are_not_kept_whole(model: Any):
+    text = " ".join(["w1 w5"] * 20)
+    found = ll.faithfulness(model, [text], methods=[OfPlaces()], measures=["deletion"], progress=False)
+    assert found.inputs == (text[:40] + "…",) and text not in found.to_json()
 
 
 def test_curves_of_a_league(league: Any):

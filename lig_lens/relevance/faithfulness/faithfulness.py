@@ -1,5 +1,7 @@
 """The entry: a model, inputs and methods in, how faithful the methods are out."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -35,6 +37,8 @@ from lig_lens.relevance.faithfulness.replacers import Replacer
 from lig_lens.relevance.faithfulness.runner import Runner
 from lig_lens.relevance.method import Method
 from lig_lens.settings import FRACTIONS, MAX_BATCH_TOKENS
+
+_LONGEST = 40  # characters of an input that are kept
 
 
 @torch.inference_mode(False)  # methods need gradients, whatever mode the caller is in
@@ -151,6 +155,7 @@ def faithfulness(
             "measures": [one.label for one in asked],
             "fractions": list(shares),
             "targets": [one.target for one in subjects],
+            "sha256": [_digest(one) for one in subjects],
             "explain_class": options,
             "model": describe_processing(hooked),
         },
@@ -291,7 +296,14 @@ def _check_classes(model: HookedModel, inputs: Inputs) -> None:
 
 
 def _shown(subject: Subject) -> str:
-    return subject.prompt if isinstance(subject.prompt, str) else subject.inputs.shown
+    """What an input is, without giving it away: a league may be published where its inputs may not."""
+    text = subject.prompt if isinstance(subject.prompt, str) else subject.inputs.shown
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+
+
+def _digest(subject: Subject) -> str:
+    own = subject.prompt if isinstance(subject.prompt, str) else json.dumps(subject.inputs.record())
+    return hashlib.sha256(own.encode()).hexdigest()
 
 
 def _warn(explaining: Explaining, n: int) -> None:
