@@ -44,6 +44,8 @@ from lig_lens.targets import TARGETS
 # Integration nodes that may be spent on one cell, and tokens that are run through a block at once.
 MAX_NODES = 2048
 MAX_BATCH_TOKENS = 4096
+FRACTIONS = (0.1, 0.25, 0.5, 0.75, 0.9)
+"""Shares of an input that `faithfulness` removes, or keeps."""
 # What `maps` and `attn_baseline` are when they are left open, and with a metric as target.
 _OPEN: Any = None
 _LEFT_OPEN: dict[str, Any] = {"maps": MAPS, "attn_baseline": "itb"}

@@ -1,10 +1,11 @@
 """How faithful methods are: runs against the plain model's, one by one, and the whole by hand."""
 
+import hashlib
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,12 +19,13 @@ from ruamel.yaml import YAML
 import lig_lens as ll
 from lig_lens.cli.configs import LeagueConfig, load_config, merge_settings
 from lig_lens.cli.main import run
-from lig_lens.errors import InputError
+from lig_lens.errors import ConvergenceWarning, InputError, warn_caller
 from lig_lens.inputs.pixels import read_image
-from lig_lens.inputs.token_ids import read_ids
+from lig_lens.inputs.token_ids import TokenIds, read_ids
 from lig_lens.relevance.faithfulness import IMAGE_REPLACERS, TEXT_REPLACERS
-from lig_lens.relevance.faithfulness.case import Subject
+from lig_lens.relevance.faithfulness.case import Case, Subject
 from lig_lens.relevance.faithfulness.explaining import random_weights
+from lig_lens.relevance.faithfulness.reruns import Runtime
 from lig_lens.relevance.faithfulness.runner import Runner
 from lig_lens.relevance.method import Answer, Method
 
@@ -152,6 +154,26 @@ def test_dropped_needs_something_that_is_left(tmp_path: Path):
     assert "nothing is left" in league.left_out["dropped"] and "mean" in league.replacers
 
 
+def _gpt2(folder: Path, **config: Any) -> Any:
+    saved("GPT2ForSequenceClassification", folder, vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64,
+          num_labels=2, **config)  # fmt: skip
+    return ll.load_model(str(folder), device="cpu")
+
+
+def test_a_token_that_the_head_looks_for_replaces_nothing(tmp_path: Path):
+    gpt = _gpt2(tmp_path)
+    gpt.original_model.config.pad_token_id = gpt.tokenizer.pad_token_id = 3
+    with pytest.raises(InputError, match="'pad' token as the end of a text"):
+        TEXT_REPLACERS.home("pad")(gpt)
+
+
+def test_a_model_that_takes_one_input_at_a_time(tmp_path: Path):
+    gpt = _gpt2(tmp_path)
+    gpt.original_model.config.pad_token_id = None
+    with pytest.raises(InputError, match=r"one input at a time .*config\.pad_token_id = 0"):
+        ll.faithfulness(gpt, [[5, 12, 30, 7], [9, 8, 7]], progress=False)
+
+
 # The whole
 
 
@@ -190,6 +212,7 @@ def _values(league: Any, method: str, measure: str, replacer: str | None = None)
 def test_a_league(model: Any, plain: Any, league: Any):
     assert league.methods == ("ca_lig", "tokens", "places") and league.replacers == ("mask", "dropped")
     assert "this layout does not allow it" in league.left_out["fails"]
+    assert league.settings["sha256"][0] == hashlib.sha256(TEXTS[0].encode()).hexdigest()
     # By hand, for one input: the class, its scores, and the plain model without the most relevant half.
     relevance = ll.explain_class(model, TEXTS[2], method="ca_lig", tol=1e-2, progress=False)
     ids = model.to_tokens(TEXTS[2])[0].tolist()
@@ -198,7 +221,7 @@ def test_a_league(model: Any, plain: Any, league: Any):
     assert relevance.target.startswith(f"class_logit({target})")
     order = sorted(range(1, len(ids) - 1), key=lambda at: -float(relevance.scores[at]))
     lost = []
-    for fraction in (0.1, 0.2, 0.3, 0.5, 0.75):
+    for fraction in (0.1, 0.25, 0.5, 0.75, 0.9):
         gone = set(order[: max(1, round(fraction * 8 + 1e-9))])
         without = torch.tensor(_of_text(plain, model.tokenizer, "mask", ids, gone))
         lost.append(float(logits.softmax(-1)[target] - without.softmax(-1)[target]))
@@ -212,9 +235,15 @@ def test_a_league(model: Any, plain: Any, league: Any):
     )
 
 
+def test_long_inputs_are_not_kept_whole(model: Any):
+    text = " ".join(["w1 w5"] * 20)
+    found = ll.faithfulness(model, [text], methods=[OfPlaces()], measures=["deletion"], progress=False)
+    assert found.inputs == (text[:40] + "…",) and text not in found.to_json()
+
+
 def test_curves_of_a_league(league: Any):
     (curve,) = [one for one in league.curves if (one.method, one.replacer, one.kind) == ("tokens", "mask", "removed")]
-    assert curve.fractions == (0, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
+    assert curve.fractions == (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)
     (kept,) = [one for one in league.curves if (one.method, one.replacer, one.kind) == ("tokens", "mask", "kept")]
     assert (kept.mean[0], kept.mean[-1]) == pytest.approx((curve.mean[-1], curve.mean[0]), abs=1e-12)
     lost = curve.mean[0] - sum(curve.mean[1:-1]) / 5
@@ -243,8 +272,57 @@ def test_what_does_not_look_at_weights_survives_randomization(model: Any, league
     assert all(bool((one == old).all()) for one, old in zip(model.parameters(), before, strict=True))
 
 
+def test_a_head_that_is_registered_first_cannot_be_found():
+    model = torch.nn.Module()
+    model.head, model.blocks = torch.nn.Linear(4, 2), torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+    with pytest.raises(InputError, match="no head behind its blocks"), random_weights(model, [], list(model.blocks), 0):
+        pass
+
+
 def test_runtime_is_that_of_the_method_alone(league: Any):
     assert 0.05 <= _values(league, "places", "runtime").min()
+
+
+def test_runtime_does_not_depend_on_the_order():
+    class SlowAtFirst:
+        seed, labels = 0, ("one", "two")
+        seen: ClassVar[set[str]] = set()
+
+        def explain(self, _subject: Subject, labels: list[str]) -> dict[str, Any]:
+            time.sleep(0 if labels[0] in self.seen else 0.2)
+            self.seen.add(labels[0])
+            return {}
+
+    subject = Subject(0, None, TokenIds(torch.tensor([[1]]), ("a",), (False,)), np.zeros(2), np.arange(1))
+    cases = {label: [Case(subject, np.zeros(1), (0.5,))] for label in ("one", "two")}
+    assert max(seconds for (seconds,) in Runtime().values(SlowAtFirst(), cases).values()) < 0.1
+
+
+def test_inputs_that_missed_tol_are_counted_once(model: Any):
+    with pytest.warns(ConvergenceWarning, match="missed tol on some of 2 inputs") as caught:
+        ll.faithfulness(model, TEXTS[:2], methods=["ig", "lig"], measures=["runtime", "randomization"], tol=1e-7,
+                        max_nodes=7, progress=False)  # fmt: skip
+    assert [str(one.message) for one in caught if "ig on 2, lig on 2." in str(one.message)]
+    assert len(caught) == 1
+
+
+@dataclass(frozen=True)
+class Warns(OfPlaces):
+    """Says what missed in a warning alone, and something else."""
+
+    name = "warns"
+
+    def explain(self, what: Any, advance: Any) -> Answer:
+        warn_caller("missed", ConvergenceWarning)
+        warn_caller("old", DeprecationWarning)
+        return super().explain(what, advance)
+
+
+def test_what_is_only_warned_of_counts(model: Any):
+    with pytest.warns() as caught:
+        ll.faithfulness(model, TEXTS[:2], methods=[Warns(), OfPlaces()], measures=["runtime"], progress=False)
+    messages = [str(one.message) for one in caught]
+    assert sum("inputs: warns on 2. Raise" in one for one in messages) == 1 and "old" in messages
 
 
 def test_versus_is_paired(league: Any):
@@ -288,6 +366,13 @@ def test_what_was_explained_before(model: Any, league: Any):
     other = ll.explain_class(model, TEXTS[0], target=(int(before[0].target[12]) + 1) % 3, progress=False)
     with pytest.raises(InputError, match="explain the predicted class"):
         ll.faithfulness(model, TEXTS, methods={"x": [other, *before[1:]]}, **options)
+    target = int(before[0].target[12])
+    minus = ll.explain_class(model, TEXTS[0], target=target, against=(target + 1) % 3, progress=False)
+    with pytest.raises(InputError, match="explain the predicted class"):
+        ll.faithfulness(model, TEXTS, methods={"x": [minus, *before[1:]]}, **options)
+    moved = ll.explain_class(model, " ".join(TEXTS[0].split()[::-1]), target=target, progress=False)
+    with pytest.raises(InputError, match="'x' explains another prompt than input 0"):
+        ll.faithfulness(model, TEXTS, methods={"x": [moved, *before[1:]]}, **options)
     with pytest.raises(InputError, match="'x' has 3 entries for 4 inputs"):
         ll.faithfulness(model, TEXTS, methods={"x": before[1:]}, **options)
     with pytest.raises(InputError, match=r"scores of shape \[2\] for the 8 positions"):
@@ -382,11 +467,22 @@ def test_the_command(capsys, tmp_path: Path, folder: Path, model: Any, monkeypat
     assert league.methods == ("ca_lig mix=0.0", "ca_lig mix=1.0") and league.inputs == tuple(TEXTS[:3])
     assert league.measures == ("deletion", "insertion", "lexicon_sign") and league.settings["fractions"] == [0.2, 0.5]
     assert (tmp_path / "l.md").read_text() == league.to_markdown() and league.to_markdown() in out
-    more = ["--count", "2", "--methods", "ca_lig mix=0.5 heads=max", "--measures", "deletion", "--fractions", "0.3"]
+    more = [
+        "--count",
+        "2",
+        "--methods",
+        "ca_lig mix=0.5 heads=max",
+        "--measures",
+        "deletion",
+        "--fractions",
+        "0.3",
+        "--max-nodes",
+        "99",
+    ]
     assert run(["league", "--config", "league.yaml", "--no-progress", *more, "--json", "m.json"]) == 0
     small = ll.League.load("m.json")
     assert small.methods == ("ca_lig heads=max",)  # without what is usual
-    assert len(small.inputs) == 2
+    assert len(small.inputs) == 2 and small.settings["explain_class"]["max_nodes"] == 99
 
 
 @pytest.mark.parametrize("name", ["league-sentiment", "league-digits"])

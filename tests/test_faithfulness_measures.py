@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from lig_lens import settings
 from lig_lens.errors import InputError
 from lig_lens.inputs.token_ids import TokenIds
 from lig_lens.models.packaged import PACKAGED
@@ -92,15 +93,20 @@ def test_what_a_model_really_does_is_the_best_ranking():
     assert best < middle - 0.01 and middle < max(areas.values()) - 0.01
 
 
-def test_chance_is_at_zero_between_the_curves():
-    found = [value(Between(), curved, order) for order in itertools.permutations(range(4))]
+@pytest.mark.parametrize("fractions", [FRACTIONS, settings.FRACTIONS, (0.1, 0.2, 0.3, 0.5, 0.75)])
+@pytest.mark.parametrize("n", [3, 4, 5])
+def test_chance_is_at_zero_between_the_curves(n: int, fractions: tuple[float, ...]):
+    found = [value(Between(), curved, order, fractions) for order in itertools.permutations(range(n))]
     assert sum(found) / len(found) == pytest.approx(0, abs=1e-12) and max(found) > 0.01
 
 
-def test_least_relevant_first_is_the_other_curve():
-    scores = np.array(SCORES)
-    assert value(Deletion(), curved, -scores) == pytest.approx(value(Insertion(), curved, scores), abs=1e-12)
-    assert value(Insertion(), curved, -scores) == pytest.approx(value(Deletion(), curved, scores), abs=1e-12)
+@pytest.mark.parametrize("fractions", [FRACTIONS, settings.FRACTIONS, (0.1, 0.2, 0.3, 0.5, 0.75)])
+@pytest.mark.parametrize("scores", [SCORES, (*SCORES, 0.1)])
+def test_least_relevant_first_is_the_other_curve(scores: tuple[float, ...], fractions: tuple[float, ...]):
+    back = [-one for one in scores]
+    for one, other in ((Deletion(), Insertion()), (Insertion(), Deletion())):
+        there = value(other, curved, scores, fractions)
+        assert value(one, curved, back, fractions) == pytest.approx(there, abs=1e-12)
 
 
 @pytest.mark.parametrize("measure", [LeaveOneOut, Shapley])
@@ -164,6 +170,11 @@ def test_intervals():
     assert (other[1] != low).any()
     nothing = intervals(np.full((1, 4), np.nan), seed=0)
     assert all(math.isnan(one[0]) for one in nothing)
+
+
+def test_intervals_hold_the_mean():
+    mean, low, high = intervals(np.array([[one] * 7 for one in (0.1, 0.7, 1 / 3, -0.123456789)]), seed=0)
+    assert (low <= mean).all() and (mean <= high).all()
 
 
 # Words

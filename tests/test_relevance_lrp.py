@@ -165,6 +165,7 @@ def test_decompx(case: Case, biases: str) -> None:
         return
     found = case.explain("decompx", biases=biases)
     assert found.gap is not None and float(found.gap.max()) <= 1e-5
+    assert found.converged is not None and bool(found.converged.all())
     if biases == "apart":  # gradient times input with patterns held
         close(found.token, torch.stack(explicit(case.oracle, case.prompt, CLASS, held=True).token))
         return

@@ -16,7 +16,7 @@ from lig_lens.files import real
 from lig_lens.interventions import NODES
 from lig_lens.names import DTYPES
 from lig_lens.relevance import METHODS
-from lig_lens.settings import Asked, Attribution, ByLayer, Explanation, Settings
+from lig_lens.settings import FRACTIONS, Asked, Attribution, ByLayer, Explanation, Integrated, Settings
 
 # What `patch --at` names: an activation by its node, whole heads, or edges.
 PATCHED = (*NODES.names(), "heads", "edges", "edges_patched")
@@ -266,7 +266,7 @@ class CircuitConfig(RunConfig, ByLayer):
         super().check_together()
 
 
-class LeagueConfig(RunConfig):
+class LeagueConfig(RunConfig, Integrated):
     """Settings of one `lig-lens league` run."""
 
     model: Annotated[StrictStr, Flag(Section.MODEL)] = Field(
@@ -291,11 +291,11 @@ class LeagueConfig(RunConfig):
     measures: Annotated[Names | None, Flag(Section.INTERVENTION, shown="all")] = Field(
         None, description="Measures, with parameters behind them: 'deletion,shapley positions=6'."
     )
-    fractions: Annotated[Shares, Flag(Section.INTERVENTION, shown="0.1,0.2,0.3,0.5,0.75")] = Field(
-        (0.1, 0.2, 0.3, 0.5, 0.75), description="Shares of the positions that are removed, or kept."
+    fractions: Annotated[Shares, Flag(Section.INTERVENTION, shown=",".join(map(str, FRACTIONS)))] = Field(
+        FRACTIONS, description="Shares of the positions that are removed, or kept."
     )
     baseline: Annotated[StrictStr | None, Flag(Section.INTERVENTION, shown="the model's")] = Field(
-        None, description="Where paths of methods that have one start: mask, pad, unk, zero."
+        None, description="Where paths start: mask, pad or unk; of images blurred, mean or black; zero."
     )
     seed: Annotated[Seed, Flag(Section.ACCURACY)] = Field(
         0, description="Of the inputs drawn, ties, random weights and intervals."

@@ -9,7 +9,7 @@ from lig_lens.cli.flags import with_flags
 from lig_lens.cli.shared import Outputs, load, say
 
 
-@with_flags(LeagueConfig, without=("layers",))
+@with_flags(LeagueConfig)
 def league(settings: LeagueConfig) -> None:
     """Measure how faithful methods are to a classifier: what it does without what they call relevant."""
     from lig_lens.files import write_atomic
@@ -31,6 +31,7 @@ def league(settings: LeagueConfig) -> None:
         seed=settings.seed,
         baseline=settings.baseline,
         tol=settings.tol,
+        max_nodes=settings.max_nodes,
         max_batch_tokens=settings.max_batch_tokens,
         progress=settings.progress,
     )

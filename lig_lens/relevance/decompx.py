@@ -53,10 +53,12 @@ class DecompX(Method):
             return Answer(attention=found.edges, **found.answer())
         scores, value = decompose(what, self.name)
         total = torch.tensor([value])
+        gap = (scores.sum().cpu() - total).abs() / total.abs().clamp(min=torch.finfo(torch.float32).tiny)
         return Answer(
             scores=scores,
             boundaries=(what.layers[0],),
             token=scores[None],
             total=total,
-            gap=(scores.sum().cpu() - total).abs() / total.abs().clamp(min=torch.finfo(torch.float32).tiny),
+            gap=gap,
+            converged=gap <= what.budget.tol,
         )

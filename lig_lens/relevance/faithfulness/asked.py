@@ -17,6 +17,7 @@ from lig_lens.relevance.faithfulness.measure import Measure, label_of, named
 from lig_lens.relevance.faithfulness.replacers import Replacer
 from lig_lens.relevance.method import Method, made
 from lig_lens.relevance.relevance import Relevance
+from lig_lens.relevance.targets import shown_class
 
 _BY_BOTH = ("leave_one_out", "shapley")  # asked for by rank and by value, unless measures are named
 
@@ -119,18 +120,25 @@ def _replacer(model: HookedModel, name: Any, known: Registry[Any], others: Regis
     return replacer
 
 
-def read_given(label: str, relevances: Sequence[Any], subjects: Sequence[Subject]) -> list[Float[np.ndarray, "_"]]:
+def read_given(
+    model: HookedModel, label: str, relevances: Sequence[Any], subjects: Sequence[Subject]
+) -> list[Float[np.ndarray, "_"]]:
     """Scores that were explained before."""
     if len(relevances) != len(subjects):
         raise InputError(f"methods: {label!r} has {len(relevances)} entries for {len(subjects)} inputs: give one each.")
     found = []
     for one, subject in zip(relevances, subjects, strict=True):
-        if isinstance(one, Relevance) and one.target.startswith("class_logit("):
-            name = f"class_logit({subject.target})"
-            if not one.target.startswith(name):
+        if isinstance(one, Relevance):
+            name = shown_class(model, f"class_logit({subject.target})")
+            if one.target != name:
                 raise InputError(
                     f"methods: {label!r} explains {one.target} of input {subject.number}, and the model predicts "
                     f"{name}: explain the predicted class (target=None)."
+                )
+            if one.settings.get(subject.inputs.kept_as) != subject.inputs.record():
+                raise InputError(
+                    f"methods: {label!r} explains another prompt than input {subject.number}: give one Relevance for "
+                    "each input, in their order."
                 )
         scores = one.scores if isinstance(one, Relevance) else one
         try:

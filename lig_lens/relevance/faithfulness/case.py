@@ -1,7 +1,7 @@
 """One input, what its positions are worth, and which sets of them are removed."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,14 +85,32 @@ class Case:
         return tuple(min(n, max(1, int(fraction * n + 0.5))) for fraction in self.fractions)
 
     @functools.cached_property
+    def steps(self) -> tuple[int, ...]:
+        """How many positions curves are measured at: none, each fraction and as many from the other end, and all.
+
+        Only where steps lie alike from both ends do a curve and the one read backwards have the same area, and does a
+        ranking by chance get the same from both.
+        """
+        n = len(self.ranks)
+        return tuple(sorted({0, n, *self.counts, *(n - count for count in self.counts)}))
+
+    def without_first(self, counts: Sequence[int]) -> Bool[np.ndarray, "count pos"]:
+        """So many of the most relevant positions removed."""
+        return self.subject.without(np.less(self.ranks, np.array(counts)[:, None]))
+
+    def first_alone(self, counts: Sequence[int]) -> Bool[np.ndarray, "count pos"]:
+        """All but so many of the most relevant removed."""
+        return self.subject.without(np.greater_equal(self.ranks, np.array(counts)[:, None]))
+
+    @functools.cached_property
     def removed(self) -> Bool[np.ndarray, "fraction pos"]:
         """The most relevant positions removed, as many as each fraction is."""
-        return self.subject.without(np.less(self.ranks, np.array(self.counts)[:, None]))
+        return self.without_first(self.counts)
 
     @functools.cached_property
     def kept(self) -> Bool[np.ndarray, "fraction pos"]:
         """All but the most relevant removed."""
-        return self.subject.without(np.greater_equal(self.ranks, np.array(self.counts)[:, None]))
+        return self.first_alone(self.counts)
 
     @functools.cached_property
     def empty(self) -> Bool[np.ndarray, "1 pos"]:

@@ -93,11 +93,11 @@ class Deletion(OfOutputs):
 
     def removed(self, case: Case) -> Bool[np.ndarray, "variant pos"]:
         """See the base class."""
-        return np.concatenate([case.removed, case.empty])
+        return case.without_first(case.steps[1:])
 
     def value(self, case: Case, logits: Logits) -> float:
         """See the base class."""
-        return _under(case, [0, *case.counts, len(case.ranks)], [case.subject.intact, *logits])
+        return _under(case, [case.subject.intact, *logits])
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,11 @@ class Insertion(OfOutputs):
 
     def removed(self, case: Case) -> Bool[np.ndarray, "variant pos"]:
         """See the base class."""
-        return np.concatenate([case.kept, case.empty])
+        return case.first_alone(case.steps[:-1])
 
     def value(self, case: Case, logits: Logits) -> float:
         """See the base class."""
-        *kept, empty = logits
-        return _under(case, [0, *case.counts, len(case.ranks)], [empty, *kept, case.subject.intact])
+        return _under(case, [*logits, case.subject.intact])
 
 
 @dataclass(frozen=True)
@@ -131,12 +130,11 @@ class Between(OfOutputs):
 
     def removed(self, case: Case) -> Bool[np.ndarray, "variant pos"]:
         """See the base class."""
-        return np.concatenate([case.removed, case.kept, case.empty])
+        return np.concatenate([Deletion().removed(case), Insertion().removed(case)])
 
     def value(self, case: Case, logits: Logits) -> float:
         """See the base class."""
-        n = len(case.counts)
-        deleted, inserted = logits[[*range(n), -1]], logits[n:]
+        deleted, inserted = np.split(logits, 2)
         return Insertion().value(case, inserted) - Deletion().value(case, deleted)
 
 
@@ -146,8 +144,7 @@ def _lost(case: Case, logits: Logits) -> float:
     return float(probability(case.subject.intact, target) - probability(logits, target).mean())
 
 
-def _under(case: Case, counts: list[int], logits: list[Any]) -> float:
-    """Area under the class's probability over the share of positions, each number of them once."""
-    found = dict(zip(counts, probability(np.array(logits), case.subject.target), strict=True))
-    x = np.array(sorted(found), dtype=np.float64)
-    return area(x / len(case.ranks), np.array([found[int(count)] for count in x]))
+def _under(case: Case, logits: list[Any]) -> float:
+    """Area under the class's probability, at each of the case's steps, over the share of positions."""
+    x = np.array(case.steps, dtype=np.float64)
+    return area(x / len(case.ranks), probability(np.array(logits), case.subject.target))

@@ -1,5 +1,7 @@
 """The entry: a model, inputs and methods in, how faithful the methods are out."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -34,9 +36,9 @@ from lig_lens.relevance.faithfulness.numbers import intervals, probability
 from lig_lens.relevance.faithfulness.replacers import Replacer
 from lig_lens.relevance.faithfulness.runner import Runner
 from lig_lens.relevance.method import Method
-from lig_lens.settings import MAX_BATCH_TOKENS
+from lig_lens.settings import FRACTIONS, MAX_BATCH_TOKENS
 
-FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.75)
+_LONGEST = 40  # characters of an input that are kept
 
 
 @torch.inference_mode(False)  # methods need gradients, whatever mode the caller is in
@@ -103,7 +105,7 @@ def faithfulness(
             raise InputError(f"faithfulness has no argument {name!r}: parameters stand behind a method's name.")
     if not is_batch(prompts):
         raise InputError("faithfulness needs several inputs: give a list of texts, of token ids or of images.")
-    subjects = _subjects(hooked, prompts, options.get("prepend_bos"), lexicon, seed)
+    subjects = _subjects(hooked, prompts, options.get("prepend_bos"), lexicon, seed, max_batch_tokens)
     left_out: dict[str, str] = {}
     removers = read_replacers(hooked, subjects, replacers, left_out)
     explaining = Explaining(
@@ -112,7 +114,9 @@ def faithfulness(
         seed,
         {**options, "max_batch_tokens": max_batch_tokens},
     )
-    given = {label: read_given(label, one, subjects) for label, one in chosen.items() if not isinstance(one, Method)}
+    given = {
+        label: read_given(hooked, label, one, subjects) for label, one in chosen.items() if not isinstance(one, Method)
+    }
     with shown_progress("explaining", "input", len(subjects), progress) as bar:
         explained = []
         for subject in subjects:
@@ -142,7 +146,7 @@ def faithfulness(
         rows=tuple(work.rows),
         curves=tuple(work.curves),
         inputs=tuple(_shown(one) for one in subjects),
-        left_out=left_out,
+        left_out=left_out | work.left_out,
         model_name=model_name(hooked),
         seed=seed,
         settings={
@@ -151,6 +155,7 @@ def faithfulness(
             "measures": [one.label for one in asked],
             "fractions": list(shares),
             "targets": [one.target for one in subjects],
+            "sha256": [_digest(one) for one in subjects],
             "explain_class": options,
             "model": describe_processing(hooked),
         },
@@ -164,6 +169,7 @@ class _Work:
         self.cases, self.looks, self.seed = cases, looks, seed
         self.rows: list[Row] = []
         self.curves: list[Curve] = []
+        self.left_out: dict[str, str] = {}
 
     def remove(self, replacer: Replacer, max_batch_tokens: int, progress: bool) -> None:
         """Measures of outputs, for one replacer."""
@@ -219,7 +225,10 @@ class _Work:
                 if isinstance(measure, OfScores):
                     found = {label: [measure.value(case) for case in cases] for label, cases in seen.items()}
                 elif isinstance(measure, OfMethod):
-                    found = dict(measure.values(explaining, seen))
+                    try:
+                        found = dict(measure.values(explaining, seen))
+                    except InputError as error:
+                        self.left_out[measure.label] = str(error)
                     bar.update()
                 for label, values in found.items():
                     at = dict(zip((case.subject.number for case in seen[label]), values, strict=True))
@@ -228,7 +237,12 @@ class _Work:
 
 
 def _subjects(
-    model: HookedModel, prompts: Sequence[Any], prepend_bos: Any, lexicon: Mapping[str, float] | None, seed: int
+    model: HookedModel,
+    prompts: Sequence[Any],
+    prepend_bos: Any,
+    lexicon: Mapping[str, float] | None,
+    seed: int,
+    max_batch_tokens: int,
 ) -> list[Subject]:
     """Inputs as the model takes them, with its logits."""
     read, draw = kind_of(model).read, np.random.default_rng(seed)
@@ -251,7 +265,7 @@ def _subjects(
         whole = {one.number: np.zeros((1, len(one.inputs)), dtype=bool) for one in found}
         for one in found:
             runner.ask(one, whole[one.number])
-        runner.run(MAX_BATCH_TOKENS)
+        runner.run(max_batch_tokens)
         return [replace(one, intact=runner.logits(one, whole[one.number])[0]) for one in found]
 
 
@@ -272,14 +286,28 @@ def _check_classes(model: HookedModel, inputs: Inputs) -> None:
             f"The model has no class head: its output has shape {list(output.shape)}, not [1, classes]. Load a "
             "classifier, saved as one, such as BertForSequenceClassification."
         )
+    try:
+        model(*inputs.arguments(2), **inputs.keywords(2))
+    except ValueError as error:
+        raise InputError(
+            f"The model takes one input at a time ({error}), and many have to run together: say which token is "
+            "padding, as in model.original_model.config.pad_token_id = 0."
+        ) from error
 
 
 def _shown(subject: Subject) -> str:
-    return subject.prompt if isinstance(subject.prompt, str) else subject.inputs.shown
+    """What an input is, without giving it away: a league may be published where its inputs may not."""
+    text = subject.prompt if isinstance(subject.prompt, str) else subject.inputs.shown
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+
+
+def _digest(subject: Subject) -> str:
+    own = subject.prompt if isinstance(subject.prompt, str) else json.dumps(subject.inputs.record())
+    return hashlib.sha256(own.encode()).hexdigest()
 
 
 def _warn(explaining: Explaining, n: int) -> None:
-    missed = {label: count for label, count in explaining.missed.items() if count}
+    missed = {label: len(some) for label, some in explaining.missed.items() if some}
     if missed:
         said = ", ".join(f"{label} on {count}" for label, count in missed.items())
         warn_caller(

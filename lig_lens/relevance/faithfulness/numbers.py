@@ -66,4 +66,4 @@ def intervals(
         some = some[~np.isnan(some)]  # a draw may miss the few inputs that say something
         if len(some):
             low[row], high[row] = np.quantile(some, [(1 - level) / 2, (1 + level) / 2])
-    return mean, low, high
+    return mean, np.fmin(low, mean), np.fmax(high, mean)  # which sums in another order may miss by rounding

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lig_lens.errors import InputError
 from lig_lens.hooked import HookedModel
 from lig_lens.inputs.inputs import Inputs
-from lig_lens.inputs.token_ids import TokenIds
-from lig_lens.models.running import Stop, module_hooks, stop
+from lig_lens.inputs.token_ids import TokenIds, arbitrary_ids
+from lig_lens.models.running import Stop, first_tensor, module_hooks, stop
 
 HookPair = tuple[nn.Module, Callable[..., Any], bool]
 # Where tokens become vectors, before positions are added: of bridges, HookedEncoder, HookedTransformer. On an encoder's
@@ -63,6 +63,16 @@ class _Token(Replacer):
         if not isinstance(found, int) or not 0 <= found < int(model.cfg.d_vocab):
             raise InputError(f"The model's tokenizer has no {self.name} token: leave the replacer {self.name!r} out.")
         self.id: int = found
+        ids = arbitrary_ids(model)
+        ids = ids[:, ids[0] != found]
+        with torch.no_grad():
+            ended = first_tensor(model(torch.cat([ids, ids.new_full((1, 1), found)], 1)))
+            shorter = first_tensor(model(ids))
+        if ended.shape == shorter.shape and torch.allclose(ended, shorter, rtol=1e-5, atol=1e-6):
+            raise InputError(
+                f"The model takes the {self.name!r} token as the end of a text, and reads its class before it: leave "
+                f"the replacer {self.name!r} out."
+            )
 
     def row(self, inputs: Inputs, removed: Bool[Tensor, "pos"]) -> Tensor:
         """See the base class."""
@@ -83,7 +93,7 @@ class Unk(_Token):
 
 
 class Pad(_Token):
-    """The padding token, which is seen as any other."""
+    """The padding token, which is seen as any other; refused where the head looks for it."""
 
     name = "pad"
 

@@ -81,8 +81,10 @@ class Runner:
         rows = [
             self.replacer.row(self.subjects[number].inputs, one) for (number, _), one in zip(keys, removed, strict=True)
         ]
+        given = [self.subjects[number].inputs.keywords() for number, _ in keys]
+        keywords = {name: torch.cat([one[name] for one in given]) for name in given[0]}
         with module_hooks(self.replacer.hooks(removed)):
-            logits = first_tensor(self.replacer.model(torch.cat(rows)))
+            logits = first_tensor(self.replacer.model(torch.cat(rows), **keywords))
         if not bool(logits.isfinite().all()):
             number = keys[int((~logits.isfinite()).any(-1).nonzero()[0, 0])][0]
             raise NonFiniteError(
