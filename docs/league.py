@@ -1,6 +1,6 @@
 """Write the tables and figures of docs/league.md from leagues: python docs/league.py SENTIMENT.json DIGITS.json.
 
-The leagues are what `lig-lens league --config configs/league-sentiment.yaml --json SENTIMENT.json` gives, and the same of
+The leagues are what `lig-lens league --config configs/league-sentiment.yaml --json SENTIMENT.json` gives, and that of
 digits. What stands outside the marks in the page is written by hand.
 """
 
