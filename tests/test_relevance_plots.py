@@ -224,8 +224,8 @@ def test_what_cannot_be_compared_is_named() -> None:
 # Images.
 
 
-def of_image(seed: int = 0) -> Relevance:
-    picture = picture_of(torch.rand(3, 8, 12, generator=torch.Generator().manual_seed(0)))
+def of_image(seed: int = 0, image: int = 0) -> Relevance:
+    picture = picture_of(torch.rand(3, 8, 12, generator=torch.Generator().manual_seed(image)))
     return make_relevance(PATCHES, seed, settings={"pixels": {"grid": [2, 3], "image": picture}, "baseline": "zero"})
 
 
@@ -256,6 +256,16 @@ def test_layers_and_methods_over_an_image() -> None:
         relevance_image(relevance, layers=[7])
     with pytest.raises(InputError, match="layers goes with one Relevance"):
         relevance_image(several, layers=[0])
+
+
+def test_two_images_are_two_prompts() -> None:
+    for draw in (compare_relevance, relevance_image):
+        assert draw([of_image(), of_image(1)]).data
+        with pytest.raises(InputError, match="different prompts, whose tokens are alike, but not the pixels"):
+            draw([of_image(), of_image(1, image=1)])
+    bytes_of = [make_relevance(("\ufffd",), settings={"token_ids": [number]}) for number in (3, 4)]
+    with pytest.raises(InputError, match=r"relevance_html: .* whose tokens are alike, but not the token ids"):
+        relevance_html(bytes_of)
 
 
 def test_texts_and_images_have_figures_of_their_own() -> None:
