@@ -7,7 +7,7 @@
 
 # %%
 import lig_lens as ll
-from lig_lens.plots import compare_relevance, deletion_curves, relevance_layers, relevance_text
+from lig_lens.plots import compare_relevance, deletion_curves, league, relevance_layers, relevance_text
 
 model = ll.load_model("sentiment")  # MiniLM, trained on sentences of film reviews; right about 83 % of new ones
 sentence = "The plot is thin, but the acting is superb and the ending is a delight."
@@ -18,8 +18,8 @@ print(found)
 relevance_text(found)
 
 # %% [markdown]
-# Blue words raise the logit of 'positive' (or red ones; the colour bar says which), the others lower it. The scores add
-# up: to what the logit has risen since all words were masked.
+# Red words raise the logit of 'positive', blue ones lower it. The scores add up: to what the logit has risen since all
+# words were masked.
 
 # %%
 print(f"scores add up to {float(found.scores.sum()):.3f}, the logit changed by {found.value - found.reference:.3f}")
@@ -61,19 +61,13 @@ sentences = [
     "The jokes are old, the songs are worse, and it never seems to end.",
     "Quietly funny and beautifully shot, it stays with you for days.",
 ]
-league = ll.faithfulness(
+measured = ll.faithfulness(
     model, sentences, methods=methods, replacers=["mask"], measures=["comprehensiveness", "between"], progress=False
 )
-league.to_dataframe().pivot(index="method", columns="measure", values="mean").round(2).sort_values("between")
+league(measured)
 
 # %%
-deletion_curves(
-    {
-        curve.method: (curve.fractions, curve.mean, curve.low, curve.high)
-        for curve in league.curves
-        if curve.kind == "removed"
-    }
-)
+deletion_curves(measured)
 
 # %% [markdown]
 # Six sentences rank nothing: the bands overlap. The [league](../docs/league.md) has 200 sentences, all methods, four ways
