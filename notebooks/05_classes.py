@@ -1,9 +1,9 @@
 # %% [markdown]
 # # What explains a class, and which explanation to trust?
 #
-# A classifier says 'positive'. Which words made it say so? Many methods answer, and they disagree. This notebook asks one
-# of them, Context-Aware Layer-wise Integrated Gradients (CA-LIG), looks at what it found on the way, puts others beside
-# it, and then lets the classifier itself be the judge.
+# A classifier says 'positive'. Which words made it say so? Many methods answer, and they disagree. This notebook asks
+# one of them, Context-Aware Layer-wise Integrated Gradients (CA-LIG), looks at what it found on the way, puts others
+# beside it, and then lets the classifier itself be the judge.
 
 # %%
 import lig_lens as ll
@@ -29,8 +29,8 @@ print("largest gap at any boundary between blocks:", f"{found.worst_gap():.1e}")
 # ## Layer by layer
 #
 # On the left relevance as it is followed back through the blocks, on the right what the vectors at each boundary
-# contribute by themselves. Both add up to the same number in every row. Up to the last block the words hold it; behind
-# it all is at [CLS], which is what the classifier reads.
+# contribute by themselves. Both add up to the same number in every row. On the right the words hold it up to the last
+# block; behind that all is at [CLS], which is what the classifier reads.
 
 # %%
 relevance_layers(found)
@@ -38,8 +38,8 @@ relevance_layers(found)
 # %% [markdown]
 # ## Others beside it
 #
-# All methods go through the same function. Some know nothing of the class (`rollout`), some have no sign (`chefer`), and
-# `random` is the floor that every method has to be above.
+# All methods go through the same function. Some know nothing of the class (`rollout`), some have no sign (`chefer`),
+# and `random` is the floor that a method of use is above.
 
 # %%
 methods = ["ca_lig", "ig", "attn_lrp", "grad_x_input", "chefer", "rollout", "random"]
@@ -70,8 +70,9 @@ league(measured)
 deletion_curves(measured)
 
 # %% [markdown]
-# Six sentences rank nothing: the bands overlap. The [league](../docs/league.md) has 200 sentences, all methods, four ways
-# of removing words, and intervals. It also says where CA-LIG loses.
+# `grad_x_input` does no better than `random`. Of those ahead six sentences say little: their bands overlap, and a
+# method that is marked alone as best is so on these six. The [league](../docs/league.md) has 200 sentences, all methods, four
+# ways of removing words, and intervals. It also says where CA-LIG loses.
 #
 # **Caveat.** What takes the place of a removed word is part of the question. A masked sentence is not one that the
 # classifier was trained on, and what it says of it is not what it would say of a shorter one.

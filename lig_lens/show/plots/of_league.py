@@ -9,7 +9,7 @@ from lig_lens.relevance.faithfulness.league import League
 Scores = dict[str, tuple[float, float, float]]
 
 
-def curves_of(league: League, replacer: str | None, kind: str) -> dict[str, tuple[tuple[float, ...], ...]]:
+def curves_of(league: League, replacer: str | None, kind: str) -> dict[str, list[tuple[float, ...]]]:
     """Fractions, means and the ends of intervals, by method.
 
     Raises:
@@ -17,7 +17,7 @@ def curves_of(league: League, replacer: str | None, kind: str) -> dict[str, tupl
     """
     replacer = _replacer("deletion_curves", league, replacer)
     found = {
-        one.method: (one.fractions, one.mean, one.low, one.high)
+        one.method: [one.fractions, one.mean, one.low, one.high]
         for one in league.curves
         if (one.replacer, one.kind) == (replacer, kind)
     }
