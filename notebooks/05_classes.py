@@ -71,8 +71,8 @@ deletion_curves(measured)
 
 # %% [markdown]
 # `grad_x_input` does no better than `random`. Of those ahead six sentences say little: their bands overlap, and a
-# method that is marked alone as best is so on these six. The [league](../docs/league.md) has 200 sentences, all methods, four
-# ways of removing words, and intervals. It also says where CA-LIG loses.
+# method that is marked alone as best is so on these six. The [league](../docs/league.md) has 200 sentences, all
+# methods, four ways of removing words, and intervals. It also says where CA-LIG loses.
 #
 # **Caveat.** What takes the place of a removed word is part of the question. A masked sentence is not one that the
 # classifier was trained on, and what it says of it is not what it would say of a shorter one.
