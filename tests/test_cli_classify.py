@@ -16,6 +16,7 @@ from relevances import make_relevance
 import lig_lens as ll
 from lig_lens.cli.configs import ClassifyConfig, load_config, merge_settings
 from lig_lens.cli.main import run
+from lig_lens.relevance.faithfulness.measure import named
 from lig_lens.relevance.relevance import Relevance
 
 
@@ -82,6 +83,14 @@ def test_a_file_has_the_same_keys(core: Core, tmp_path: Path) -> None:
     assert merge_settings(ClassifyConfig, load_config(path, ClassifyConfig)).explain_arguments()["target"] == 1
 
 
+def test_parameters_are_read_as_in_a_league() -> None:
+    asked = ClassifyConfig(text="a", parameters=("every_layer=true", "mix=0.5", "heads=max", "name=nan"))
+    expected = {"every_layer": True, "mix": 0.5, "heads": "max", "name": "nan"}
+    assert asked.method_parameters() == expected == named("flow every_layer=true mix=0.5 heads=max name=nan")[1]
+    for target, read in (("true", "true"), ("1e3", "1e3"), ("nan", "nan"), ("1", 1), ("-2", -2), ("1.0", "1.0")):
+        assert ClassifyConfig(text="a", target=target).explain_arguments()["target"] == read
+
+
 def test_scores_are_printed_and_files_named_last(
     core: Core, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -120,6 +129,7 @@ def test_several_methods_stand_side_by_side(
         (("a", "--method", "ca_lgi"), "Unknown method 'ca_lgi': use one of 'ca_lig'"),
         (("a", "--parameters", "mix"), "--parameters: 'mix' is not of the form name=value"),
         (("a", "--parameters", "mix="), "'mix=' is not of the form name=value"),
+        (("a", "--parameters", "mix=1, mix=2"), "--parameters: 'mix' is given twice"),
         (("a", "--baseline", "pad", "--corrupted", "b"), "paths start in one place, drop one"),
         (("a", "--top", "0"), "--top: Input should be greater than or equal to 1"),
         (("a", "--max-nodes", "3"), "--max-nodes: Input should be greater than or equal to 7, not 3"),

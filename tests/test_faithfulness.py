@@ -403,7 +403,7 @@ def test_the_same_again(model: Any, league: Any):
         ({"measures": ["runtime", "runtime"]}, "'runtime' is given twice"),
         ({"measures": []}, "measures is empty"),
         ({"methods": ["ca_lik"]}, "Unknown method 'ca_lik'"),
-        ({"methods": ["ca_lig mix"]}, "Cannot read 'mix' in 'ca_lig mix'"),
+        ({"methods": ["ca_lig mix"]}, "'ca_lig mix': 'mix' is not of the form name=value"),
         ({"methods": ["ca_lig mix=3"]}, "mix=3.0: give a number from 0"),
         ({"methods": ["ca_lig", "ca_lig"]}, "'ca_lig' is given twice"),
         ({"methods": [3]}, "methods: int is none"),

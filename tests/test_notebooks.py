@@ -54,7 +54,7 @@ def printed(cell: Any) -> str:
 
 def test_there_are_notebooks() -> None:
     assert [path.stem for path in SOURCES] == sorted(path.stem for path in FOLDER.glob("*.ipynb"))
-    assert len(SOURCES) == 4
+    assert len(SOURCES) == 5
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)

@@ -23,8 +23,8 @@ from lig_lens.show.plots.style import diverging
 PICTURE = picture_of(torch.rand(3, 8, 12, generator=torch.Generator().manual_seed(0)))
 
 
-def image_relevance(seed: int = 0) -> ll.Relevance:
-    return make_relevance(PATCHES, seed, settings={"pixels": {"grid": [2, 3], "image": PICTURE}, "baseline": "zero"})
+def image_relevance(seed: int = 0, picture: str = PICTURE) -> ll.Relevance:
+    return make_relevance(PATCHES, seed, settings={"pixels": {"grid": [2, 3], "image": picture}, "baseline": "zero"})
 
 
 # As a file.
@@ -53,6 +53,13 @@ def test_methods_of_one_prompt_stand_together() -> None:
     assert [view["label"] for view in first["views"]] == ["ca_lig", "rollout"] and len(second["views"]) == 1
     (named,) = header_of(explore({"one": make_relevance(), "two": make_relevance()}).html)["samples"]
     assert [view["label"] for view in named["views"]] == ["one", "two"]
+
+
+def test_each_image_stands_for_itself() -> None:
+    other = picture_of(torch.rand(3, 8, 12, generator=torch.Generator().manual_seed(1)))
+    relevances = [image_relevance(), image_relevance(1), image_relevance(picture=other)]
+    samples = header_of(explore(relevances).html)["samples"]
+    assert [(one["image"], len(one["views"])) for one in samples] == [(PICTURE, 2), (other, 1)]
 
 
 def test_an_image_comes_with_its_patches() -> None:

@@ -13,6 +13,7 @@ from relevances import PATCHES, make_relevance
 import lig_lens as ll
 from lig_lens.errors import InputError
 from lig_lens.inputs.pictures import picture_of
+from lig_lens.relevance.faithfulness.league import Curve, League, Row
 from lig_lens.relevance.relevance import Relevance
 from lig_lens.show.plots import (
     compare_relevance,
@@ -224,8 +225,8 @@ def test_what_cannot_be_compared_is_named() -> None:
 # Images.
 
 
-def of_image(seed: int = 0) -> Relevance:
-    picture = picture_of(torch.rand(3, 8, 12, generator=torch.Generator().manual_seed(0)))
+def of_image(seed: int = 0, image: int = 0) -> Relevance:
+    picture = picture_of(torch.rand(3, 8, 12, generator=torch.Generator().manual_seed(image)))
     return make_relevance(PATCHES, seed, settings={"pixels": {"grid": [2, 3], "image": picture}, "baseline": "zero"})
 
 
@@ -256,6 +257,16 @@ def test_layers_and_methods_over_an_image() -> None:
         relevance_image(relevance, layers=[7])
     with pytest.raises(InputError, match="layers goes with one Relevance"):
         relevance_image(several, layers=[0])
+
+
+def test_two_images_are_two_prompts() -> None:
+    for draw in (compare_relevance, relevance_image):
+        assert draw([of_image(), of_image(1)]).data
+        with pytest.raises(InputError, match="different prompts, whose tokens are alike, but not the pixels"):
+            draw([of_image(), of_image(1, image=1)])
+    bytes_of = [make_relevance(("\ufffd",), settings={"token_ids": [number]}) for number in (3, 4)]
+    with pytest.raises(InputError, match=r"relevance_html: .* whose tokens are alike, but not the token ids"):
+        relevance_html(bytes_of)
 
 
 def test_texts_and_images_have_figures_of_their_own() -> None:
@@ -362,6 +373,82 @@ def test_the_league_marks_the_best_of_each_measure() -> None:
 def test_leagues_that_cannot_be_drawn(scores: Any, better: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         league(scores, better)
+
+
+# Of 4 inputs. That "b" is below "a" is the same in each, though their intervals overlap.
+PAIRED = np.array([0.1, 0.4, 0.6, 0.9])
+NAN = float("nan")
+ROWS = [
+    Row("a", "mask", "aopc", "higher", tuple(PAIRED)),
+    Row("b", "mask", "aopc", "higher", tuple(PAIRED - 0.05)),
+    Row("random", "mask", "aopc", "higher", tuple(PAIRED[::-1] - 0.02)),
+    Row("a", "mask", "deletion", "lower", tuple(PAIRED)),
+    Row("b", "mask", "deletion", "lower", tuple(PAIRED - 0.05)),
+    Row("random", "mask", "deletion", "lower", (NAN,) * 4),
+    Row("a", None, "runtime", "lower", (2.0, 2.1, 2.2, 2.3)),
+    Row("b", None, "runtime", "lower", (1.0, 1.1, 1.2, 1.3)),
+]
+ALONG = ((0.0, 0.5, 1.0), (0.9, 0.5, 0.4), (0.8, 0.4, 0.3), (1.0, 0.6, 0.5))
+CURVES = [Curve(name, "mask", kind, *ALONG) for name in ("a", "b") for kind in ("removed", "kept")]
+
+
+def a_league(*more: Row) -> League:
+    return League(rows=(*ROWS, *more), curves=tuple(CURVES), inputs=("one", "two", "three", "four"), model_name="tiny")
+
+
+def test_of_a_league_the_differences_by_input_say_what_is_as_good() -> None:
+    found = a_league()
+    low, high = ({one.method: one for one in found.table if one.measure == "aopc"}[name] for name in "ba")
+    assert low.high > high.low  # what does not look at pairs calls them alike
+    figure = league(found)
+    fills = [dict(zip([d[0] for d in t.customdata], t.marker.color, strict=True)) for t in figure.data]
+    filled, pale, empty = "#0072b2", "#9ecae1", "white"
+    assert fills == [
+        {"a": filled, "b": empty, "random": pale},
+        {"b": filled, "a": empty},
+        {"b": filled, "a": empty},
+    ]
+    for trace, measure in zip(figure.data, ("aopc", "deletion", "runtime"), strict=True):
+        means = {one.method: one.mean for one in found.table if one.measure == measure}
+        assert dict(zip([d[0] for d in trace.customdata], trace.x, strict=True)) == {
+            name: mean for name, mean in means.items() if np.isfinite(mean)
+        }
+    assert [axis.title.text[0] for axis in (figure.layout.xaxis, figure.layout.xaxis2)] == ["h", "←"]
+    assert "tiny · 4 inputs · removed: mask" in heading(figure) and "input by input" in heading(figure)
+    titles = [note.text for note in league(found, measures=["runtime", "aopc"]).layout.annotations]
+    assert titles == ["<b>runtime</b>", "<b>aopc</b>"]
+
+
+def test_curves_of_a_league() -> None:
+    for kind in ("removed", "kept"):
+        figure = deletion_curves(a_league(), kind=kind)
+        assert [line.name for line in figure.data[1::2]] == ["a", "b"]
+        np.testing.assert_array_equal(figure.data[1].y, ALONG[1])
+        assert figure.layout.xaxis.title.text == f"share of tokens {kind}"
+        assert figure.layout.yaxis.title.text == "probability of the class"
+        assert "tiny · 4 inputs · removed: mask" in heading(figure)
+
+
+def test_what_a_league_does_not_have_is_named() -> None:
+    two = a_league(Row("a", "unk", "aopc", "higher", (0.1,) * 4))
+    for draw in (league, deletion_curves):
+        with pytest.raises(InputError, match="has several replacers, mask, unk: name one"):
+            draw(two)
+        with pytest.raises(InputError, match="Unknown replacer 'pad'"):
+            draw(two, replacer="pad")
+    assert len(league(two, replacer="unk").data) == 2
+    with pytest.raises(InputError, match="the League has no curve"):
+        deletion_curves(two, replacer="unk")
+    with pytest.raises(InputError, match="Unknown kind of curves 'left'"):
+        deletion_curves(two, kind="left")
+    with pytest.raises(InputError, match="Unknown measure 'best'"):
+        league(a_league(), measures=["best"])
+    with pytest.raises(InputError, match="better is given beside a League"):
+        league(a_league(), {"aopc": "higher"})
+    with pytest.raises(InputError, match="choose from a League"):
+        league(SCORED, measures=["AOPC"])
+    with pytest.raises(InputError, match="choose from a League"):
+        deletion_curves({"a": curve(0)}, replacer="mask")
 
 
 # Lines.

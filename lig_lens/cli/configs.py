@@ -3,8 +3,8 @@
 They have the fields of `lig_lens.settings`, and below those that are a flag and a key alone.
 """
 
+import re
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -16,6 +16,7 @@ from lig_lens.files import real
 from lig_lens.interventions import NODES
 from lig_lens.names import DTYPES
 from lig_lens.relevance import METHODS
+from lig_lens.relevance.parameters import read_parameters
 from lig_lens.settings import FRACTIONS, Asked, Attribution, ByLayer, Explanation, Integrated, Settings
 
 # What `patch --at` names: an activation by its node, whole heads, or edges.
@@ -191,34 +192,25 @@ class ClassifyConfig(PromptConfig, Explanation):
         super().check_together()
 
     def method_parameters(self) -> dict[str, Any]:
-        """Parameters of the method by name: numbers where they can be read as such, words otherwise.
+        """Parameters of the method by name.
 
         Raises:
             InputError: one that is not of the form name=value.
         """
-        found: dict[str, Any] = {}
-        for one in self.parameters or ():
-            name, sign, text = one.partition("=")
-            if not sign or not name.strip() or not text.strip():
-                raise InputError(f"--parameters: {one!r} is not of the form name=value, such as mix=0.3.")
-            found[name.strip()] = _value(text.strip())
-        return found
+        return read_parameters(self.parameters or (), "--parameters")
 
     def explain_arguments(self) -> dict[str, Any]:
         """Keyword arguments for `lig_lens.explain_class`."""
         asked = {name: getattr(self, name) for name in Explanation.model_fields}
         for name in ("target", "against"):
-            asked[name] = _value(asked[name]) if isinstance(asked[name], str) else asked[name]
+            asked[name] = _class(asked[name]) if isinstance(asked[name], str) else asked[name]
         method = self.method[0] if len(self.method) == 1 else list(self.method)
         return {**asked, "method": method, **self.method_parameters()}
 
 
-def _value(text: str) -> Any:
-    """A number where a text is one; the text otherwise."""
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return {"true": True, "false": False}.get(text.lower(), text)
+def _class(text: str) -> int | str:
+    """A class's number where a text is one; its name otherwise, be that 'true' or '1e3'."""
+    return int(text) if re.fullmatch(r"\s*[+-]?[0-9]+\s*", text) else text
 
 
 class CircuitConfig(RunConfig, ByLayer):

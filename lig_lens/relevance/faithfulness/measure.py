@@ -1,6 +1,5 @@
 """What a measure is, and how it is asked for."""
 
-import ast
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from jaxtyping import Bool, Float
 
 from lig_lens.errors import InputError, check_whole
 from lig_lens.relevance.faithfulness.case import Case, Subject
+from lig_lens.relevance.parameters import read_parameters
 
 NAN = float("nan")
 
@@ -107,16 +107,7 @@ def named(text: str) -> tuple[str, dict[str, Any]]:
     ('ca_lig', {'mix': 0.25, 'heads': 'max'})
     """
     name, *rest = text.split() or [""]
-    options: dict[str, Any] = {}
-    for one in rest:
-        key, equals, value = one.partition("=")
-        if not equals or not key.isidentifier() or not value or key in options:
-            raise InputError(f"Cannot read {one!r} in {text!r}: write a name and its parameters, 'ca_lig mix=0.25'.")
-        try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value
-    return name, options
+    return name, read_parameters(rest, repr(text))
 
 
 def label_of(thing: Any) -> str:

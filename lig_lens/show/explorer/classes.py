@@ -8,6 +8,7 @@ from typing import TypedDict
 from torch import Tensor
 
 from lig_lens.names import patch_place
+from lig_lens.relevance.prompts import prompt_key
 from lig_lens.relevance.relevance import Relevance
 from lig_lens.show.explorer.packed import Packed, encoded
 from lig_lens.show.plots.style import DARK, DIVERGING, INK
@@ -74,11 +75,12 @@ def class_contents(relevances: Mapping[str, Relevance]) -> tuple[Header, dict[st
         the header, and the arrays by their element's id.
     """
     arrays: dict[str, str] = {}
-    samples: dict[tuple[str, ...], Sample] = {}
+    samples: dict[tuple[tuple[str, ...], str], Sample] = {}
     for number, (label, relevance) in enumerate(relevances.items()):
-        if relevance.tokens not in samples:
-            samples[relevance.tokens] = _sample(relevance)
-        samples[relevance.tokens]["views"].append(_view(label, relevance, f"a{number}", arrays))
+        prompt = prompt_key(relevance)
+        if prompt not in samples:
+            samples[prompt] = _sample(relevance)
+        samples[prompt]["views"].append(_view(label, relevance, f"a{number}", arrays))
     header: Header = {"schema": 1, "samples": list(samples.values()), "colours": DIVERGING, "dark": DARK, "ink": INK}
     return header, arrays
 

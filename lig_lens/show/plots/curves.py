@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from lig_lens.arguments import checked
-from lig_lens.errors import InputError
+from lig_lens.errors import InputError, check_choice
+from lig_lens.relevance.faithfulness.league import League
+from lig_lens.show.plots.of_league import Scores, Standing, curves_of, facts_of
 from lig_lens.show.plots.style import (
     FAINT,
     INK,
@@ -27,6 +29,10 @@ _WIDTH, _HEIGHT = 560.0, 340.0  # pixels, of the plot of curves
 _ROW, _PANEL, _GAP = 24.0, 150.0, 26.0  # pixels, of the league: a method's row, a measure's width, between two
 # Kinds of lines, and what stands before a name to tell them.
 _DASHES = {"solid": "", "dash": "╌ ", "dot": "┈ ", "dashdot": "╌· "}
+_KINDS = {
+    "removed": "What is left when tokens go, the most relevant first",
+    "kept": "What the most relevant tokens give",
+}
 _DIRECTIONS = {"higher": "higher is better →", "lower": "← lower is better"}
 _NAME = 14.0  # pixels from one curve's name to the next
 Array = NDArray[np.float64]
@@ -34,26 +40,39 @@ Array = NDArray[np.float64]
 
 @checked
 def deletion_curves(
-    curves: Mapping[str, Sequence[Any]],
-    heading: str = "What is left when tokens go, the most relevant first",
-    across: str = "share of tokens removed",
-    down: str = "model output",
+    curves: League | Mapping[str, Sequence[Any]],
+    heading: str | None = None,
+    across: str | None = None,
+    down: str | None = None,
     facts: Sequence[str] = (),
     floor: str | None = "random",
+    *,
+    replacer: str | None = None,
+    kind: str = "removed",
 ) -> go.Figure:
     """Curves of several methods with bands around them; names stand where the curves end.
 
     Args:
-        curves: by method, fractions, means, and the lower and upper ends of an interval, of equal length each.
+        curves: a League; or by method fractions, means, and the lower and upper ends of an interval, of equal length
+            each.
         heading: of the figure, as text.
         across: what fractions are of.
         down: what the means are of.
         facts: what stands below the heading.
         floor: the method that others have to beat, drawn in grey.
+        replacer: of a League with several, whose curves.
+        kind: whether the most relevant tokens are `removed`, or nothing else is `kept`.
 
     Raises:
-        InputError: no curve, arrays of different lengths, or numbers that are not finite.
+        InputError: no curve, arrays of different lengths, numbers that are not finite, or a replacer that is not there.
     """
+    check_choice("kind of curves", kind, list(_KINDS))
+    if isinstance(curves, League):
+        down, facts = down or "probability of the class", [*facts_of(curves, replacer), *facts]
+        curves = curves_of(curves, replacer, kind)
+    else:
+        _check_no_league("deletion_curves", replacer)
+    heading, across, down = heading or _KINDS[kind], across or f"share of tokens {kind}", down or "model output"
     read = {name: _read_curve(name, given) for name, given in curves.items()}
     if not read:
         raise InputError("deletion_curves: no curve: give at least one method.")
@@ -105,28 +124,43 @@ def deletion_curves(
 
 @checked
 def league(
-    scores: Mapping[str, Mapping[str, Sequence[float]]],
+    scores: League | Mapping[str, Mapping[str, Sequence[float]]],
     better: Mapping[str, str] | None = None,
     heading: str = "Which method is faithful",
     facts: Sequence[str] = (),
     floor: str | None = "random",
+    *,
+    replacer: str | None = None,
+    measures: Sequence[str] | None = None,
 ) -> go.Figure:
     """The league: for each measure a panel, and for each method a dot with its interval; the best one is marked.
 
-    A filled dot is the best method of a measure, a half-filled one a method whose interval reaches that of the best.
-    Methods stand in the order of how often they are best or reach it, and then of their mean rank.
+    A filled dot is the best method of a measure. A pale one is as good as that, as far as one can tell: in a League the
+    interval of their difference, input by input, reaches 0; elsewhere the interval of one reaches that of the other.
+    Methods stand in the order of how often they are best or as good, and then of their mean rank.
 
     Args:
-        scores: by measure and then by method the value and the lower and upper ends of its interval; a method may be
-            absent from a measure.
-        better: by measure `higher` or `lower`, which is better; `higher` by default.
+        scores: a League; or by measure and then by method the value and the lower and upper ends of its interval, where
+            a method may be absent from a measure.
+        better: by measure `higher` or `lower`, which is better; `higher` by default. A League knows.
         heading: of the figure, as text.
         facts: what stands below the heading.
         floor: the method that others have to beat: its value is a line through each panel.
+        replacer: of a League with several, which is shown; measures that remove nothing are beside it.
+        measures: of a League, which are shown and in what order; all by default.
 
     Raises:
-        InputError: no measure, one without methods, or values that are not finite or outside their intervals.
+        InputError: no measure, one without methods, values that are not finite or outside their intervals, or what a
+            League does not have.
     """
+    standing = None
+    if isinstance(scores, League):
+        if better is not None:
+            raise InputError("league: better is given beside a League, which knows it: leave it out.")
+        facts, standing = [*facts_of(scores, replacer), *facts], Standing(scores, replacer, measures)
+        scores, better = standing.scores, standing.better
+    else:
+        _check_no_league("league", replacer, measures)
     if not scores or not all(scores.values()):
         raise InputError("league: no measure, or one without methods: give at least one of each.")
     better = dict.fromkeys(scores, "higher") | dict(better or {})
@@ -134,7 +168,7 @@ def league(
         if measure not in scores or word not in ("higher", "lower"):
             raise InputError(f"league: better={{{measure!r}: {word!r}}}: say 'higher' or 'lower' of {list(scores)}.")
     table = {measure: _read_scores(measure, row) for measure, row in scores.items()}
-    tops = {measure: _best(row, better[measure]) for measure, row in table.items()}
+    tops = {measure: _best(measure, row, better[measure], standing) for measure, row in table.items()}
     methods = _in_order(table, tops, better)
     names = [plain_text(name) for name in methods]
     # Measures have names of their own length.
@@ -197,7 +231,8 @@ def league(
         zeroline=False,
     )
     said = [short(fact, 140) for fact in facts]
-    said.append("filled: the best of a measure; pale: its interval reaches that of the best")
+    reaches = "its interval reaches that of the best" if standing is None else "not told from it, input by input"
+    said.append(f"filled: the best of a measure; pale: {reaches}")
     said += [f"dotted: {short(floor, 30)}"] if floor is not None and any(floor in row for row in table.values()) else []
     left = 56.0 + 1.1 * label_width(names)
     title = f"<b>{short(heading, 90)}</b>"
@@ -288,7 +323,9 @@ def _apart(wanted: Array, least: float) -> Array:
     return places
 
 
-Scores = dict[str, tuple[float, float, float]]
+def _check_no_league(call: str, *given: object) -> None:
+    if any(one is not None for one in given):
+        raise InputError(f"{call}: replacer and measures choose from a League: leave them out, or give one.")
 
 
 def _read_scores(measure: str, row: Mapping[str, Sequence[float]]) -> Scores:
@@ -304,9 +341,11 @@ def _read_scores(measure: str, row: Mapping[str, Sequence[float]]) -> Scores:
     return found
 
 
-def _best(row: Scores, better: str) -> tuple[str, list[str]]:
-    """The best method of a measure, and those whose interval reaches its own."""
+def _best(measure: str, row: Scores, better: str, standing: Standing | None) -> tuple[str, list[str]]:
+    """The best method of a measure, and those that are as good as far as one can tell."""
     best = max(row, key=lambda name: row[name][0]) if better == "higher" else min(row, key=lambda name: row[name][0])
+    if standing is not None:
+        return best, standing.near(measure, best)
     low, high = row[best][1:]
     return best, [name for name in row if name != best and row[name][2] >= low and row[name][1] <= high]
 
