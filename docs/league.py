@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 PAGE = HERE / "league.md"
 # What one figure shows, and by which replacer.
 SHOWN = {"sentiment": "mask", "digits": "mean"}
-MEASURES = ("between", "comprehensiveness", "sufficiency", "leave_one_out")
+MEASURES = ("between", "comprehensiveness", "sufficiency", "leave_one_out spearman")
 
 
 def main(names: list[str]) -> None:
