@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lig_lens import __version__
+from lig_lens.arguments import checked
 from lig_lens.blocks.known import Blocks, Needs
 from lig_lens.blocks.values import Values
 from lig_lens.errors import InputError
@@ -28,6 +29,7 @@ from lig_lens.relevance.targets import as_metric, shown_class
 from lig_lens.settings import EXPLANATION, Explanation, plain_numbers, validated
 
 
+@checked
 @torch.inference_mode(False)  # gradients are needed, whatever mode the caller is in
 def explain_class(
     model: HookedModel | object,
@@ -35,7 +37,7 @@ def explain_class(
     *,
     target: Any = EXPLANATION.target,
     against: Any = EXPLANATION.against,
-    method: "str | Method | Sequence[str | Method]" = "ca_lig",
+    method: Any = "ca_lig",
     baseline: str | None = EXPLANATION.baseline,
     corrupted: Any = EXPLANATION.corrupted,
     tol: float = EXPLANATION.tol,
@@ -87,7 +89,7 @@ def explain_class(
         raise InputError("Give a list of prompts, of targets or of methods, one of them at a time.")
     prompts: Sequence[Any] = prompt if several[0] else [prompt]
     targets: Sequence[Any] = target if several[1] else [target]
-    named: Sequence[Any] = method if several[2] else [method]  # type: ignore[assignment]
+    named: Sequence[Any] = method if several[2] else [method]
     methods = [_method(one, parameters) for one in named]
     if not methods or not targets:
         raise InputError(f"{'target' if methods else 'method'} is an empty list: give at least one.")

@@ -286,13 +286,6 @@ def _check_classes(model: HookedModel, inputs: Inputs) -> None:
             f"The model has no class head: its output has shape {list(output.shape)}, not [1, classes]. Load a "
             "classifier, saved as one, such as BertForSequenceClassification."
         )
-    try:
-        model(*inputs.arguments(2), **inputs.keywords(2))
-    except ValueError as error:
-        raise InputError(
-            f"The model takes one input at a time ({error}), and many have to run together: say which token is "
-            "padding, as in model.original_model.config.pad_token_id = 0."
-        ) from error
 
 
 def _shown(subject: Subject) -> str:
