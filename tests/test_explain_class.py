@@ -208,3 +208,20 @@ def test_what_nearly_cancels_is_warned_of(model: Any) -> None:
         warnings.simplefilter("error", ll.CancellationWarning)
         follow(torch.tensor([0.0, 1.0, 0.0]), edges.clamp(min=0), conserving)
         explain(model)
+
+
+@pytest.fixture(scope="module")
+def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("recurrent")
+    saved("MambaForCausalLM", folder, vocab_size=40, hidden_size=32, num_hidden_layers=2, state_size=8)
+    return ll.load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_methods_that_read_attention_need_some(recurrent: Any, method: str) -> None:
+    assert recurrent.tokenizer.mask_token_id is not None  # and yet it predicts the next token
+    if METHODS.home(method).needs_heads:
+        with pytest.raises(ll.InputError, match=f"The method '{method}' reads attention, and block 0 of this model"):
+            explain(recurrent, method=method, corrupted=OTHER)
+    else:
+        assert explain(recurrent, method=method, corrupted=OTHER).target.startswith("token_logit(")

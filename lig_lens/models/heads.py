@@ -120,3 +120,9 @@ def class_names(model: object) -> dict[int, str]:
     if not isinstance(names, dict):
         return {}
     return {int(number): str(name) for number, name in names.items()}
+
+
+def fills_in_masks(model: object) -> bool:
+    """Whether a model's logits are of the tokens at their own positions, not of the next ones."""
+    kind = type(getattr(model, "original_model", model)).__name__
+    return kind == "HookedEncoder" or kind.endswith(("ForMaskedLM", "ForPreTraining"))

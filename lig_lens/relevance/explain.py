@@ -141,6 +141,7 @@ class _Run:
         )
         recording = blocks.record(self.inputs, needs, whole=True)
         self.values: Mapping[int, Values] = recording.visited
+        _check_heads(methods, self.values)
         self.forward: Forward = recording.whole
         self.second: Inputs | None = second
         self.start: Mapping[int, Values] | None = None
@@ -189,6 +190,18 @@ class _Run:
                 **{name: importlib.metadata.version(name) for name in ("transformer_lens", "torch")},
             },
         }
+
+
+def _check_heads(methods: Sequence[Method], values: Mapping[int, Values]) -> None:
+    """Raise InputError if a method reads attention, and a block has none that can be read."""
+    without = next((layer for layer, at in sorted(values.items()) if at.attention is None), None)
+    reading = next((one.name for one in methods if one.needs_heads), None)
+    if reading is not None and without is not None:
+        others = [name for name in METHODS.names() if not METHODS.home(name).needs_heads]
+        raise InputError(
+            f"The method {reading!r} reads attention, and block {without} of this model has none with separable heads: "
+            f"take one of {', '.join(map(repr, others))}."
+        )
 
 
 def _method(given: Any, parameters: dict[str, Any]) -> Method:

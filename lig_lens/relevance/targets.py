@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lig_lens.errors import InputError
 from lig_lens.hooked import HookedModel
-from lig_lens.models.heads import class_names
+from lig_lens.models.heads import class_names, fills_in_masks
 from lig_lens.targets.metrics import Metric, class_logit, logit_difference, metric, token_logit
 
 
@@ -41,8 +41,7 @@ def as_metric(model: HookedModel, output: Float[Tensor, "1 *rest"], target: Any,
             "Load a classifier (saved as one, such as BertForSequenceClassification), or give a metric() of that "
             "output as target."
         )
-    masked = getattr(getattr(model, "tokenizer", None), "mask_token_id", None) is not None
-    if masked:
+    if fills_in_masks(model):
         raise InputError(
             "The model has no class head: it gives the logits of "
             f"{d_vocab} tokens at each position, to fill in masks. Load a classifier, or give "
