@@ -100,7 +100,7 @@ def test_outputs_never_take_the_place_of_inputs(tmp_path: Path, capsys: pytest.C
     link.symlink_to(flow)
     for page in (flow, link, tmp_path / "." / "f.safetensors"):
         assert run(["view", str(flow), "--html", str(page), "--no-open"]) == 2
-        assert "is the Flow to be shown itself" in capsys.readouterr().err
+        assert "is the file to be shown itself" in capsys.readouterr().err
     config = tmp_path / "c.yaml"
     config.write_text("model: induction\n")
     assert run(["explain", "lamp", "--config", str(config), "--out", str(config)]) == 2
