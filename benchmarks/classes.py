@@ -22,6 +22,7 @@ def main(
     max_steps: Annotated[int, typer.Option(help="Most steps that captum is given.")] = 512,
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
     rows: Annotated[str, typer.Option(help="ca_lig, ig_layers.")] = "ca_lig",
+    text: Annotated[str | None, typer.Option(help="Prompt to cut to length; English prose by default.")] = None,
     out: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "classes.json",
 ) -> None:
     """All boundaries of a classifier, at the same gap: CA-LIG, captum with the steps it needs, and a forward pass."""
@@ -30,7 +31,11 @@ def main(
     for weight in plain.parameters():
         weight.requires_grad_(False)
     cells = [
-        {"tokens": length, "row": row, **_cell(hooked, plain, row, length, target, tol, max_steps, repeats)}
+        {
+            "tokens": length,
+            "row": row,
+            **_cell(hooked, plain, row, token_ids(hooked, length, text), target, tol, max_steps, repeats),
+        }
         for length in numbers(lengths)
         for row in names(rows)
     ]
@@ -94,9 +99,8 @@ class _Captum:
 
 
 def _cell(
-    hooked: Any, plain: Any, row: str, length: int, target: int, tol: float, max_steps: int, repeats: int
+    hooked: Any, plain: Any, row: str, ids: torch.Tensor, target: int, tol: float, max_steps: int, repeats: int
 ) -> dict[str, Any]:
-    ids = token_ids(hooked, length)
     options = {"target": target, "method": row, "tol": tol, "progress": False}
     first = lig_lens.explain_class(hooked, ids, **options)
     reference = torch.tensor(first.settings["corrupted_token_ids"])
@@ -125,6 +129,8 @@ def _cell(
     return {
         **{name: side.record() for name, side in sides.items()},
         "ours_gap": first.worst_gap(),
+        "ours_total": first.value - (first.reference or 0.0),
+        "captum_total": captum.total,
         "captum_gap": gap,
         "steps": steps,
         "ours_in_passes": passes["ours"],

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import SMALL, saved
 from tiny_models import save_tiny
 
 from lig_lens.integrate import integrand as engine_common
@@ -154,6 +155,20 @@ def test_versus_captum(program: Program, folders: dict[str, str], tmp_path: Path
         if cell["captum"]["reached_tol"]:
             assert cell["captum"]["worst_gap"] <= 1e-3 and cell["largest_difference"] < 0.01
     assert any(cell["captum"]["reached_tol"] for cell in cells)
+
+
+def test_classes(program: Program, tmp_path: Path) -> None:
+    pytest.importorskip("captum", reason='needs pip install -e ".[bench]"')
+    saved("BertForSequenceClassification", tmp_path / "model", **SMALL)
+    out = tmp_path / "classes.json"
+    program("classes").main(
+        model=str(tmp_path / "model"), lengths="8", target=1, repeats=1, max_steps=256, text=TEXT, out=out
+    )
+    (cell,) = read(out)["cells"]
+    assert cell["captum_gap"] <= 1e-3 and cell["ours_gap"] <= 1e-3 and len(cell["steps"]) == 3
+    assert_positive(*(cell[key] for key in ("ours_in_passes", "captum_in_passes", "captum_over_ours")))
+    # Both add up to the same change.
+    assert cell["captum_total"] == pytest.approx(cell["ours_total"], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
