@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lig_lens.errors import InputError
 from lig_lens.hooked import HookedModel
 from lig_lens.inputs.inputs import Inputs
+from lig_lens.inputs.text_references import named_id
 from lig_lens.inputs.token_ids import TokenIds, arbitrary_ids
 from lig_lens.models.running import Stop, first_tensor, module_hooks, stop
 
@@ -58,9 +59,8 @@ class _Token(Replacer):
     def __init__(self, model: HookedModel) -> None:
         """See the base class."""
         super().__init__(model)
-        tokenizer = getattr(model, "tokenizer", None)
-        found = getattr(tokenizer, f"{self.name}_token_id", None)
-        if not isinstance(found, int) or not 0 <= found < int(model.cfg.d_vocab):
+        found = named_id(model, self.name)
+        if found is None:
             raise InputError(f"The model's tokenizer has no {self.name} token: leave the replacer {self.name!r} out.")
         self.id: int = found
         ids = arbitrary_ids(model)
