@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from common import RESULTS, environment, hf_model, names, numbers, show, token_ids, write_results
-from timing import Side, alternate
+from timing import Side, alternate, peak_memory
 
 import lig_lens
 
@@ -41,7 +41,18 @@ def main(
     ]
     show(
         f"All boundaries at a gap of {tol:g}; times in forward passes of the plain model",
-        ["tokens", "method", "forward, ms", "ours", "gap", "captum", "gap", "captum, searched", "captum / ours"],
+        [
+            "tokens",
+            "method",
+            "forward, ms",
+            "ours",
+            "gap",
+            "captum",
+            "gap",
+            "captum, searched",
+            "captum / ours",
+            "peak, MiB",
+        ],
         [
             [
                 str(cell["tokens"]),
@@ -53,6 +64,7 @@ def main(
                 f"{cell['captum_gap']:.1e}",
                 f"{cell['captum_searched_in_passes']:.0f}",
                 f"{cell['captum_over_ours']:.2f}, searched {cell['captum_searched_over_ours']:.2f}",
+                " / ".join("?" if peak is None else f"{peak:.0f}" for peak in cell["peak_mib"].values()),
             ]
             for cell in cells
         ],
@@ -118,6 +130,9 @@ def _cell(
         "searched": Side(lambda: captum.search(tol, max_steps)),
     }
     forward()
+    peaks = {
+        name: peak_memory(sides[name].run, torch.device("cpu"))[1]["resident_peak_mib"] for name in ("ours", "captum")
+    }
     alternate(list(sides.values()), repeats, torch.device("cpu"))
     pairs = {
         name: statistics.median(
@@ -133,6 +148,7 @@ def _cell(
         "captum_total": captum.total,
         "captum_gap": gap,
         "steps": steps,
+        "peak_mib": peaks,
         "ours_in_passes": passes["ours"],
         "captum_in_passes": passes["captum"],
         "captum_searched_in_passes": passes["searched"],
