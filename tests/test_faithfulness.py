@@ -79,7 +79,7 @@ def _some_sets(subject: Subject, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("name", TEXT_REPLACERS.names())
 def test_runs_of_texts_are_the_plain_model_s(model: Any, plain: Any, name: str, max_batch_tokens: int):
     subjects = _subjects(model, TEXTS, read_ids)
-    runner = Runner(TEXT_REPLACERS.home(name)(model), subjects)
+    runner = Runner(TEXT_REPLACERS.home(name)(model, name), subjects)
     sets = [_some_sets(subject, seed) for seed, subject in enumerate(subjects)]
     for subject, some in zip(subjects, sets, strict=True):
         runner.ask(subject, some)
@@ -105,7 +105,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 def test_runs_of_images_are_the_plain_model_s(images: tuple[Any, Any], name: str):
     plain, model = images
     subjects = _subjects(model, [image(0), image(1)], read_image)
-    replacer = IMAGE_REPLACERS.home(name)(model)
+    replacer = IMAGE_REPLACERS.home(name)(model, name)
     if name == "black":  # no image processor says what it is
         with pytest.raises(InputError, match="needs to know which pixel values are black"):
             Runner(replacer, subjects)
@@ -160,7 +160,7 @@ def test_a_token_that_the_head_looks_for_replaces_nothing(tmp_path: Path):
     gpt = _gpt2(tmp_path)
     gpt.original_model.config.pad_token_id = gpt.tokenizer.pad_token_id = 3
     with pytest.raises(InputError, match="'pad' token as the end of a text"):
-        TEXT_REPLACERS.home("pad")(gpt)
+        TEXT_REPLACERS.home("pad")(gpt, "pad")
 
 
 def test_a_model_that_takes_one_input_at_a_time(tmp_path: Path):

@@ -7,18 +7,18 @@ from lig_lens.registry import Entry, Registry
 
 TEXT_REPLACERS = Registry(
     "replacer",
-    mask=Entry("lig_lens.relevance.faithfulness.replacers:Mask"),
-    unk=Entry("lig_lens.relevance.faithfulness.replacers:Unk"),
-    pad=Entry("lig_lens.relevance.faithfulness.replacers:Pad"),
+    mask=Entry("lig_lens.relevance.faithfulness.replacers:Token"),
+    unk=Entry("lig_lens.relevance.faithfulness.replacers:Token"),
+    pad=Entry("lig_lens.relevance.faithfulness.replacers:Token"),
     mean=Entry("lig_lens.relevance.faithfulness.replacers:MeanEmbedding"),
     dropped=Entry("lig_lens.relevance.faithfulness.replacers:Dropped"),
 )
 IMAGE_REPLACERS = Registry(
     "replacer",
-    mean=Entry("lig_lens.relevance.faithfulness.patch_replacers:MeanColour"),
-    zero_pixels=Entry("lig_lens.relevance.faithfulness.patch_replacers:ZeroPixels"),
-    black=Entry("lig_lens.relevance.faithfulness.patch_replacers:Black"),
-    blurred=Entry("lig_lens.relevance.faithfulness.patch_replacers:Blurred"),
+    mean=Entry("lig_lens.relevance.faithfulness.patch_replacers:Filled"),
+    zero_pixels=Entry("lig_lens.relevance.faithfulness.patch_replacers:Filled"),
+    black=Entry("lig_lens.relevance.faithfulness.patch_replacers:Filled"),
+    blurred=Entry("lig_lens.relevance.faithfulness.patch_replacers:Filled"),
 )
 MEASURES = Registry(
     "measure",

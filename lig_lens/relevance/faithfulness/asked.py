@@ -116,7 +116,7 @@ def _replacer(model: HookedModel, name: Any, known: Registry[Any], others: Regis
             f"The replacer {name!r} goes with {kinds[0]}, and these are {kinds[1]}: use some of "
             f"{', '.join(map(repr, known.names()))}."
         )
-    replacer: Replacer = known.home(name)(model)
+    replacer: Replacer = known.home(name)(model, name)
     return replacer
 
 

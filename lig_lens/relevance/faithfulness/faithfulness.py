@@ -261,7 +261,7 @@ def _subjects(
         found = [replace(one, words=words_of(tokenizer, cast(TokenIds, one.inputs)), valence=lexicon) for one in found]
     with one_at_a_time(model), prepared(model, model), torch.no_grad():
         _check_classes(model, found[0].inputs)
-        runner = Runner(_Nothing(model), found)
+        runner = Runner(_Nothing(model, "nothing"), found)
         whole = {one.number: np.zeros((1, len(one.inputs)), dtype=bool) for one in found}
         for one in found:
             runner.ask(one, whole[one.number])
@@ -271,8 +271,6 @@ def _subjects(
 
 class _Nothing(Replacer):
     """Removes nothing."""
-
-    name = "nothing"
 
     def row(self, inputs: Inputs, removed: torch.Tensor) -> torch.Tensor:
         return inputs.arguments()[0]

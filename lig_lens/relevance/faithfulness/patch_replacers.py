@@ -12,12 +12,12 @@ from lig_lens.inputs.pixels import Pixels
 from lig_lens.relevance.faithfulness.replacers import Replacer
 
 
-class _Filled(Replacer):
-    """Pixels of the baseline of images that is named as the class is."""
+class Filled(Replacer):
+    """Pixels of the baseline of images that has this name."""
 
-    def __init__(self, model: HookedModel) -> None:
+    def __init__(self, model: HookedModel, name: str) -> None:
         """See the base class."""
-        super().__init__(model)
+        super().__init__(model, name)
         self._kept: dict[int, tuple[Pixels, Tensor]] = {}
 
     def check(self, inputs: Inputs) -> None:
@@ -33,30 +33,6 @@ class _Filled(Replacer):
         if id(image) not in self._kept:
             self._kept[id(image)] = (image, image_reference(image, self.name).values)  # whose id is its own so long
         return self._kept[id(image)][1]
-
-
-class MeanColour(_Filled):
-    """The image's own mean colour."""
-
-    name = "mean"
-
-
-class ZeroPixels(_Filled):
-    """Pixel values of 0 as the model takes them: the colour that its image processor takes off, often a grey."""
-
-    name = "zero_pixels"
-
-
-class Black(_Filled):
-    """Black, where an image processor says what that is."""
-
-    name = "black"
-
-
-class Blurred(_Filled):
-    """The image through a Gaussian, whose standard deviation is a quarter of its longer side."""
-
-    name = "blurred"
 
 
 def _image(inputs: Inputs) -> Pixels:

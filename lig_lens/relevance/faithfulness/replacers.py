@@ -4,7 +4,7 @@ import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,15 +26,17 @@ _EMBEDS = ("embed.hook_out", "embed.hook_embed", "hook_embed")
 class Replacer(ABC):
     """What a model is given in place of removed positions. Made for a model, and used for many inputs of one kind."""
 
-    name: ClassVar[str]
-
-    def __init__(self, model: HookedModel) -> None:
+    def __init__(self, model: HookedModel, name: str) -> None:
         """Look up what is needed of a model.
+
+        Args:
+            model: whose inputs they are.
+            name: as tables have it; one class may serve several.
 
         Raises:
             InputError: the model does not have it.
         """
-        self.model = model
+        self.model, self.name = model, name
 
     def check(self, inputs: Inputs) -> None:
         """Raise InputError for an input of which not all positions can be removed."""
@@ -53,12 +55,12 @@ class Replacer(ABC):
         return ()
 
 
-class _Token(Replacer):
-    """A token of the tokenizer's, named as the class is."""
+class Token(Replacer):
+    """The token that the tokenizer has under this name: mask, unk, pad; refused where the head takes it for the end."""
 
-    def __init__(self, model: HookedModel) -> None:
+    def __init__(self, model: HookedModel, name: str) -> None:
         """See the base class."""
-        super().__init__(model)
+        super().__init__(model, name)
         found = named_id(model, self.name)
         if found is None:
             raise InputError(f"The model's tokenizer has no {self.name} token: leave the replacer {self.name!r} out.")
@@ -80,37 +82,17 @@ class _Token(Replacer):
         return torch.where(removed.to(ids.device), self.id, ids)
 
 
-class Mask(_Token):
-    """The mask token."""
-
-    name = "mask"
-
-
-class Unk(_Token):
-    """The token of what is not known."""
-
-    name = "unk"
-
-
-class Pad(_Token):
-    """The padding token, which is seen as any other; refused where the head looks for it."""
-
-    name = "pad"
-
-
 class MeanEmbedding(Replacer):
     """The mean of all tokens' embeddings, in place of the token's own; the position's stays."""
 
-    name = "mean"
-
-    def __init__(self, model: HookedModel) -> None:
+    def __init__(self, model: HookedModel, name: str) -> None:
         """See the base class."""
-        super().__init__(model)
-        name = next((one for one in _EMBEDS if one in model.hook_dict), None)
-        if name is not None:
-            self._embedding = model.hook_dict[name]
+        super().__init__(model, name)
+        hook = next((one for one in _EMBEDS if one in model.hook_dict), None)
+        if hook is not None:
+            self._embedding = model.hook_dict[hook]
             twice = self._embedded(torch.zeros(2, dtype=torch.long))
-        if name is None or not torch.equal(twice[0], twice[1]):
+        if hook is None or not torch.equal(twice[0], twice[1]):
             raise InputError(
                 "The model shows no embeddings of tokens without their positions: leave the replacer 'mean' out."
             )
@@ -154,8 +136,6 @@ class MeanEmbedding(Replacer):
 
 class Dropped(Replacer):
     """Nothing: the text is shorter, and what follows moves up."""
-
-    name = "dropped"
 
     def check(self, inputs: Inputs) -> None:
         """See the base class."""
