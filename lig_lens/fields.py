@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 
 from lig_lens.errors import InputError
 
-# One panel of the rule, `integrate.quadrature.NODES_PER_PANEL`; said here too, as reading it there loads torch.
+# One panel of the rule, `integrate.rules.NODES_PER_PANEL`; said here too, as reading it there loads torch.
 FEWEST_NODES = 7
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lig_lens.integrate import quadrature
-from lig_lens.integrate.quadrature import NODES_PER_PANEL, density, integrate, stretch, unstretch
+from lig_lens.integrate.quadrature import density, integrate, stretch, unstretch
+from lig_lens.integrate.rules import NODES_PER_PANEL
 
 widths = st.floats(-12, 0).map(lambda exponent: 10.0**exponent)
 

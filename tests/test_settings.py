@@ -25,7 +25,7 @@ from lig_lens.cli.flags import with_flags
 from lig_lens.cli.main import app
 from lig_lens.errors import InputError
 from lig_lens.fields import FEWEST_NODES, Flag, PositiveInt, Section, fields_of, flag_of, help_of
-from lig_lens.integrate.quadrature import NODES_PER_PANEL
+from lig_lens.integrate.rules import NODES_PER_PANEL
 from lig_lens.paths import BASELINES, BaselineEntry
 from lig_lens.settings import DEFAULTS, EXPLANATION, Explanation, Settings
 

@@ -53,7 +53,7 @@ class ByPoints(ABC):
 
     def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
         """See `split.Integrand`."""
-        portions = zip(torch.split(dst, self.chunk), torch.split(self._on_device(a), self.chunk), strict=True)
+        portions = zip(self._portions(dst), self._portions(self._on_device(a)), strict=True)
         with torch.no_grad():
             return torch.cat([self._scalars(d.to(self.device), x) for d, x in portions])
 
@@ -69,7 +69,7 @@ class ByPoints(ABC):
         shape = (factors.shape[2], len(dst), self.n_groups, self.n_parts)
         result = torch.zeros(shape, dtype=self.dtype, device=self.device)
         points, factors = self._on_device(a.flatten()), self._on_device(factors.flatten(0, 1))
-        for part in torch.split(torch.arange(a.numel()), self.chunk):
+        for part in self._portions(torch.arange(a.numel())):
             panel = part // n_nodes
             wanted = groups[panel].any(0).nonzero()[:, 0].tolist()
             values = self._parts(dst[panel].to(self.device), points[part], wanted)
@@ -91,6 +91,10 @@ class ByPoints(ABC):
     def _switches(self) -> Switches:
         zero = torch.zeros(1, dtype=torch.long, device=self.device)
         return Switches(lambda n: self._scalars(zero.expand(n), zero.to(self.dtype).expand(n)), self.row)
+
+    def _portions(self, points: Tensor) -> tuple[Tensor, ...]:
+        """As few as there can be, and all but equally long: short ones cost more by the point."""
+        return torch.tensor_split(points, max(1, -(-len(points) // self.chunk)))
 
     def _on_device(self, values: Tensor) -> Tensor:
         # Cast first: a device may not have float64.

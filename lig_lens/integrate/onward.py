@@ -5,6 +5,7 @@ forward and backward pass of what follows the boundary gives the derivative by a
 contributes is its term; what it contributes by which way is a subclass's matter.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +20,12 @@ from lig_lens.errors import BoundaryError
 from lig_lens.integrate.integrand import Budget, ByPoints, layers_of_paths
 from lig_lens.integrate.quadrature import Integral, integrate
 from lig_lens.models.stack import Forward
+from lig_lens.models.switches import Switches
 from lig_lens.paths.path import ResidPath
 from lig_lens.targets.metrics import BatchMetric
+
+# With each block that is still to run, a path needs up to so many nodes more: a factor, and a number.
+_GROWTH, _MORE = 1.5, 2
 
 Pairs = Sequence[tuple[nn.Module, Any, bool]]
 
@@ -94,19 +99,20 @@ class Onward(ByPoints):
         # Every block that is still to run keeps activations for the backward pass.
         passed = max(1, down.forward.stack.count_from(entry.layer))
         self.chunk = max(1, budget.max_batch_tokens // (len(self.first) * passed))
-        with torch.no_grad():
-            logits = self.onward(torch.stack([self.first, entry.path.end]))
-            ends = down.metric(logits).to(self.dtype)
-        self.at_ends: tuple[float, float] = tuple(ends.tolist())
-        self.start = ends[:1]
+        # One run shows what comes out at both ends, and whether anything switches on the way.
+        seen: list[tuple[Tensor, Tensor]] = []
+        self._switches = Switches(lambda n: seen.append(self._ends(n)))
+        logits, values = seen[0]
+        self.at_ends: tuple[float, float] = tuple(values.to(self.dtype).tolist())
         self.sensitivity = max(down.metric.sensitivity(one[None]) for one in logits)
 
-    def integrate(self, known: float | None, budget: Budget) -> Integral:
+    def integrate(self, known: float | None, budget: Budget, behind: Integral | None = None) -> Integral:
         """Integrate, once it is seen that the path starts and ends in the model's own runs.
 
         Args:
             known: the metric in the run that the path starts from, if that is one of the model's.
             budget: how hard to try.
+            behind: the integral at the next boundary, if that is known; it tells how many nodes this one may need.
 
         Raises:
             BoundaryError: the model gives something else when it is run from the boundary on.
@@ -124,7 +130,8 @@ class Onward(ByPoints):
             s0, s1 = layers_of_paths(entry.path, torch.zeros(1, dtype=torch.long), entry.eps, entry.depth)
             # What logits that differ by rounding alone can do to the metric.
             noise = torch.full((1, 1), 8 * entry.rounding * self.sensitivity)
-            return integrate(self, s0, s1, noise, tol=budget.tol, max_nodes=budget.max_nodes)
+            nodes = None if behind is None else math.ceil(_GROWTH * float(behind.needed)) + _MORE
+            return integrate(self, s0, s1, noise, tol=budget.tol, max_nodes=budget.max_nodes, first_nodes=nodes)
 
     def onward(self, resid: Float[Tensor, "item pos d_model"], pairs: Pairs = ()) -> Float[Tensor, "item *rest"]:
         """The model's output for vectors that enter here.
@@ -150,8 +157,19 @@ class Onward(ByPoints):
         """Vectors at points of the path."""
         return self.first + a[:, None, None] * self.step
 
+    def scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
+        """See `split.Integrand`; the path's end has been run already."""
+        if bool((a == 1).all()):
+            return self.first.new_full((len(a), 1), self.at_ends[1] - self.at_ends[0])
+        return super().scalars(dst, a)
+
+    def _ends(self, n: int) -> tuple[Float[Tensor, "item *rest"], Float[Tensor, "item"]]:
+        """The model's output and the metric of so many items: the path's start and its end by turns."""
+        logits = self.onward(torch.stack([self.first, self.entry.path.end])[torch.arange(n) % 2])
+        return logits, self.down.metric(logits)
+
     def _scalars(self, dst: Int[Tensor, "item"], a: Float[Tensor, "item"]) -> Float[Tensor, "item group"]:
-        return (self.down.metric(self.onward(self.resid(a))).to(self.dtype) - self.start)[:, None]
+        return (self.down.metric(self.onward(self.resid(a))).to(self.dtype) - self.at_ends[0])[:, None]
 
 
 class OfPositions(Onward):

@@ -4,9 +4,9 @@ A *cell* is one integral whose completeness can be checked: a destination, or a 
 integrand has several *parts* (source tokens, or heads, skip and bias) that share the path, and for each cell
 the sum of the parts is the derivative of a known scalar L along the path. So every panel [a, b] of the rule
 comes with its own error estimate for free: how far the sum of its parts is from L(b) - L(a). Errors of single
-parts can cancel in that sum, so each part is also asked how much of it lies in the two highest Legendre modes
-that the nodes resolve. Panels are split where either is too large, and only for the cells that still need it: where
-the model switches, if it does (`split.py`), and else in the middle.
+parts can cancel in that sum, so each part is also asked how much of it lies in the highest Legendre modes
+that the nodes resolve (`rules.py`). Panels are split where either is too large, and only for the cells that still
+need it: where the model switches, if it does (`split.py`), and else in the middle.
 
 Norms put boundary layers at the ends of a path: `LN(a x)` jumps from 0 to its final value within
 a ~ sqrt(eps / var(x)). Panels are therefore laid out, and halved, in a stretched variable t with
@@ -20,39 +20,21 @@ Where nodes go and which panels to halve is worked out in float64 on the CPU, si
 only the integrand's values live on the model's device.
 """
 
+import math
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lig_lens.integrate.rules import ADDED, NODES_PER_PANEL, SHORT, Asked, Found, long_rule
 from lig_lens.integrate.split import Integrand, OpenPanels, scalars_of, split
 from lig_lens.integrate.stretch import density, stretch, unstretch
 
-# Gauss's 7-point rule on [-1, 1] and Kronrod's extension by 8 points (A. S. Kronrod 1965; digits as in QUADPACK's
-# qk15): the nodes from the end to the middle, Kronrod's weights, and Gauss's where it has the node.
-_KRONROD = (
-    (0.991455371120812639206854697526329, 0.022935322010529224963732008058970, 0.0),
-    (0.949107912342758524526189684047851, 0.063092092629978553290700663189204, 0.129484966168869693270611432679082),
-    (0.864864423359769072789712788640926, 0.104790010322250183839876322541518, 0.0),
-    (0.741531185599394439863864773280788, 0.140653259715525918745189590510238, 0.279705391489276667901467771423780),
-    (0.586087235467691130294144691693, 0.169004726639267902826583426598550, 0.0),
-    (0.405845151377397166906606412076961, 0.190350578064785409913256402421014, 0.381830050505118944950369775488975),
-    (0.207784955007898467600689403773245, 0.204432940075298892414161999234649, 0.0),
-    (0.0, 0.209482141084727828012999174891714, 0.417959183673469387755102040816327),
-)
-NODES_PER_PANEL = 7
-_ADDED_NODES = 8
-# First Legendre mode that each rule does not integrate exactly.
-_GAUSS_MISSES, _KRONROD_MISSES = 14, 24
-# Errors are never taken to be smaller than these shares of what bounds them: the highest visible modes carried on, and
-# the difference of both rules.
-_OF_MODES, _OF_DIFFERENCE = 1 / 30, 1 / 10
-# The same where modes need not fall off at all, since the model may switch in a panel.
-_OF_MODES_ROUGH, _OF_DIFFERENCE_ROUGH = 1 / 2, 1.0
 # Length in t of the panels that a path starts with.
 PANEL_LENGTH = 4.0
+# Most nodes of a rule for a whole panel: beyond, halves do with fewer.
+_LONGEST = 64
 _NARROWEST = 1e-18
 # Layers that are as narrow as this may have others inside, and where parts are looked at there, in units of the width.
 _NARROW = 0.1
@@ -81,20 +63,8 @@ class Integral:
     scale: Float[Tensor, "dst group"]
     jumped: Float[Tensor, "dst group"]
     """What of the gap is jumps of L itself, which belong to no integral."""
-
-
-@dataclass(frozen=True)
-class _Values:
-    """Integrals over panels, [panel group part] on the device, and what may be wrong with them [panel group]."""
-
-    integral: Tensor
-    gap: Tensor
-    error: Tensor
-    """Estimated error of the worst part."""
-    error_after: Tensor
-    """What that would be with Kronrod's nodes added; infinite where they are in."""
-    gauss: Tensor | None = None
-    kronrod: Tensor | None = None
+    needed: Float[Tensor, "dst group"]
+    """How many nodes each cell would have needed had they been placed at once, as the first panels saw it."""
 
 
 def integrate(
@@ -106,6 +76,7 @@ def integrate(
     tol: float,
     max_nodes: int,
     all_layers_known: bool = False,
+    first_nodes: int | None = None,
 ) -> Integral:
     """Integrate every cell to `tol`, or until `max_nodes` nodes are spent on it.
 
@@ -117,21 +88,23 @@ def integrate(
         tol: largest gap relative to the cell's total.
         max_nodes: budget of nodes per cell; the first panels are evaluated in any case.
         all_layers_known: whether `s0` is sure to be as narrow as anything that happens at a = 0.
+        first_nodes: how many nodes a path is thought to need, if that is known; a wrong guess costs time alone.
     """
     n_dst = integrand.n_dst
     s0, s1 = (side.cpu().double().clamp(_NARROWEST, 1.0) for side in (s0, s1))
     tiny = torch.finfo(torch.float32).tiny
+    needed: Tensor | None = None
     noise = noise.cpu().double().clamp(min=tiny)
     looked_at = (s0 < _NARROW) & (not all_layers_known)
     s0 = _narrowed(integrand, s0, looked_at.nonzero()[:, 0], tol, noise)
-    panels, total = _first_panels(integrand, s0, s1)
+    panels, total = _first_panels(integrand, s0, s1, min(first_nodes or 0, max_nodes))
     allowed = torch.maximum(tol * total.abs(), noise)
     shape = (n_dst, integrand.n_groups, integrand.n_parts)
     parts = torch.zeros(shape, dtype=integrand.dtype, device=integrand.device)
     gaps, errors, largest, jumped = (torch.zeros_like(total) for _ in range(4))
     spent = torch.zeros_like(total, dtype=torch.long)
     # Nodes are charged when they are planned, so that what waits cannot overdraw a cell.
-    spent.index_add_(0, panels.dst, NODES_PER_PANEL * panels.groups.long())
+    spent.index_add_(0, panels.dst, len(panels.rule) * panels.groups.long())
     spent += len(_LADDER) * looked_at[:, None]
     work = [panels]
     while work:
@@ -149,8 +122,10 @@ def integrate(
         use = torch.maximum(use, error / bound[dst])
         used = torch.maximum(torch.where(gaps > noise, gaps / allowed, 0.0), errors / bound)
         keep = _choose(dst, groups, use, used)
+        if needed is None:
+            needed = _needed(spent, torch.zeros_like(total).index_add_(0, dst, use), tol)
         extend = groups & ~keep & (after / bound[dst] <= 0.5)
-        planned = torch.where(extend, _ADDED_NODES, 2 * NODES_PER_PANEL) * (groups & ~keep)
+        planned = torch.where(extend, len(ADDED), 2 * NODES_PER_PANEL) * (groups & ~keep)
         cost = torch.zeros_like(spent).index_add_(0, dst, planned)
         # A cell that cannot pay for what is open is left as it is.
         broke = spent + cost > max_nodes
@@ -171,6 +146,7 @@ def integrate(
         jumped += jumps
         spent += NODES_PER_PANEL * more
         work = pieces + extended
+    assert needed is not None
     # A gap relative to what rounding hides would be meaningless.
     scale = torch.maximum(total.abs(), noise / RESOLVED)
     gap, error = (gaps + jumped) / scale, errors / torch.maximum(largest, noise / RESOLVED)
@@ -178,7 +154,20 @@ def integrate(
     # Where nothing moves, what is left of the scalar is rounding.
     total = torch.where(total.abs() <= noise, 0.0, total)
     total, gap, error, scale, jumped = (one.to(parts) for one in (total, gap, error, scale, jumped / scale))
-    return Integral(parts, total, gap, error, converged.to(parts.device), spent, scale, jumped)
+    return Integral(parts, total, gap, error, converged.to(parts.device), spent, scale, jumped, needed.to(parts))
+
+
+def _needed(spent: Tensor, use: Tensor, tol: float) -> Tensor:
+    """How many nodes a rule needs whose errors fall off geometrically with them.
+
+    Args:
+        spent: how many it had.
+        use: its error with them, in units of `tol`.
+        tol: the tolerance.
+    """
+    # Where errors are as large as what is integrated, nodes say nothing of how many are needed.
+    missed = (use * tol).clamp(min=_NARROWEST, max=0.5)
+    return spent * math.log(min(tol, 0.5)) / missed.log()
 
 
 def _narrowed(integrand: Integrand, s0: Tensor, narrow: Tensor, tol: float, noise: Tensor) -> Tensor:
@@ -213,8 +202,11 @@ def _narrowed(integrand: Integrand, s0: Tensor, narrow: Tensor, tol: float, nois
     return s0
 
 
-def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor) -> tuple[OpenPanels, Tensor]:
-    """Panels of about `PANEL_LENGTH` in t over the whole path of each destination, and the totals."""
+def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor, nodes: int) -> tuple[OpenPanels, Tensor]:
+    """Panels of about `PANEL_LENGTH` in t over the whole path of each destination, and the totals.
+
+    They get the long rule where that many nodes are thought to be needed. Where the model switches, it is of no use.
+    """
     zero, one = torch.zeros_like(s0), torch.ones_like(s0)
     start, end = stretch(zero, s0, s1), stretch(one, s0, s1)
     counts = ((end - start) / PANEL_LENGTH).ceil().clamp(min=1).long()
@@ -230,70 +222,22 @@ def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor) -> tuple[OpenPan
     scalar_low, scalar_high = torch.zeros_like(total)[dst], total[dst].clone()
     scalar_low[inner], scalar_high[inner - 1] = between, between
     groups = torch.ones(len(dst), total.shape[1], dtype=torch.bool)
-    return OpenPanels(dst, low, high, scalar_low, scalar_high, groups), total
+    each = min(math.ceil(nodes / int(counts.min())), _LONGEST)
+    rule = SHORT if each <= NODES_PER_PANEL or integrand.switches() else long_rule(each)
+    return OpenPanels(dst, low, high, scalar_low, scalar_high, groups, rule=rule), total
 
 
-def _rule(added: bool) -> tuple[Tensor, Tensor]:
-    """Nodes on [0, 1], and factors [node column].
-
-    Of Gauss's nodes: his weights, Kronrod's, and those of the two highest Legendre modes that the nodes show. Of
-    the nodes that Kronrod added: his weights.
-    """
-    x, kronrod, gauss = np.array([*_KRONROD, *((-x, k, g) for x, k, g in _KRONROD[:-1])]).T
-    chosen = gauss == 0 if added else gauss > 0
-    x, kronrod, gauss = x[chosen], kronrod[chosen], gauss[chosen]
-    columns = [kronrod]
-    if not added:
-        n = NODES_PER_PANEL
-        modes = [np.polynomial.legendre.Legendre.basis(m)(x) * (2 * m + 1) * gauss for m in (n - 2, n - 1)]
-        columns = [gauss, kronrod, *modes]
-    return torch.as_tensor(0.5 * (x + 1)), torch.as_tensor(0.5 * np.stack(columns, -1))
-
-
-def _evaluate(integrand: Integrand, panels: OpenPanels, s0: Tensor, s1: Tensor, noise: Tensor) -> _Values:
-    """Parts of every panel, the gap of their sum, and the estimated error of the worst one.
-
-    Gauss's rule with n nodes is exact up to mode 2n - 1 while its values show modes up to n - 1. Where modes fall
-    off geometrically, mode m is about C q^m: C is taken from the integral, and q from the two highest visible modes
-    (one of them vanishes for odd or even integrands), which gives the first mode that either rule misses. For Gauss's
-    rule that is an upper bound, by two orders of magnitude as a rule, while the gap is a true error, but of the sum:
-    their geometric mean was never below 0.6 of the worst part's error on 38,000 panels of real models where one of
-    them was near 1e-3. Errors that cancel in the sum leave the bound, of which a fixed share stands. Once both rules
-    are there their difference stands for the first mode that Gauss's misses; where modes fall off slowly, a fixed share
-    of it does. Where the model switches modes need not fall off: there the visible ones, or the difference, count as
-    they are.
-    """
-    added = panels.gauss is not None
-    nodes, rule = _rule(added)
-    width = panels.high - panels.low
-    t = panels.low[:, None] + width[:, None] * nodes
+def _evaluate(integrand: Integrand, panels: OpenPanels, s0: Tensor, s1: Tensor, noise: Tensor) -> Found:
+    """Parts of every panel, the gap of their sum, and the estimated error of the worst one."""
+    rule, width = panels.rule, panels.high - panels.low
+    t = panels.low[:, None] + width[:, None] * rule.nodes
     ends = s0[panels.dst, None].expand_as(t), s1[panels.dst, None].expand_as(t)
     a = unstretch(t, *ends)
-    factors = (density(a, *ends) * width[:, None])[..., None] * rule
+    factors = (density(a, *ends) * width[:, None])[..., None] * rule.factors
     sums = integrand.sums(panels.dst, a, factors, panels.groups)
-
-    def estimate(integral: Tensor, tail: Tensor, power: float) -> Tensor:
-        size = torch.maximum(integral.abs(), tail)
-        ratio = tail / size.clamp(min=torch.finfo(size.dtype).tiny)
-        # Several times faster than a power on a CPU.
-        return (size * (power * ratio.log()).exp()).amax(-1).cpu().double() * panels.groups
-
-    integral = sums[0] if panels.kronrod is None else panels.kronrod + sums[0]
-    gap = (integral.sum(-1).cpu().double() - (panels.scalar_high - panels.scalar_low)).abs() * panels.groups
-    if panels.gauss is not None:
-        difference = (integral - panels.gauss).abs()
-        now = estimate(integral, difference, _KRONROD_MISSES / _GAUSS_MISSES)
-        share = _OF_DIFFERENCE_ROUGH if integrand.switches() else _OF_DIFFERENCE
-        now = torch.maximum(now, share * difference.amax(-1).cpu().double() * panels.groups)
-        return _Values(integral, gap, now, torch.full_like(now, torch.inf))
-    gauss, kronrod, *top = sums
-    bound = estimate(gauss, torch.hypot(*top), _GAUSS_MISSES / (NODES_PER_PANEL - 1))
-    now = torch.maximum((bound * torch.maximum(gap, noise[panels.dst])).sqrt(), _OF_MODES * bound)
-    if integrand.switches():
-        now = torch.maximum(now, _OF_MODES_ROUGH * torch.hypot(*top).amax(-1).cpu().double() * panels.groups)
-    size = torch.maximum(gauss.abs().amax(-1).cpu().double(), now)
-    after = size * (now / size.clamp(min=torch.finfo(torch.float32).tiny)) ** (_KRONROD_MISSES / _GAUSS_MISSES)
-    return _Values(integral, gap, now, after, gauss, kronrod)
+    change = panels.scalar_high - panels.scalar_low
+    noises = noise[panels.dst]
+    return rule.judged(sums, Asked(change, noises, panels.groups, integrand.switches(), panels.gauss, panels.kronrod))
 
 
 def _choose(dst: Tensor, groups: Tensor, use: Tensor, used: Tensor) -> Tensor:
@@ -319,9 +263,9 @@ def _choose(dst: Tensor, groups: Tensor, use: Tensor, used: Tensor) -> Tensor:
     return keep
 
 
-def _extend(panels: OpenPanels, groups: Tensor, values: _Values) -> list[OpenPanels]:
+def _extend(panels: OpenPanels, groups: Tensor, values: Found) -> list[OpenPanels]:
     """The panels that are to get Kronrod's nodes, with what they have already."""
     if values.gauss is None or values.kronrod is None or not bool(groups.any()):
         return []
     rows = groups.any(-1).nonzero()[:, 0].to(values.gauss.device)
-    return [replace(panels.only(groups), gauss=values.gauss[rows], kronrod=values.kronrod[rows])]
+    return [replace(panels.only(groups), rule=ADDED, gauss=values.gauss[rows], kronrod=values.kronrod[rows])]

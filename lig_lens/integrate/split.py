@@ -1,7 +1,7 @@
 """Panels under work, and how one becomes several."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lig_lens.integrate import cuts
+from lig_lens.integrate.rules import SHORT, Rule
 from lig_lens.integrate.stretch import unstretch
 
 # Points of a path that are so few steps of the dtype apart are not told apart.
@@ -59,8 +60,7 @@ class Integrand(Protocol):
 class OpenPanels:
     """Panels under work: one row each, with the groups it is still open for.
 
-    On the CPU, but for what a panel that Kronrod's nodes are to be added to already has: the integral by Gauss's rule,
-    and the sum over his nodes with Kronrod's weights, [panel group part] each.
+    On the CPU, but for what a panel that nodes are to be added to already has, see `rules.Asked`.
     """
 
     dst: Tensor  # [panel]
@@ -69,8 +69,9 @@ class OpenPanels:
     scalar_low: Tensor  # [panel group] L at the ends
     scalar_high: Tensor
     groups: Tensor  # bool [panel group]
-    gauss: Tensor | None = None
-    kronrod: Tensor | None = None
+    rule: Rule = field(default=SHORT, kw_only=True)
+    gauss: Tensor | None = field(default=None, kw_only=True)
+    kronrod: Tensor | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.dst)
@@ -237,8 +238,10 @@ def _cuts(
     shared[own, group] = False
     rest = p.only(shared)
     names = ("dst", "low", "high", "scalar_low", "scalar_high")
-    fields = {name: torch.cat([getattr(rest, name), getattr(p, name)[own]]) for name in names}
-    panels = OpenPanels(**fields, groups=torch.cat([rest.groups, alone]))
+    dst, low, high, scalar_low, scalar_high = (
+        torch.cat([getattr(rest, name), getattr(p, name)[own]]) for name in names
+    )
+    panels = OpenPanels(dst, low, high, scalar_low, scalar_high, torch.cat([rest.groups, alone]))
     middles = torch.full_like(rest.low, 0.5)
     return _Cuts(
         panels,

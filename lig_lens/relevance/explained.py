@@ -91,7 +91,7 @@ class Explained:
         if boundary not in self._integrals:
             integrand = OfPositions(self.entry(boundary), self.down, self.budget)
             known = None if self.start is None else self.down.corrupted
-            self._integrals[boundary] = integrand.integrate(known, self.budget)
+            self._integrals[boundary] = integrand.integrate(known, self.budget, self._integrals.get(boundary + 1))
         return self._integrals[boundary]
 
     def messages(self, layer: int) -> Messages:
