@@ -37,7 +37,7 @@ _OF_MODES, _OF_DIFFERENCE = 1 / 30, 1 / 10
 # The same where modes need not fall off at all, since the model may switch in a panel.
 _OF_MODES_ROUGH, _OF_DIFFERENCE_ROUGH = 1 / 2, 1.0
 # The same for long rules, and how small the sum's bound may be beside the parts' if its gap is to speak for them.
-_OF_MODES_LONG, _ALIKE = 1 / 20, 1e-3
+_OF_MODES_LONG, _ALIKE = 1 / 20, 0.03
 # Powers of arcsine's series that a long rule's nodes are moved by.
 _SERIES = 9
 _TINY = torch.finfo(torch.float32).tiny
@@ -201,12 +201,16 @@ class _Long(Rule):
         modes = torch.cat([modes, modes.sum(-1, keepdim=True)], -1)
         # Every other mode of an odd or even function vanishes, so the others are twice the mean.
         middle, top = ((2 * (of**2).mean(0)).sqrt() for of in torch.split(modes, self._width))
-        bounds = _carried_on(middle, top, 1 + self._power)
-        (bound, of_sum), (tail, sum_tail) = ((_largest(x[..., :-1]), _largest(x[..., -1:])) for x in (bounds, top))
+        bound = _largest(_carried_on(middle[..., :-1], top[..., :-1], 1 + self._power))
         gap = asked.gap(integral)
-        worse = (tail / sum_tail.clamp(min=_TINY)).clamp(min=1.0)
+        (tail, of_sum), (before, sum_before) = ((_largest(x[..., :-1]), _largest(x[..., -1:])) for x in (top, middle))
+        worse = (tail / of_sum.clamp(min=_TINY)).clamp(min=1.0)
         of_gap = torch.maximum(gap, asked.noise) * worse
-        share = torch.where(of_sum * worse < _ALIKE * bound, 1.0, _OF_MODES_LONG)
+        # Small parts' falls are chance, so those of the largest are compared.
+        parts_end, sum_ends = (
+            _carried_on(first, last, 1 + self._power) for first, last in ((before, tail), (sum_before, of_sum))
+        )
+        share = torch.where(sum_ends * worse < _ALIKE * parts_end, 1.0, _OF_MODES_LONG)
         # Less is missed than is visible.
         now = torch.minimum(torch.maximum(of_gap, share * bound), tail) * asked.groups
         return Found(integral, gap, now, torch.full_like(now, torch.inf))
