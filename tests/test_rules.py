@@ -151,7 +151,7 @@ def test_boundaries_of_a_model_tell_each_other_what_they_need(monkeypatch: pytes
         return integral
 
     def alone(self, boundary):
-        self._integrals.clear()
+        self.down.needed.clear()
         return seen(self, boundary)
 
     found = []

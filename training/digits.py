@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from jaxtyping import Float, Int
+from scipy.stats import binomtest
 from torch import Tensor
 from transformers import (
     ViTConfig,
@@ -106,13 +107,6 @@ def classifier_of(autoencoder: ViTMAEForPreTraining, pixels: Tensor, **sizes: An
     return model
 
 
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share, of 95 %."""
-    share, middle = right / n, 1 + z * z / n
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (share + z * z / (2 * n) - half) / middle, (share + z * z / (2 * n) + half) / middle
-
-
 def read(split: str) -> tuple[Float[Tensor, "image 1 height width"], Int[Tensor, " image"]]:
     """Images and classes."""
     images = digit_images(split)
@@ -158,7 +152,7 @@ def main(
         step(torch.nn.functional.cross_entropy(model(moved(pixels[numbers])).logits, labels[numbers]))
     with torch.no_grad():
         right = int((model.eval()(unseen).logits.argmax(-1) == answers).sum())
-    low, high = wilson(right, len(answers))
+    low, high = binomtest(right, len(answers)).proportion_ci(method="wilson")
     print(
         f"held out: {right} of {len(answers)} right, {right / len(answers):.1%} (95 % interval {low:.1%} to {high:.1%})"
     )

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from safetensors.torch import save_file
+from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
@@ -84,10 +85,9 @@ def accuracy(model: Any, examples: Sequence[Example]) -> str:
 
 def interval(right: Tensor) -> str:
     """A share with Wilson's 95 % interval."""
-    n, share, z = len(right), float(right.double().mean()), 1.959964
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return f"{share:.1%} ({middle - half:.1%} to {middle + half:.1%}, {n} sentences)"
+    n, count = len(right), int(right.sum())
+    low, high = binomtest(count, n).proportion_ci(method="wilson")
+    return f"{count / n:.1%} ({low:.1%} to {high:.1%}, {n} sentences)"
 
 
 def main(

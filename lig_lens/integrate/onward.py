@@ -39,12 +39,19 @@ class Downstream:
         metric: of its output.
         clean: its value there.
         corrupted: its value in the second prompt's run, if there is one.
+        needed: how many nodes the paths that were integrated needed, by the block that they enter.
     """
 
     forward: Forward
     metric: BatchMetric
     clean: float
     corrupted: float | None
+    needed: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
+
+    def foretold(self, layer: int) -> int | None:
+        """How many nodes a path that enters a block may need, as the next one's tell; None where they are not known."""
+        behind = self.needed.get(layer + 1)
+        return None if behind is None else math.ceil(_GROWTH * behind) + _MORE
 
 
 @dataclass(frozen=True)
@@ -106,13 +113,12 @@ class Onward(ByPoints):
         self.at_ends: tuple[float, float] = tuple(values.to(self.dtype).tolist())
         self.sensitivity = max(down.metric.sensitivity(one[None]) for one in logits)
 
-    def integrate(self, known: float | None, budget: Budget, behind: Integral | None = None) -> Integral:
+    def integrate(self, known: float | None, budget: Budget) -> Integral:
         """Integrate, once it is seen that the path starts and ends in the model's own runs.
 
         Args:
             known: the metric in the run that the path starts from, if that is one of the model's.
             budget: how hard to try.
-            behind: the integral at the next boundary, if that is known; it tells how many nodes this one may need.
 
         Raises:
             BoundaryError: the model gives something else when it is run from the boundary on.
@@ -130,8 +136,17 @@ class Onward(ByPoints):
             s0, s1 = layers_of_paths(entry.path, torch.zeros(1, dtype=torch.long), entry.eps, entry.depth)
             # What logits that differ by rounding alone can do to the metric.
             noise = torch.full((1, 1), 8 * entry.rounding * self.sensitivity)
-            nodes = None if behind is None else math.ceil(_GROWTH * float(behind.needed)) + _MORE
-            return integrate(self, s0, s1, noise, tol=budget.tol, max_nodes=budget.max_nodes, first_nodes=nodes)
+            found = integrate(
+                self,
+                s0,
+                s1,
+                noise,
+                tol=budget.tol,
+                max_nodes=budget.max_nodes,
+                first_nodes=self.down.foretold(entry.layer),
+            )
+        self.down.needed[entry.layer] = float(found.needed)
+        return found
 
     def onward(self, resid: Float[Tensor, "item pos d_model"], pairs: Pairs = ()) -> Float[Tensor, "item *rest"]:
         """The model's output for vectors that enter here.

@@ -35,6 +35,8 @@ from lig_lens.integrate.stretch import density, stretch, unstretch
 PANEL_LENGTH = 4.0
 # Most nodes of a rule for a whole panel: beyond, halves do with fewer.
 _LONGEST = 64
+# Most numbers that its sums over nodes may be.
+_MOST_NUMBERS = 2**25
 _NARROWEST = 1e-18
 # Layers that are as narrow as this may have others inside, and where parts are looked at there, in units of the width.
 _NARROW = 0.1
@@ -224,6 +226,9 @@ def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor, nodes: int) -> t
     groups = torch.ones(len(dst), total.shape[1], dtype=torch.bool)
     each = min(math.ceil(nodes / int(counts.min())), _LONGEST)
     rule = SHORT if each <= NODES_PER_PANEL or integrand.switches() else long_rule(each)
+    # Its many sums are held at once.
+    if rule.factors.shape[1] * integrand.n_groups * integrand.n_parts * len(dst) > _MOST_NUMBERS:
+        rule = SHORT
     return OpenPanels(dst, low, high, scalar_low, scalar_high, groups, rule=rule), total
 
 

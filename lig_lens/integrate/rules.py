@@ -173,9 +173,8 @@ class _Long(Rule):
     around the middle. The fall from these to those, carried on, gives the first mode that is missed: that bounds the
     error, 50 times too large as a rule. The gap is a true error, but of the sum; how much larger a part's may be is
     told by the highest modes, the largest part's against the sum's. On paths through real models the estimate was never
-    below 0.6 of the worst part's error, where that was between 2e-5 and 2e-2 of it, and 3 to 4 times as large as a rule
-    (370 rules on 80 paths). Where the sum's modes fall off faster than the parts', which cancel in it, its gap says
-    nothing of them, and the bound stands.
+    below 0.6 of the worst part's error, where that was between 2e-5 and 2e-2 of the largest part. Where the sum's modes
+    fall off faster than the parts', which cancel in it, its gap says nothing of them, and the bound stands.
     """
 
     def __init__(self, n: int) -> None:

@@ -13,7 +13,7 @@ from lig_lens.blocks.values import Messages, Values
 from lig_lens.errors import BoundaryError, InputError
 from lig_lens.inputs.inputs import Inputs
 from lig_lens.interventions.intervention import Change, Trials
-from lig_lens.models.running import Hook, torch_hooks
+from lig_lens.models.running import Hook, leaf_at, torch_hooks
 from lig_lens.models.stack import Forward
 from lig_lens.targets.metrics import BatchMetric
 
@@ -79,21 +79,12 @@ class Run:
             InputError: the metric has no gradient, or none that is finite.
         """
         leaves: dict[int, Tensor] = {}
-
-        def added(layer: int) -> Hook:
-            # Some bridges hand over views, on which gradients are not kept: a zero that is added has one.
-            def hook(z: Tensor) -> Tensor:
-                leaves[layer] = torch.zeros_like(z, requires_grad=True)
-                return z + leaves[layer]
-
-            return hook
-
         # Nothing before the first of the blocks has a gradient to give.
         first = self.values[min(self.values)]
         resid = first.resid_pre[None]
         pairs: list[tuple[nn.Module, Callable[..., object], bool]] = [first.call.entering(resid)]
         for layer, values in self.values.items():
-            pairs += torch_hooks(values.call.modules, {values.heads.nodes.z_path: added(layer)})
+            pairs += torch_hooks(values.call.modules, {values.heads.nodes.z_path: leaf_at(leaves, layer)})
         with torch.enable_grad():
             value = metric.checked(metric(self.forward.onward(first.layer, resid, pairs)))
             wanted = [leaves[layer] for layer in self.values]

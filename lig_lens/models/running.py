@@ -168,6 +168,19 @@ def _on_output(hook: Hook, _module: nn.Module, _inputs: Any, output: Any) -> Any
     return None if replacement is None else with_first_tensor(output, replacement)
 
 
+def leaf_at(leaves: dict[Any, Tensor], key: Any) -> Callable[[Tensor], Tensor]:
+    """A hook that lets gradients be asked at an activation, of what it puts under `key`.
+
+    Some bridges hand over views, on which no gradients are kept: a zero that is added to them has one.
+    """
+
+    def hook(value: Tensor) -> Tensor:
+        leaves[key] = torch.zeros_like(value, requires_grad=True)
+        return value + leaves[key]
+
+    return hook
+
+
 def stop(*_: Any) -> None:
     """A hook that ends the run."""
     raise Stop

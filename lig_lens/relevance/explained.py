@@ -17,7 +17,7 @@ from lig_lens.integrate.integrand import Budget
 from lig_lens.integrate.onward import Downstream, Entry, OfPositions, behind, entry_of
 from lig_lens.integrate.quadrature import Integral
 from lig_lens.interventions.run import messages_at
-from lig_lens.models.running import first_tensor, torch_hooks, with_first_tensor
+from lig_lens.models.running import first_tensor, leaf_at, torch_hooks, with_first_tensor
 from lig_lens.paths.path import ResidPath
 
 
@@ -91,7 +91,7 @@ class Explained:
         if boundary not in self._integrals:
             integrand = OfPositions(self.entry(boundary), self.down, self.budget)
             known = None if self.start is None else self.down.corrupted
-            self._integrals[boundary] = integrand.integrate(known, self.budget, self._integrals.get(boundary + 1))
+            self._integrals[boundary] = integrand.integrate(known, self.budget)
         return self._integrals[boundary]
 
     def messages(self, layer: int) -> Messages:
@@ -127,28 +127,23 @@ class Explained:
         """
         forward, first, leaves = self.down.forward, self.values[self.layers[0]].call, dict[Any, Tensor]()
 
-        def added(key: Any, value: Tensor) -> Tensor:
-            # Some bridges hand over views, on which gradients are not kept: a zero that is added has one.
-            leaves[key] = torch.zeros_like(value, requires_grad=True)
-            return value + leaves[key]
-
         def behind_block(layer: int, output: Any) -> Any:
             passed(layer + 1)
-            return with_first_tensor(output, added(layer + 1, first_tensor(output)))
+            return with_first_tensor(output, leaf_at(leaves, layer + 1)(first_tensor(output)))
 
         resid = first.resid_pre[None].detach().requires_grad_()
         pairs = [first.entering(resid)]
         for layer, values in self.values.items():
             if values.attention is not None:
                 path = values.attention.nodes.z_path
-                pairs += torch_hooks(values.call.modules, {path: functools.partial(added, ("z", layer))})
+                pairs += torch_hooks(values.call.modules, {path: leaf_at(leaves, ("z", layer))})
             block = values.call.block
             pairs.append((block, lambda _m, _a, output, layer=layer: behind_block(layer, output), False))
         metric = self.down.metric
         with torch.enable_grad():
             with rules:
                 passed(first.layer)
-                output = added("output", forward.onward(first.layer, resid, pairs))
+                output = leaf_at(leaves, "output")(forward.onward(first.layer, resid, pairs))
             value = metric.checked(metric(output))
             leaves[first.layer] = resid
             grads = torch.autograd.grad(value.sum(), list(leaves.values()), materialize_grads=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from lig_lens.blocks.messages import by_head
 from lig_lens.errors import ConvergenceWarning, warn_caller
 from lig_lens.integrate.onward import OfPositions
-from lig_lens.models.running import Hook, torch_hooks
+from lig_lens.models.running import Hook, leaf_at, torch_hooks
 from lig_lens.relevance.explained import Explained
 
 _FEWEST_NODES, _MOST_NODES = 8, 128
@@ -59,15 +59,10 @@ def _at(
     n_pos, n_heads, d_head = values.heads.z.shape
     read: dict[str, Tensor] = {}
 
-    def at_z(z: Tensor) -> Tensor:
-        # Some bridges hand over views, on which gradients are not kept: a zero that is added has one.
-        read["z"] = torch.zeros_like(z, requires_grad=True)
-        return z + read["z"]
-
     def at_v(v: Tensor) -> None:
         read.setdefault("v", v)
 
-    hooks: dict[str, Hook] = {values.heads.nodes.z_path: at_z, messages.v_path: at_v}
+    hooks: dict[str, Hook] = {values.heads.nodes.z_path: leaf_at(read, "z"), messages.v_path: at_v}
     with torch.enable_grad():
         resid = integrand.resid(a).requires_grad_()
         value = integrand.value(resid, torch_hooks(values.call.modules, hooks))
