@@ -23,6 +23,7 @@ from lig_lens.flow.labels import axes_of
 from lig_lens.hooked import HookedModel, check_hooked
 from lig_lens.inputs.inputs import Inputs
 from lig_lens.inputs.pairs import is_batch, read_pairs
+from lig_lens.integrate.held import Hold
 from lig_lens.integrate.integrand import Budget
 from lig_lens.integrate.onward import Downstream
 from lig_lens.maps import MAPS, METRIC_MAPS
@@ -61,6 +62,8 @@ def attribute(
     max_batch_tokens: int = DEFAULTS.max_batch_tokens,
     engine: str = DEFAULTS.engine,
     split: str = DEFAULTS.split,
+    hold: str | None = DEFAULTS.hold,
+    noising: bool = DEFAULTS.noising,
     stream: str | None = DEFAULTS.stream,
     experts: str = DEFAULTS.experts,
     prepend_bos: bool | None = DEFAULTS.prepend_bos,
@@ -102,6 +105,12 @@ def attribute(
             and for i = j the query, with everything else at its place on the path. `message`: how far the message
             p_ji v_i moves, whatever moves it, which is what interventions on edges replace. Both have the same sums
             over sources, so heads and totals are the same.
+        hold: with a metric, what stays while a path runs. None, the default: nothing, so that a layer's contributions
+            add up with `skip` to f(prompt) - f(corrupted). `skip`: what bypasses the heads, so that they add up to the
+            effect of patching all heads of the block. `others`: the other heads as well, so that each head's add up to
+            the effect of patching it alone, in a cell for each head, at the cost of as many runs as there are heads.
+        noising: what is held stays as in the clean run, so that contributions add up to f(clean) - f(patched); by
+            default as in the run that the path starts from: f(patched) - f(corrupted). As in `interventions.patching`.
         stream: of a model with an encoder and a decoder, whose attention is explained. `decoder`, the default: its
             self-attention, with the encoder's output held. `encoder`: its self-attention. `cross`: what each vector
             of the encoder's output contributes to the heads of each block's cross-attention, `[layer, head, src,
@@ -220,6 +229,7 @@ class _Run:
             budget=self.budget,
             engine=settings.engine,
             by_message=by_message,
+            hold=None if settings.hold is None else Hold(settings.hold == "others", settings.noising),
         )
 
     def check_prompt(self, values: Values, clean: Inputs, second: Inputs | None) -> dict[str, Baseline]:
@@ -313,7 +323,7 @@ class _Run:
             "src": len(job.inputs),
             "dst": len(job.destinations),
         }
-        named = axes_of(job.target.per_metric)
+        named = axes_of(job.target.per_metric, job.hold is not None and job.hold.others)
         axes = {name: named.tensors[name] for one in self.maps for name in (one.name, *one.parts)}
         axes |= {f"{group}.{one.name}": named.cells[one.name] for group in flow_io.CELLS for one in self.maps}
         return {name: tuple(sizes[axis] for axis in of) for name, of in axes.items()}
@@ -340,7 +350,8 @@ class _Run:
         """Settings as a Flow keeps them."""
         settings, down, stream, metric = self.settings, job.downstream, self.blocks.stack.stream, {}
         if down is not None:
-            metric = {"metric": {"clean": down.clean, "corrupted": down.corrupted}, "split": settings.split}
+            metric = {"metric": {"clean": down.clean, "corrupted": down.corrupted}}
+            metric |= {name: getattr(settings, name) for name in ("split", "hold", "noising")}
         return {
             **metric,
             "maps": list(settings.maps),

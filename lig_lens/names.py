@@ -7,6 +7,7 @@ MAPS = ("attn", "mlp", "block")
 ACROSS = "cross"
 STREAMS = ("decoder", "encoder", ACROSS)
 SPLITS = ("source", "message")
+HOLDS = ("skip", "others")
 EXPERTS = ("free", "held")
 ENGINES = ("auto", "closed_form", "hooks")
 DTYPES = ("float64", "float32", "float16", "bfloat16")

@@ -37,7 +37,7 @@ from lig_lens.fields import (
     flag_of,
     type_of,
 )
-from lig_lens.names import ENGINES, EXPERTS, MAPS, SPLITS, STREAMS
+from lig_lens.names import ENGINES, EXPERTS, HOLDS, MAPS, SPLITS, STREAMS
 from lig_lens.paths import BASELINES, baselines_of
 from lig_lens.targets import TARGETS
 
@@ -224,6 +224,8 @@ class Settings(Attribution):
 
     target: Annotated[Any, Flag(choices=TARGETS.names)] = Field("l2", description="What contributions add up to.")
     split: Annotated[StrictStr, Flag(choices=lambda: SPLITS)] = "source"
+    hold: Annotated[StrictStr | None, Flag(choices=lambda: HOLDS)] = None
+    noising: Annotated[Switch, Flag(off="denoising")] = False
     experts: Annotated[StrictStr, Flag(choices=lambda: EXPERTS)] = "free"
     prepend_bos: Any = Field(None, description="Handed to the model's tokenizer.")
     attention_mask: Any = Field(None, description="For token ids, 0 marks padding.")
@@ -282,10 +284,19 @@ class Settings(Attribution):
                     f"experts={self.experts!r} goes with targets at one block, and a metric has all blocks after it in "
                     "the path: leave it out."
                 )
+        elif self.hold is not None:
+            raise InputError(
+                f"hold={self.hold!r} goes with a metric as target: within a block nothing else moves anyway. Leave it "
+                "out, or give a metric such as logit_difference(...)."
+            )
         elif self.split != "source":
             raise InputError(
                 f"split={self.split!r} goes with a metric as target: contributions to a head's output are those of "
                 "sources (split='source')."
+            )
+        if self.noising and self.hold is None:
+            raise InputError(
+                "noising says in which run the rest stays, and nothing stays: give hold='skip' or hold='others' too."
             )
         used = self.from_second_prompt()
         if used and self.corrupted is None:

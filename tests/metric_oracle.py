@@ -80,3 +80,55 @@ def contributions(
         if gap <= 1e-6 * max(abs(total), 1e-2):
             return heads, skip, total
     raise AssertionError(f"The oracle's own gap is {gap} of {total}.")
+
+
+def held_contributions(
+    kind: str, layer: int, x: Tensor, x0: Tensor, function: Callable[[Tensor], Tensor], others: bool, noising: bool
+) -> tuple[Tensor, Tensor]:
+    """Contributions where only what attention reads moves, the skip connection being held as in one of the runs.
+
+    Args:
+        kind: of tiny model.
+        layer: which block the path enters.
+        x: resid_pre [pos, d_model] at its end.
+        x0: the same at its start.
+        function: of logits [1, pos, d_vocab].
+        others: the outputs of other heads are held too.
+        noising: as in the run of x; else as in that of x0.
+
+    Returns:
+        heads [head, src, dst], and the change of the metric as each head moves, or [1] as all do.
+    """
+    blocks = [oracle.block_of(exact_hf(kind), later) for later in range(layer, N_LAYERS)]
+    head, step, held = unembed(kind), x - x0, x if noising else x0
+
+    def downstream(z: Tensor) -> Tensor:
+        resid = blocks[0].tail(z, held.expand(len(z), -1, -1))
+        for block in blocks[1:]:
+            resid = block.run(resid)
+        return torch.stack([function(one[None]) for one in head(resid)])
+
+    with torch.no_grad():
+        z_start, z_end, z_held = blocks[0].z_of(torch.stack([x0, x, held]))
+    n_heads, n_pos = z_end.shape[1], len(x)
+    moving = [[one] for one in range(n_heads)] if others else [list(range(n_heads))]
+    own = torch.eye(n_pos, dtype=x.dtype)[:, :, None] * step
+    heads, totals = torch.zeros(n_heads, n_pos, n_pos, dtype=x.dtype), []
+    nodes, weights = oracle.graded_rule(24)
+    points = x0 + nodes[:, None, None] * step
+    tangents = [torch.func.jvp(blocks[0].z_of, (points,), (one.expand_as(points),))[1] for one in own]
+    for chosen in moving:
+
+        def with_moved(z: Tensor, chosen: list[int] = chosen) -> Tensor:
+            mask = torch.zeros(n_heads, 1, dtype=torch.bool)
+            mask[chosen] = True
+            return torch.where(mask, z, z_held)
+
+        leaf = blocks[0].z_of(points).detach().requires_grad_()
+        (by_z,) = torch.autograd.grad(downstream(with_moved(leaf)).sum(), leaf)
+        for src, tangent in enumerate(tangents):
+            heads[:, src] += torch.einsum("n,njhe,njhe->hj", weights, tangent, by_z)
+        with torch.no_grad():
+            end, start = downstream(with_moved(torch.stack([z_end, z_start])))
+        totals.append(end - start)
+    return heads, torch.stack(totals)

@@ -115,10 +115,15 @@ class Values:
             raise BoundaryError(f"Block {self.layer} has no attention with separable heads: leave the layer out.")
         return self.attention
 
-    def read_z(self, resid_pre: Float[Tensor, "batch src d_model"]) -> Float[Tensor, "batch pos head d_head"]:
-        """Head outputs (before W_O) for given residual vectors; the rest of the block does not run."""
+    def read_z(
+        self, resid_pre: Float[Tensor, "batch src d_model"], hooks: Mapping[str, Hook] | None = None
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """Head outputs (before W_O) for given residual vectors; the rest of the block runs for other hooks alone."""
         path, read = self.heads.nodes.z_path, list[Tensor]()
-        self.call.read(resid_pre, {path: read.append}, stop_at=path)
+        if hooks:  # some bridges show the pattern behind the head outputs
+            self.call.run(resid_pre, {path: read.append, **hooks})
+        else:
+            self.call.read(resid_pre, {path: read.append}, stop_at=path)
         return read[0].reshape(*read[0].shape[:2], *self.heads.z.shape[1:])
 
     def run_tail(

@@ -118,7 +118,7 @@ def _flows(flows: Sequence[Flow]) -> AverageFlow:
     targets = sorted({len(flow.dst_tokens) for flow in flows})
     if not flows[0].is_square and len(targets) > 1:
         raise InputError(f"average: the targets have {targets} tokens: positions can only be averaged in one length.")
-    for key in ("attn_baseline", "mlp_baseline", "block_baseline", "split", "tol", "model"):
+    for key in ("attn_baseline", "mlp_baseline", "block_baseline", "split", "hold", "noising", "tol", "model"):
         asked = [flow.settings.get(key) for flow in flows if key in flow.settings]
         if any(value != asked[0] for value in asked):
             raise InputError(f"average: the Flows differ in their {key}: {asked}. Average like with like.")

@@ -97,7 +97,7 @@ class FlowData:
     @property
     def axes(self) -> Axes:
         """Names of the axes of all tensors, and of the cells of each map."""
-        return axes_of(self.metric is not None)
+        return axes_of(self.metric is not None, self.settings.get("hold") == "others")
 
     @property
     def has_all_destinations(self) -> bool:
@@ -383,11 +383,10 @@ def check_sums(flow: FlowData) -> None:
     """
     for name in flow.maps:
         terms, total, gap = flow.columns(name).double(), flow.total[name].double(), flow.gap[name].double()
-        if flow.metric is None:
-            found, rounding = terms.sum(-2), terms.abs().sum(-2)
-        else:
-            parts = [terms.flatten(1)] + ([] if flow.skip is None else [flow.skip.double().flatten(1)])
-            found, rounding = torch.cat(parts, 1).sum(1), torch.cat(parts, 1).abs().sum(1)
+        within = flow.axes.within(name)
+        found, rounding = terms.sum(within), terms.abs().sum(within)
+        if flow.metric is not None and flow.skip is not None and found.ndim == 1:
+            found, rounding = found + flow.skip.double().sum(-1), rounding + flow.skip.double().abs().sum(-1)
         allowed = gap * total.abs() + _SLACK * total.abs().max() + 1e-5 * rounding
         wrong = ~((found - total).abs() <= allowed)
         if bool(wrong.any()):

@@ -22,6 +22,8 @@ class Facts:
         metric: name of the metric that is the target, or None.
         change: value of the metric on the corrupted and on the clean prompt, where the Flow knows both.
         by_message: contributions to the metric are split by message.
+        hold: what stays while a path to the metric runs: `skip`, `others` or None.
+        noising: it stays as in the clean run.
         tol: the tolerance, where the Flow knows it.
         gaps: the worst completeness gap of each map.
         counted: what the gaps are those of, `columns` or `layers`.
@@ -40,6 +42,8 @@ class Facts:
     metric: str | None
     change: tuple[float, float] | None
     by_message: bool
+    hold: str | None
+    noising: bool
     tol: float | None
     gaps: Mapping[str, float]
     counted: str
@@ -74,6 +78,8 @@ def describe(flow: FlowData) -> Facts:
         metric=flow.metric,
         change=_change(asked.get("metric")),
         by_message=asked.get("split") == "message",
+        hold=asked.get("hold"),
+        noising=bool(asked.get("noising")),
         tol=tol if isinstance(tol, float) else None,
         gaps={name: flow.worst_gap(name) for name in flow.maps},
         counted=flow.axes.counted,

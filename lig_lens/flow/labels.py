@@ -1,7 +1,7 @@
 """Axes of a Flow's tensors, for each kind of Flow."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -27,6 +27,10 @@ class Axes:
     columns: Mapping[str, tuple[str, ...]]
     cells: Mapping[str, tuple[str, ...]]
     counted: str
+
+    def within(self, map: str) -> tuple[int, ...]:
+        """Which axes of `columns[map]` a cell adds up over."""
+        return tuple(place for place, axis in enumerate(self.columns[map]) if axis not in self.cells[map])
 
     def spread(self, map: str, cells: Tensor) -> Tensor:
         """Cells with axes of length 1 put in, so that they stand beside the columns that they belong to.
@@ -67,8 +71,12 @@ PER_METRIC = Axes(
     cells={"attn": ("layer",)},
     counted="layers",
 )
+# Where each head moves alone, it is a number of its own.
+PER_HEAD = replace(PER_METRIC, cells={"attn": ("layer", "head")}, counted="heads")
 
 
-def axes_of(metric: bool) -> Axes:
-    """Axes of a Flow of contributions to a metric, or to each destination's vectors."""
-    return PER_METRIC if metric else PER_DESTINATION
+def axes_of(metric: bool, each_head: bool = False) -> Axes:
+    """Axes of a Flow of contributions to a metric, head by head or for all of them, or to destinations' vectors."""
+    if not metric:
+        return PER_DESTINATION
+    return PER_HEAD if each_head else PER_METRIC

@@ -12,9 +12,9 @@ from lig_lens.errors import InputError
 from lig_lens.integrate import autograd, closed_form
 from lig_lens.integrate.across import across_integrand
 from lig_lens.integrate.attention_path import SharedPath
+from lig_lens.integrate.between import Between, ClosedBetween, MessagesByAutograd, SourcesByAutograd
 from lig_lens.integrate.closed_form import NUMBERS_PER_TOKEN
 from lig_lens.integrate.integrand import Budget, PathIntegrand
-from lig_lens.integrate.to_metric import Between, ClosedBetween, MessagesByAutograd, SourcesByAutograd
 from lig_lens.paths.path import ResidPath
 from lig_lens.targets.target import DestinationTarget
 

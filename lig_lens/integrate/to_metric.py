@@ -10,135 +10,20 @@ the skip connection, and what lies between x and z is attention's formula, or au
 `<dF/dz_{dst, head}, d(p_{dst, src} v_src)/da>`.
 """
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lig_lens.blocks.messages import by_head
-from lig_lens.blocks.reading import PATTERN_PATH
 from lig_lens.blocks.values import Values
-from lig_lens.integrate.attention_path import SharedPath
+from lig_lens.integrate.between import Between
+from lig_lens.integrate.held import HeadsAlone, Hold
 from lig_lens.integrate.integrand import Budget
 from lig_lens.integrate.onward import Downstream, Entry, Onward, entry_of
 from lig_lens.integrate.quadrature import Integral
 from lig_lens.models.running import Hook, torch_hooks
 from lig_lens.paths.path import ResidPath
-
-
-class Between(ABC):
-    """What lies between the residual vectors that enter a block and its heads' outputs."""
-
-    def hooks(self) -> dict[str, Hook]:
-        """Hooks on the block that are needed beside those at the head outputs; none by default."""
-        return {}
-
-    @abstractmethod
-    def contributions(
-        self,
-        a: Float[Tensor, "item"],
-        resid: Float[Tensor, "item pos d_model"],
-        z: Float[Tensor, "..."],
-        gradient: Float[Tensor, "head dst item d_head"],
-    ) -> Float[Tensor, "item head src dst"]:
-        """What each source contributes through each head, given the metric's gradient at the head outputs.
-
-        Args:
-            a: points on the path.
-            resid: residual vectors there, from which autograd can follow `z`.
-            z: head outputs.
-            gradient: of the metric.
-        """
-
-
-class ClosedBetween(Between):
-    """By the attention's formula, sources or messages."""
-
-    def __init__(self, values: Values, path: SharedPath, size: int, by_message: bool) -> None:
-        self.path, self.size, self.by_message = path, size, by_message
-        self.shape = (values.heads.n_heads, len(values), len(values))
-
-    def contributions(
-        self,
-        a: Float[Tensor, "item"],
-        resid: Float[Tensor, "item pos d_model"],
-        z: Float[Tensor, "..."],
-        gradient: Float[Tensor, "head dst item d_head"],
-    ) -> Float[Tensor, "item head src dst"]:
-        """See the base class."""
-        result = gradient.new_zeros(len(a), *self.shape)
-        every = torch.arange(self.shape[1])
-        for panels in self.path.work(every, a.cpu().expand(len(every), -1), None, self.size):
-            dst, moved = panels.dst[0], self.path.move(panels)
-            values = (moved.messages if self.by_message else moved.contributions)(gradient[:, dst])
-            result[:, :, : panels.n_src, dst] = values.permute(2, 0, 3, 1)
-        return result
-
-
-class SourcesByAutograd(Between):
-    """By one backward pass for each head and destination."""
-
-    def __init__(self, values: Values, step: Float[Tensor, "pos d_model"]) -> None:
-        self.step, self.n_heads, self.n_pos = step, values.heads.n_heads, len(values)
-
-    def contributions(
-        self,
-        a: Float[Tensor, "item"],
-        resid: Float[Tensor, "item pos d_model"],
-        z: Float[Tensor, "..."],
-        gradient: Float[Tensor, "head dst item d_head"],
-    ) -> Float[Tensor, "item head src dst"]:
-        """See the base class."""
-        result = gradient.new_zeros(len(resid), self.n_heads, self.n_pos, self.n_pos)
-        with torch.enable_grad():
-            outputs = z.reshape(len(resid), self.n_pos, self.n_heads, -1).unbind(1)
-            of_heads = [output.unbind(1) for output in outputs]
-        for head in range(self.n_heads):
-            for dst in range(self.n_pos):
-                (by_resid,) = torch.autograd.grad(
-                    of_heads[dst][head], resid, gradient[head, dst], retain_graph=True, materialize_grads=True
-                )
-                result[:, head, :, dst] = (by_resid * self.step).sum(-1)
-        return result
-
-
-class MessagesByAutograd(Between):
-    """All messages' derivatives along the path at once, from the pattern and values that the hooks show."""
-
-    def __init__(self, values: Values, step: Float[Tensor, "pos d_model"], v_path: str) -> None:
-        self.step, self.n_heads, self.n_pos, self.v_path = step, values.heads.n_heads, len(values), v_path
-        self._read: dict[str, Tensor] = {}
-
-    def hooks(self) -> dict[str, Hook]:
-        """See the base class."""
-        self._read = {}
-        return {path: self._reading(path) for path in (PATTERN_PATH, self.v_path)}
-
-    def _reading(self, path: str) -> Hook:
-        def read(value: Tensor) -> None:
-            self._read.setdefault(path, value)
-
-        return read
-
-    def contributions(
-        self,
-        a: Float[Tensor, "item"],
-        resid: Float[Tensor, "item pos d_model"],
-        z: Float[Tensor, "..."],
-        gradient: Float[Tensor, "head dst item d_head"],
-    ) -> Float[Tensor, "item head src dst"]:
-        """See the base class."""
-        with torch.enable_grad():
-            pattern = self._read[PATTERN_PATH].reshape(len(resid), self.n_heads, self.n_pos, self.n_pos)
-            v = by_head(self._read[self.v_path], len(resid), self.n_pos, self.n_heads, gradient.shape[-1])
-            messages = pattern * torch.einsum("hjne,nihe->nhji", gradient, v)
-            # Every message's derivative along one step: differentiated twice, as what weights of 1 are multiplied with.
-            weights = torch.ones_like(messages, requires_grad=True)
-            (by_resid,) = torch.autograd.grad((weights * messages).sum(), resid, create_graph=True)
-            (result,) = torch.autograd.grad((by_resid * self.step).sum(), weights, materialize_grads=True)
-        return result.mT
 
 
 @dataclass
@@ -183,7 +68,13 @@ class _ThroughHeads(Onward):
 
 
 def metric_integral(
-    values: Values, path: ResidPath, between: Between, down: Downstream, known: float | None, budget: Budget
+    values: Values,
+    path: ResidPath,
+    between: Between,
+    down: Downstream,
+    known: float | None,
+    hold: Hold | None,
+    budget: Budget,
 ) -> tuple[Float[Tensor, "head src dst"], Float[Tensor, "src"], Integral]:
     """Contributions to a metric through one block's heads and past them.
 
@@ -193,17 +84,22 @@ def metric_integral(
         between: what lies between residual vectors and head outputs.
         down: the model from the block on.
         known: the metric in the run that the path starts from, if that is one of the model's.
+        hold: what stays while the path runs, if anything does.
         budget: how hard to try.
 
     Returns:
-        what each source contributes through each head to each destination, what it contributes past the heads, and
-        the integral of one cell that both are parts of.
+        what each source contributes through each head to each destination, what it contributes past the heads (nothing
+        where that is held), and the integral that both are parts of, of one cell, or of one for each head.
 
     Raises:
         BoundaryError: the model gives something else when it is run from the block on.
     """
-    entry = entry_of(values, path)
-    integral = _ThroughHeads(entry, values, between, down, budget).integrate(known, budget)
-    parts = integral.parts[0, 0]
-    n_pos, n_heads = values.heads.z.shape[:2]
-    return parts[:-n_pos].reshape(n_heads, n_pos, n_pos), parts[-n_pos:], integral
+    entry, (n_pos, n_heads) = entry_of(values, path), values.heads.z.shape[:2]
+    if hold is None:
+        integral = _ThroughHeads(entry, values, between, down, budget).integrate((known, down.clean), budget)
+        parts, skip = torch.split(integral.parts[0, 0], [n_heads * n_pos**2, n_pos])
+    else:
+        alone = HeadsAlone(entry, values, between, down, hold, budget)
+        integral = alone.integrate((None, down.clean) if hold.noising else (known, None), budget)
+        parts, skip = integral.parts[0], entry.start.new_zeros(n_pos)
+    return parts.reshape(n_heads, n_pos, n_pos), skip, integral

@@ -13,7 +13,7 @@ from lig_lens.blocks.values import Messages, Values
 from lig_lens.errors import BoundaryError, InputError
 from lig_lens.inputs.inputs import Inputs
 from lig_lens.interventions.intervention import Change, Trials
-from lig_lens.models.running import Hook, leaf_at, torch_hooks
+from lig_lens.models.running import leaf_at, replacing, torch_hooks
 from lig_lens.models.stack import Forward
 from lig_lens.targets.metrics import BatchMetric
 
@@ -60,7 +60,7 @@ class Run:
     def _changed(self, values: Values, change: Change, count: int) -> Float[Tensor, "run *rest"]:
         """The model's outputs with what is changed at a block."""
         resid = values.resid_pre.expand(count, -1, -1) if change.resid is None else change.resid
-        hooks = {} if change.z is None else {values.heads.nodes.z_path: _replacing(change.z)}
+        hooks = {} if change.z is None else {values.heads.nodes.z_path: replacing(change.z)}
         pairs = [values.call.entering(resid), *torch_hooks(values.call.modules, hooks)]
         return self.forward.onward(values.layer, resid, pairs)
 
@@ -94,10 +94,6 @@ class Run:
             layer: grad.reshape(values.heads.z.shape)
             for (layer, values), grad in zip(self.values.items(), grads, strict=True)
         }
-
-
-def _replacing(z: Float[Tensor, "run pos head d_head"]) -> Hook:
-    return lambda now: z.to(now).reshape(now.shape).contiguous()
 
 
 class Recorder:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lig_lens.blocks.values import Values
 from lig_lens.inputs.inputs import Inputs
+from lig_lens.integrate.held import Hold
 from lig_lens.integrate.integrand import Budget
 from lig_lens.integrate.onward import Downstream
 from lig_lens.paths.baseline import Baseline, Place
@@ -31,6 +32,7 @@ class Job:
         budget: how hard to try.
         engine: as asked for.
         by_message: whether contributions to a metric are split by message.
+        hold: with a metric, what stays while a path runs.
     """
 
     inputs: Inputs
@@ -46,6 +48,7 @@ class Job:
     budget: Budget
     engine: str
     by_message: bool
+    hold: Hold | None
 
     def place(self, index: int) -> Place:
         """Layer number `index` of those asked for."""

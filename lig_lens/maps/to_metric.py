@@ -29,9 +29,11 @@ class AttnToMetric(Map):
         between = self.engine(job.engine, values).between(values, start, job.budget, job.by_message)
         # Where the path starts in the second prompt's run, the metric there is known.
         known = down.corrupted if place.corrupted is not None and path.start is place.corrupted.resid_pre else None
-        heads, skip, integral = metric_integral(values, path, between, down, known, job.budget)
+        heads, skip, integral = metric_integral(values, path, between, down, known, job.hold, job.budget)
         advance(self.work(job, index))
-        cells = {name: value[0, 0] for name, value in cells_of(integral).items()}
+        # One for each head, or one for everything.
+        each = slice(None) if job.hold is not None and job.hold.others else 0
+        cells = {name: value[each, 0] for name, value in cells_of(integral).items()}
         return self.finished(job, index, Columns(heads, **cells, skip=skip))
 
     def work(self, job: Job, index: int) -> int:

@@ -181,6 +181,11 @@ def leaf_at(leaves: dict[Any, Tensor], key: Any) -> Callable[[Tensor], Tensor]:
     return hook
 
 
+def replacing(value: Tensor) -> Callable[[Tensor], Tensor]:
+    """A hook that puts something in an activation's place, in its shape and dtype."""
+    return lambda now: value.to(now).reshape(now.shape).contiguous()
+
+
 def stop(*_: Any) -> None:
     """A hook that ends the run."""
     raise Stop

@@ -57,6 +57,8 @@ class Columns:
                 return part.sum(dtype=torch.float64)
             return part.sum(-2, dtype=torch.float64) if part.ndim > self.total.ndim else part.double()
 
+        if self.contributions.ndim == self.total.ndim + 2:  # one cell for each head, past which nothing goes
+            return self.contributions.sum((-2, -1), dtype=torch.float64)
         return sum(
             (of_cells(part) for part in (self.skip, self.bias) if part is not None), of_cells(self.contributions)
         )

@@ -90,7 +90,7 @@ class Explained:
         """What the vectors at a boundary contribute along the path: one cell, whose parts are the positions."""
         if boundary not in self._integrals:
             integrand = OfPositions(self.entry(boundary), self.down, self.budget)
-            known = None if self.start is None else self.down.corrupted
+            known = (None if self.start is None else self.down.corrupted), self.down.clean
             self._integrals[boundary] = integrand.integrate(known, self.budget)
         return self._integrals[boundary]
 

@@ -17,9 +17,13 @@ def change(facts: Facts) -> str:
     return "" if facts.change is None else f" ({' → '.join(signed_number(end) for end in facts.change)})"
 
 
-def by_message(facts: Facts) -> str:
-    """That contributions are split by message, with a comma before it, or nothing."""
-    return ", by message" if facts.by_message else ""
+def moving(facts: Facts) -> str:
+    """That contributions are split by message, and what is held, with commas before it, or nothing."""
+    said = ", by message" if facts.by_message else ""
+    if facts.hold is not None:
+        run = "the clean" if facts.noising else "the corrupted"
+        said += f", {'the other heads' if facts.hold == 'others' else 'what bypasses the heads'} held as in {run} run"
+    return said
 
 
 def beside_gap(facts: Facts) -> str:

@@ -19,7 +19,7 @@ from lig_lens.flow.rules import rule_of
 from lig_lens.show.explorer.packed import Packed, encoded
 from lig_lens.show.plots.style import QUALITATIVE
 from lig_lens.show.text import show_token
-from lig_lens.show.words import beside_gap, by_message, change, mean_of
+from lig_lens.show.words import beside_gap, change, mean_of, moving
 
 # Rules of composition that the page has; it composes by them itself.
 RULES = tuple(name for name in compose.RULES if rule_of(name).in_explorer)
@@ -168,8 +168,11 @@ def _view(label: str, flow: Flow, prefix: str, arrays: dict[str, str]) -> View:
             pack(f"{rule}-sums", (found.heads.sum((1, 2)) + found.skip).float())
             pack(f"{rule}-sizes", (found.heads.abs().sum((1, 2)) + found.skip.abs()).float())
     for name in flow.maps:
-        pack(f"{name}-gap", flow.gap[name])
-        pack(f"{name}-converged", flow.converged[name].float())
+        gap, converged = flow.gap[name], flow.converged[name].float()
+        if flow.metric is not None and gap.ndim == 2:  # the page knows one cell for each layer
+            gap, converged = gap.amax(1), converged.amin(1)
+        pack(f"{name}-gap", gap)
+        pack(f"{name}-converged", converged)
     view: View = {
         "label": label,
         "facts": _in_a_line(facts),
@@ -187,7 +190,8 @@ def _view(label: str, flow: Flow, prefix: str, arrays: dict[str, str]) -> View:
     }
     if flow.metric is None:
         return view
-    totals = [total if math.isfinite(total) else None for total in flow.total["attn"].tolist()]
+    whole = flow.total["attn"].reshape(len(flow.layers), -1).sum(1)
+    totals = [total if math.isfinite(total) else None for total in whole.tolist()]
     return MetricView(**view, totals=totals)
 
 
@@ -233,7 +237,7 @@ def _in_a_line(facts: Facts) -> str:
     """Model, size and certainty."""
     said = [facts.model or "model", f"{facts.n_tokens} tokens", f"{facts.n_layers} blocks", *mean_of(facts.averaged)]
     if facts.metric is not None:
-        said.append(f"metric {facts.metric}{by_message(facts)}{change(facts)}")
+        said.append(f"metric {facts.metric}{moving(facts)}{change(facts)}")
     said.append(f"worst gap {facts.worst_gap:.0e}{beside_gap(facts)}")
     if facts.missed:
         said.append(f"{1 - facts.converged_share:.1%} of the {facts.counted} not converged")
@@ -248,5 +252,5 @@ def flow_names(flows: Sequence[Flow]) -> list[str]:
 def _name(facts: Facts) -> str:
     """The baselines of a Flow, or its metric."""
     if facts.metric is not None:
-        return f"{facts.metric}{by_message(facts)}, from {facts.baselines.get('attn')}"
+        return f"{facts.metric}{moving(facts)}, from {facts.baselines.get('attn')}"
     return ", ".join(f"{name} {facts.baselines.get(name, '?')}" for name in facts.maps)

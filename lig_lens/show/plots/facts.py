@@ -7,7 +7,7 @@ import torch
 from lig_lens.flow.describe import describe
 from lig_lens.flow.flow import Flow
 from lig_lens.show.plots.style import short
-from lig_lens.show.words import beside_gap, by_message, change, mean_of
+from lig_lens.show.words import beside_gap, change, mean_of, moving
 
 
 def about(flow: Flow, target: bool = True) -> list[str]:
@@ -16,7 +16,7 @@ def about(flow: Flow, target: bool = True) -> list[str]:
     said = [short(facts.model)] if facts.model else []
     said += [f"{facts.n_tokens} tokens", *mean_of(facts.averaged)]
     if target and facts.metric is not None:
-        said.append(f"metric {short(facts.metric)}{change(facts)}{by_message(facts)}")
+        said.append(f"metric {short(facts.metric)}{change(facts)}{moving(facts)}")
     elif target and facts.target is not None:
         said.append(f"target {short(facts.target)}")
     return said
@@ -44,7 +44,9 @@ def unit(flow: Flow) -> str:
 
 def whole(flow: Flow) -> str:
     """What shares are shares of: in figures, where destinations stand down, "column" would mislead."""
-    return "destination's total" if flow.metric is None else "layer's total"
+    if flow.metric is None:
+        return "destination's total"
+    return "head's total" if flow.axes.cells["attn"] == ("layer", "head") else "layer's total"
 
 
 def cancelling_fact(cancels: torch.Tensor) -> list[str]:

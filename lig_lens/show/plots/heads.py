@@ -164,9 +164,9 @@ def _values(given: Drawn, shown: Positions, place: int, head: int | None) -> Val
 def _cancelling(given: Drawn, shown: Positions, places: Sequence[int], heads: Sequence[int | None]) -> list[str]:
     """How many of the totals that are shown have no shares."""
     cancels = given.cancels[places]
-    if cancels.ndim == 3:
+    if "head" in given.cells:
         cancels = cancels[:, [head for head in heads if head is not None]]
-    if cancels.ndim > 1:
+    if "dst" in given.cells:
         cancels = cancels[..., shown.places]
     return cancelling_fact(cancels)
 

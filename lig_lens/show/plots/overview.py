@@ -32,7 +32,7 @@ from lig_lens.show.plots.matrix import (
 from lig_lens.show.plots.select import cancelling, pick, token_axis
 from lig_lens.show.plots.style import INK, LINE, QUALITATIVE, short
 from lig_lens.show.text import MINUS, TIMES
-from lig_lens.show.words import change
+from lig_lens.show.words import change, moving
 
 _BESIDE = "beside the heads greys have a scale of their own"
 _DECADES = 5  # that a scale of gaps spans at most
@@ -162,6 +162,12 @@ def _add_beside(
 
 
 def _of_metric(flow: Flow, share: bool, places: Sequence[int], positions: Sequence[int]) -> _Table:
+    known = describe(flow)
+    if share and known.hold == "others":
+        raise InputError(
+            "importance: share=True with hold='others': each head is the whole of its own shares. Draw contributions, "
+            "or take a Flow of hold='skip'."
+        )
     past = flow.skip if flow.skip is not None else torch.zeros(len(flow.layers), len(flow.tokens))
     heads, rest = flow.columns("attn")[..., places].sum((2, 3)), past[:, positions].sum(1, keepdim=True)
     cancels = torch.zeros(len(flow.layers), dtype=torch.bool)
@@ -171,15 +177,18 @@ def _of_metric(flow: Flow, share: bool, places: Sequence[int], positions: Sequen
         cancels = cancelling(flow, "attn")
         heads, rest = (_divided(part, total).masked_fill(cancels[:, None], torch.nan) for part in (heads, rest))
     title = f"Contribution of each head to {short(flow.metric or '', 40)}"
-    changed = f"the metric's change{change(describe(flow))}"
+    changed = "what patching them all does" if known.hold else f"the metric's change{change(known)}"
+    added = "all heads of a layer" + ("" if known.hold else " and skip")
+    if known.hold == "others":
+        added, changed = "each head", "what patching it alone does"
     everywhere = "" if len(places) == len(flow.destinations) else ", at all positions,"
     facts = (
         "sum over sources and destinations" + (f", divided by {changed}" if share else ", in the metric's units"),
-        f"all heads of a layer and skip{everywhere} add up to {'100%' if share else changed}",
-        _BESIDE,
+        f"{added}{everywhere} add{'s' if known.hold == 'others' else ''} up to {'100%' if share else changed}",
+        *([moving(known).removeprefix(", ")] if known.hold else [_BESIDE]),
     )
-    of = "share" if share else unit(flow)
-    return _Table(heads, rest, ("skip",), title, of, facts, percent=share, signed=True, cancels=cancels)
+    of, beside = "share" if share else unit(flow), () if known.hold else ("skip",)
+    return _Table(heads, rest, beside, title, of, facts, percent=share, signed=True, cancels=cancels)
 
 
 def _of_output(flow: Flow, places: Sequence[int]) -> _Table:
@@ -242,8 +251,8 @@ def gap_map(
     if (tokens is not None and not per_destination) or (heads is not None and not per_head):
         raise InputError(
             f"gap_map: the gaps of this {map} map are those of whole "
-            f"{'destinations' if per_destination else 'layers'}: "
-            f"leave out {'heads' if per_destination else 'tokens and heads'}."
+            f"{flow.axes.counted if not per_destination else 'destinations'}: "
+            f"leave out {'heads' if per_destination else 'tokens' if per_head else 'tokens and heads'}."
         )
     numbers = [*range(gaps.shape[1])] if per_head else []
     if heads is not None:
@@ -259,11 +268,11 @@ def gap_map(
     if per_destination:
         across, cell = token_axis(flow, shown.destinations, "destination"), row_cells(gaps.shape[-1])
     else:
-        across, cell = Axis("", ["all heads and destinations"]), (200.0, 26.0)
-    worst = gaps.argmax(1).tolist() if per_head else None
+        across, cell = Axis("", [f"all {'' if per_head else 'heads and '}destinations"]), (200.0, 26.0)
+    worst = gaps.argmax(1).reshape(len(rows), -1).tolist() if per_head else None
     # As tables of layers and destinations: the gap, and how many heads have not converged.
-    gaps = gaps.amax(1) if per_head else gaps.reshape(len(rows), -1)
-    missed = missed.sum(1) if per_head else missed.reshape(len(rows), -1).long()
+    gaps, missed = (gaps.amax(1), missed.sum(1)) if per_head else (gaps, missed.long())
+    gaps, missed = (one.reshape(len(rows), -1) for one in (gaps, missed))
     table = [list(zip(*both, strict=True)) for both in zip(gaps.tolist(), missed.tolist(), strict=True)]
     notes = [
         [

@@ -65,7 +65,7 @@ def token_axis(flow: Flow, positions: Sequence[int], name: str, numbered: bool =
 class Drawn:
     """Terms of a map to be drawn: `columns` or `shares`, or their difference from those of another Flow.
 
-    Shares are NaN where `cancels` (one entry for each total, see `cancelling`).
+    Shares are NaN where `cancels` (one entry for each total, with the axes `cells`, see `cancelling`).
     """
 
     map: str
@@ -76,6 +76,7 @@ class Drawn:
     hover: str
     facts: list[str]
     cancels: torch.Tensor
+    cells: tuple[str, ...]
 
     @property
     def signed(self) -> bool:
@@ -104,7 +105,7 @@ def drawn(call: str, flow: Flow, map: str, share: bool, minus: Flow | None) -> D
         same = flow.settings.get(f"{map}_baseline") == minus.settings.get(f"{map}_baseline")
         facts += [*(baselines(flow, [map]) if same else []), _difference(flow, minus, map)]
         facts += [worst_gap([flow, minus], [map])]
-    return Drawn(map, terms, share, minus is not None, what, f"{words} {value}", facts, cancels)
+    return Drawn(map, terms, share, minus is not None, what, f"{words} {value}", facts, cancels, flow.axes.cells[map])
 
 
 def _terms(flow: Flow, map: str, share: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,8 +125,9 @@ def cancelling(flow: Flow, map: str) -> torch.Tensor:
     """
     terms, shares = flow.columns(map), flow.shares(map)
     if flow.metric is not None:
-        skip = torch.zeros(1) if flow.skip is None else flow.skip
-        size, total = terms.abs().sum((1, 2, 3)) + skip.abs().sum(-1), flow.total[map]
+        size, total = terms.abs().sum(flow.axes.within(map)), flow.total[map]
+        if flow.skip is not None and total.ndim == 1:
+            size = size + flow.skip.abs().sum(-1)
         return (size > CANCELS * total.abs()) & (total != 0)
     size, total = terms.abs().sum(-2), terms.sum(-2)
     return (size > CANCELS * total.abs()) & (shares != 0).any(-2)

@@ -100,7 +100,7 @@ def set_frame(
     """
     total = max(left + width + right, 560.0)
     lines = _wrap(facts, total - 2 * _EDGE)
-    size = 16 if len(_bare(heading)) * 8.2 < total - 2 * _EDGE else 13
+    size = 16 if len(_bare(heading)) * 9.4 < total - 2 * _EDGE else 13
     top = 38.0 + 1.3 * size * len(lines) + above  # plotly spaces all lines as the first one's letters ask for
     text = "<br>".join([heading, *(f"<span style='font-size:12px;color:{QUIET}'>{line}</span>" for line in lines)])
     figure.update_layout(
