@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lig_lens import __version__
+from lig_lens.blocks.call import BlockCall
 from lig_lens.blocks.known import Blocks, Needs
 from lig_lens.blocks.values import Values
 from lig_lens.choose import Selection, chosen_numbers
@@ -206,7 +207,9 @@ class _Run:
                     second, Needs(heads, formula=False, without_heads=without_heads), whole=metric.per_metric
                 )
             if isinstance(metric, Metric):
-                downstream = self._downstream(metric, recording.whole, None if corrupted is None else corrupted.whole)
+                first = recording.visited[min(self.layers)].call
+                other = None if corrupted is None else corrupted.whole
+                downstream = self._downstream(metric, recording.whole, other, first)
         values = recording.visited
         for at in values.values():
             for one in self.maps:
@@ -280,11 +283,11 @@ class _Run:
         """For a metric all of a half-precision model runs in float32, so that it is one function throughout."""
         return prepared(self.model, self.model) if self.settings.target.per_metric else nullcontext()
 
-    def _downstream(self, metric: Metric, clean: Forward, second: Forward | None) -> Downstream:
+    def _downstream(self, metric: Metric, clean: Forward, second: Forward | None, first: BlockCall) -> Downstream:
         with torch.no_grad():
             ready = metric.on(self.model, clean.output)
             corrupted = None if second is None else float(ready(second.output))
-            return Downstream(clean, ready, float(ready(clean.output)), corrupted)
+            return Downstream(clean, ready, float(ready(clean.output)), corrupted, first)
 
     def _fill(self, job: Job, doing: str, put: Callable[[str, int, Tensor], Any]) -> None:
         """Compute every layer and hand its tensors over, under the names that they have in a Flow file."""

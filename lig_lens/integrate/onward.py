@@ -42,6 +42,7 @@ class Downstream:
         metric: of its output.
         clean: its value there.
         corrupted: its value in the second prompt's run, if there is one.
+        first: how the lowest block was called that paths enter.
         needed: how many nodes the paths that were integrated needed, by the block that they enter.
     """
 
@@ -49,13 +50,18 @@ class Downstream:
     metric: BatchMetric
     clean: float
     corrupted: float | None
+    first: BlockCall = field(repr=False)
     needed: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
     def smooth(self) -> bool:
-        """Whether nothing switches in a whole run, so that it does not on any path either."""
-        whole = self.forward
-        return not Switches(lambda n: self.metric(whole.stack.run(whole.inputs, n)))
+        """Whether nothing switches from the lowest block on, so that it does not on any path."""
+
+        def run(n: int) -> Float[Tensor, "item"]:
+            resid = self.first.resid_pre.expand(n, -1, -1)
+            return self.metric(self.forward.onward(self.first.layer, resid, [self.first.entering(resid)]))
+
+        return not Switches(run)
 
     def foretold(self, layer: int) -> int | None:
         """How many nodes a path that enters a block may need, as the next one's tell; None where they are not known."""

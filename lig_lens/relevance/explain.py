@@ -155,7 +155,8 @@ class _Run:
         with torch.no_grad():
             ready = as_metric(self.model, self.forward.output, target, against).on(self.model, self.forward.output)
             start = None if self.start_forward is None else float(ready(self.start_forward.output))
-            down = Downstream(self.forward, ready, float(ready(self.forward.output)), start)
+            first = self.values[min(self.values)].call
+            down = Downstream(self.forward, ready, float(ready(self.forward.output)), start, first)
             return Explained(self.inputs, self.values, self.start, down, self.budget)
 
     def relevance(self, what: Explained, method: Method, advance: Any) -> Relevance:
