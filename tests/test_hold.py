@@ -81,6 +81,15 @@ def test_hooked_transformer(kind: str, hold: str):
     torch.testing.assert_close(summed, totals, rtol=1e-3, atol=1e-4 * float(flow.attn.abs().max()))
 
 
+def test_compare_finds_patching_again():
+    model, pair = lig_lens.load_model("induction"), lig_lens.induction_pairs(1)[0]
+    metric = lig_lens.logit_difference(pair.answer, pair.wrong)
+    effects = patch(model, pair.clean, pair.corrupted, metric, each_position=False, progress=False)
+    asked = {"corrupted": pair.corrupted, "target": metric, "progress": False}
+    others, free = (lig_lens.attribute(model, pair.clean, hold=hold, **asked) for hold in ("others", None))
+    assert lig_lens.compare(others, effects).pearson > 1 - 1e-6 > lig_lens.compare(free, effects).pearson
+
+
 def test_noising_and_denoising_are_each_others_mirror():
     # From the other prompt's side, what is held as in the clean run is held as in the corrupted one.
     model, target = tiny_bridge("gpt2", torch.float64), lig_lens.metric(curved)
