@@ -109,6 +109,10 @@ def test_a_file_an_average_a_table_and_figures_know_what_is_held(tmp_path):
         assert len(flow.to_dataframe()) == flow.attn.numel()
         lig_lens.plots.gap_map(flow)
         lig_lens.plots.head_map(flow, layer=0, head=1, share=True)
+    with pytest.raises(InputError, match="minus= has hold='skip', not 'others'"):
+        lig_lens.plots.head_map(others, layer=1, head=1, minus=skip)
+    with pytest.raises(InputError, match="whole of its own"):
+        lig_lens.plots.importance(others, share=True)
     shares = others.shares("attn").sum((2, 3))
     torch.testing.assert_close(shares[others.total["attn"] != 0], torch.ones_like(shares[others.total["attn"] != 0]))
     with pytest.raises(InputError, match="hold"):

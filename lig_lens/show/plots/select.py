@@ -8,6 +8,7 @@ import torch
 from lig_lens.choose import find_places, of_tokens
 from lig_lens.errors import InputError
 from lig_lens.flow.compose import CANCELS
+from lig_lens.flow.describe import describe
 from lig_lens.flow.flow import Flow
 from lig_lens.show.plots.facts import about, baselines, whole, worst_gap
 from lig_lens.show.plots.matrix import Axis
@@ -134,6 +135,12 @@ def cancelling(flow: Flow, map: str) -> torch.Tensor:
 
 
 def _check_alike(call: str, flow: Flow, minus: Flow, map: str, share: bool) -> None:
+    holds = [describe(one).hold for one in (flow, minus)]
+    if holds[0] != holds[1]:
+        raise InputError(
+            f"{call}: minus= has hold={holds[1]!r}, not {holds[0]!r}, so that its totals are of something else: give a "
+            "Flow that was asked for in the same way."
+        )
     for name in ("tokens", "dst_tokens", "layers", "destinations"):
         if getattr(flow, name) != getattr(minus, name):
             raise InputError(
