@@ -1,6 +1,7 @@
 """Contributions to a metric with what bypasses heads held: against the oracle, and against patching."""
 
 import functools
+from dataclasses import replace
 
 import metric_oracle
 import pytest
@@ -90,6 +91,23 @@ def test_compare_finds_patching_again():
     assert lig_lens.compare(others, effects).pearson > 1 - 1e-6 > lig_lens.compare(free, effects).pearson
 
 
+def test_positions_are_not_compared_with_what_is_held():
+    model, target = tiny_bridge("gpt2", torch.float64), lig_lens.metric(curved)
+    effects = patch(model, CLEAN, ALL_DIFFERENT, target, at="resid_pre", progress=False)
+    with pytest.raises(InputError, match="hold=None to compare positions"):
+        lig_lens.compare(run("gpt2", "skip", False), effects)
+
+
+@pytest.mark.parametrize("noising", [False, True])
+@pytest.mark.parametrize("hold", HOLDS)
+def test_paths_from_zeros(hold: str, noising: bool):
+    model = tiny_bridge("llama", torch.float64)
+    asked = {"attn_baseline": "zero", "target": lig_lens.metric(curved), "hold": hold, "noising": noising, "tol": 1e-4}
+    flow = lig_lens.attribute(model, CLEAN, progress=False, **asked)
+    summed = flow.attn.sum((2, 3)) if hold == "others" else flow.attn.sum((1, 2, 3))
+    torch.testing.assert_close(summed, flow.total["attn"], rtol=1e-3, atol=1e-4 * float(flow.attn.abs().max()))
+
+
 def test_noising_and_denoising_are_each_others_mirror():
     # From the other prompt's side, what is held as in the clean run is held as in the corrupted one.
     model, target = tiny_bridge("gpt2", torch.float64), lig_lens.metric(curved)
@@ -105,7 +123,7 @@ def test_a_file_an_average_a_table_and_figures_know_what_is_held(tmp_path):
         again = lig_lens.Flow.load(flow.save(tmp_path / "flow.safetensors"))
         assert again.axes == flow.axes and again.settings["hold"] == flow.settings["hold"]
         assert torch.equal(again.total["attn"], flow.total["attn"])
-        assert "held as in the" in lig_lens.plots.importance(flow).to_json()
+        assert "held as" in lig_lens.plots.importance(flow).to_json()
         assert len(flow.to_dataframe()) == flow.attn.numel()
         lig_lens.plots.gap_map(flow)
         lig_lens.plots.head_map(flow, layer=0, head=1, share=True)
@@ -115,8 +133,20 @@ def test_a_file_an_average_a_table_and_figures_know_what_is_held(tmp_path):
         lig_lens.plots.importance(others, share=True)
     shares = others.shares("attn").sum((2, 3))
     torch.testing.assert_close(shares[others.total["attn"] != 0], torch.ones_like(shares[others.total["attn"] != 0]))
-    with pytest.raises(InputError, match="hold"):
-        lig_lens.average([others, skip])
+    with pytest.raises(InputError, match="one for each layer"):
+        others.explore()
+    without = lig_lens.attribute(
+        tiny_bridge("gpt2", torch.float64),
+        CLEAN,
+        corrupted=ALL_DIFFERENT,
+        target=lig_lens.metric(curved),
+        tol=1e-4,
+        progress=False,
+    )
+    old = replace(without, settings={k: v for k, v in without.settings.items() if k not in ("hold", "noising")})
+    for pair in ([others, skip], [old, skip], [skip, old]):
+        with pytest.raises(InputError, match="hold"):
+            lig_lens.average(pair)
     assert lig_lens.average([others, others]).mean.total["attn"].shape == others.total["attn"].shape
 
 

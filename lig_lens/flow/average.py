@@ -113,13 +113,18 @@ def _mean(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return stacked.mean(0).float(), (stacked.std(0) / len(tensors) ** 0.5).float()
 
 
+# What Flows that know nothing of these settings were asked for.
+_USUAL = {"hold": None, "noising": False}
+
+
 def _flows(flows: Sequence[Flow]) -> AverageFlow:
     _same(flows, ("layers", "destinations", "maps", "model_name", "stream"))
     targets = sorted({len(flow.dst_tokens) for flow in flows})
     if not flows[0].is_square and len(targets) > 1:
         raise InputError(f"average: the targets have {targets} tokens: positions can only be averaged in one length.")
     for key in ("attn_baseline", "mlp_baseline", "block_baseline", "split", "hold", "noising", "tol", "model"):
-        asked = [flow.settings.get(key) for flow in flows if key in flow.settings]
+        known = [flow.settings for flow in flows if key in flow.settings or key in _USUAL]
+        asked = [settings.get(key, _USUAL.get(key)) for settings in known]
         if any(value != asked[0] for value in asked):
             raise InputError(f"average: the Flows differ in their {key}: {asked}. Average like with like.")
     measured = {str(flow.settings.get("target")) for flow in flows}

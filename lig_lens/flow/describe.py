@@ -26,7 +26,7 @@ class Facts:
         noising: it stays as in the clean run.
         tol: the tolerance, where the Flow knows it.
         gaps: the worst completeness gap of each map.
-        counted: what the gaps are those of, `columns` or `layers`.
+        counted: what the gaps are those of, `columns`, `layers` or `heads`.
         cells: how many of them there are, over all maps.
         missed: how many of them have not converged.
     """

@@ -48,6 +48,8 @@ class Flow(FlowData):
     add up to its change from baseline to prompt, `total["attn"][l]`: `attn[l, h, i, j]` is what source i contributes
     through head h at destination j and all that follows, `skip[l, i]` what it contributes past that layer's heads. With
     `split="message"` `attn[l, h, i, j]` is what the movement of the message from i to j contributes, whatever moves it.
+    With `hold` nothing goes past the heads, and they add up to what patching them does; with `hold="others"` each head
+    by itself, `total["attn"][l, h]`.
 
     Args:
         tokens: one string per position, as the tokenizer prints them.

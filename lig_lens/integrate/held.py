@@ -39,6 +39,9 @@ class Hold:
 class HeadsAlone(Onward):
     """One cell with the parts of all heads, sources and destinations; or one for each head."""
 
+    # What moves is little, and not much more of it at the block before.
+    foretold = False
+
     def __init__(
         self, entry: Entry, values: Values, between: Between, down: Downstream, hold: Hold, budget: Budget
     ) -> None:
@@ -53,6 +56,11 @@ class HeadsAlone(Onward):
     def outputs(self, resid: Float[Tensor, "item pos d_model"]) -> Float[Tensor, "item group *rest"]:
         """See the base class."""
         return self._onward(self._cells(self.values.read_z(resid)))
+
+    def runs(self) -> Float[Tensor, "2 cell"]:
+        """See the base class; in these runs nothing is held."""
+        with torch.no_grad():
+            return self._metric(super().outputs(torch.stack([self.first, self.entry.path.end])))
 
     def _cells(self, z: Float[Tensor, "item pos head d_head"]) -> Float[Tensor, "item group pos head d_head"]:
         """Head outputs in each cell: all that move, or one's and the others held."""
@@ -77,11 +85,12 @@ class HeadsAlone(Onward):
         with torch.enable_grad():
             resid = self.resid(a).requires_grad_()
             z = self.values.read_z(resid, self.between.hooks())
-            leaf = self._cells(z).detach().requires_grad_()
+            leaf = self._cells(z)[:, groups].detach().requires_grad_()
             value = metric.checked(self._metric(self._onward(leaf)).flatten())
             (by_cells,) = torch.autograd.grad(value.sum(), leaf, materialize_grads=True)
-        if self.n_groups == 1:
-            gradient = by_cells[:, 0].permute(2, 1, 0, 3)
-        else:  # of each cell its own head's
-            gradient = torch.diagonal(by_cells, dim1=1, dim2=3).permute(3, 1, 0, 2)
+        by_head = by_cells[:, 0]
+        if self.n_groups > 1:  # of each cell its own head's
+            by_head = torch.zeros_like(by_head)
+            by_head[:, :, groups] = torch.stack([by_cells[:, i, :, head] for i, head in enumerate(groups)], 2)
+        gradient = by_head.permute(2, 1, 0, 3)
         return self.between.contributions(a, resid, z, gradient).reshape(len(a), self.n_groups, -1)

@@ -115,6 +115,8 @@ class Onward(ByPoints):
     """The metric of what follows from the vectors at a point of the path: one cell, unless a subclass runs several."""
 
     n_dst, n_groups = 1, 1
+    foretold = True
+    """Whether paths at the next block tell how many nodes one needs."""
 
     def __init__(self, entry: Entry, down: Downstream, n_parts: int, budget: Budget) -> None:
         self.entry, self.down = entry, down
@@ -139,7 +141,7 @@ class Onward(ByPoints):
         Raises:
             BoundaryError: the model gives something else when it is run from the boundary on.
         """
-        for cells, whole in zip(self.at_ends.tolist(), known, strict=True):
+        for cells, whole in zip(self.runs().tolist(), known, strict=True):
             for here in cells if whole is not None else ():
                 if abs(here - whole) <= 1e-4 * max(self.sensitivity, 1e-30):
                     continue
@@ -160,10 +162,15 @@ class Onward(ByPoints):
                 noise,
                 tol=budget.tol,
                 max_nodes=budget.max_nodes,
-                first_nodes=self.down.foretold(entry.layer),
+                first_nodes=self.down.foretold(entry.layer) if self.foretold else None,
             )
-        self.down.needed[entry.layer] = float(found.needed.max())
+        if self.foretold:
+            self.down.needed[entry.layer] = float(found.needed.max())
         return found
+
+    def runs(self) -> Float[Tensor, "2 cell"]:
+        """The metric of whole runs from both ends of the path on, which the model's own are held against."""
+        return self.at_ends
 
     def onward(self, resid: Float[Tensor, "item pos d_model"], pairs: Pairs = ()) -> Float[Tensor, "item *rest"]:
         """The model's output for vectors that enter here.

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lig_lens.integrate.rules import ADDED, NODES_PER_PANEL, SHORT, Asked, Found, long_rule
+from lig_lens.integrate.rules import ADDED, NODES_PER_PANEL, SHORT, Asked, Found, Rule, long_rule
 from lig_lens.integrate.split import Integrand, OpenPanels, scalars_of, split
 from lig_lens.integrate.stretch import density, stretch, unstretch
 
@@ -99,7 +99,7 @@ def integrate(
     noise = noise.cpu().double().clamp(min=tiny)
     looked_at = (s0 < _NARROW) & (not all_layers_known)
     s0 = _narrowed(integrand, s0, looked_at.nonzero()[:, 0], tol, noise)
-    panels, total = _first_panels(integrand, s0, s1, min(first_nodes or 0, max_nodes))
+    panels, total = _first_panels(integrand, s0, s1, _foretold(first_nodes, max_nodes))
     allowed = torch.maximum(tol * total.abs(), noise)
     shape = (n_dst, integrand.n_groups, integrand.n_parts)
     parts = torch.zeros(shape, dtype=integrand.dtype, device=integrand.device)
@@ -159,6 +159,11 @@ def integrate(
     return Integral(parts, total, gap, error, converged.to(parts.device), spent, scale, jumped, needed.to(parts))
 
 
+def _foretold(nodes: int | None, max_nodes: int) -> int:
+    """How many nodes to start with, if that leaves enough to go on with should they be too few; else 0."""
+    return nodes if nodes is not None and 4 * min(nodes, _LONGEST) <= max_nodes else 0
+
+
 def _needed(spent: Tensor, use: Tensor, tol: float) -> Tensor:
     """How many nodes a rule needs whose errors fall off geometrically with them.
 
@@ -207,7 +212,8 @@ def _narrowed(integrand: Integrand, s0: Tensor, narrow: Tensor, tol: float, nois
 def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor, nodes: int) -> tuple[OpenPanels, Tensor]:
     """Panels of about `PANEL_LENGTH` in t over the whole path of each destination, and the totals.
 
-    They get the long rule where that many nodes are thought to be needed. Where the model switches, it is of no use.
+    Paths of one panel get the long rule where that many nodes are thought to be needed. Where the model switches, it is
+    of no use.
     """
     zero, one = torch.zeros_like(s0), torch.ones_like(s0)
     start, end = stretch(zero, s0, s1), stretch(one, s0, s1)
@@ -224,8 +230,10 @@ def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor, nodes: int) -> t
     scalar_low, scalar_high = torch.zeros_like(total)[dst], total[dst].clone()
     scalar_low[inner], scalar_high[inner - 1] = between, between
     groups = torch.ones(len(dst), total.shape[1], dtype=torch.bool)
-    each = min(math.ceil(nodes / int(counts.min())), _LONGEST)
-    rule = SHORT if each <= NODES_PER_PANEL or integrand.switches() else long_rule(each)
+    rule: Rule = SHORT
+    each = min(nodes, _LONGEST)
+    if each > NODES_PER_PANEL and int(counts.max()) == 1 and not integrand.switches():
+        rule = long_rule(each)
     # Its many sums are held at once.
     if rule.factors.shape[1] * integrand.n_groups * integrand.n_parts * len(dst) > _MOST_NUMBERS:
         rule = SHORT

@@ -196,10 +196,13 @@ class _Long(Rule):
     def judged(self, sums: Float[Tensor, "column panel group part"], asked: Asked) -> Found:
         """See the base class."""
         integral, modes = sums[0], sums[1:]
+        # In float32 squares of small numbers vanish.
+        unit = modes.abs().amax().clamp(min=_TINY)
+        modes = modes / unit
         # The sum beside its parts.
         modes = torch.cat([modes, modes.sum(-1, keepdim=True)], -1)
         # Every other mode of an odd or even function vanishes, so the others are twice the mean.
-        middle, top = ((2 * (of**2).mean(0)).sqrt() for of in torch.split(modes, self._width))
+        middle, top = ((2 * (of**2).mean(0)).sqrt() * unit for of in torch.split(modes, self._width))
         bound = _largest(_carried_on(middle[..., :-1], top[..., :-1], 1 + self._power))
         gap = asked.gap(integral)
         (tail, of_sum), (before, sum_before) = ((_largest(x[..., :-1]), _largest(x[..., -1:])) for x in (top, middle))

@@ -100,6 +100,6 @@ def metric_integral(
         parts, skip = torch.split(integral.parts[0, 0], [n_heads * n_pos**2, n_pos])
     else:
         alone = HeadsAlone(entry, values, between, down, hold, budget)
-        integral = alone.integrate((None, down.clean) if hold.noising else (known, None), budget)
+        integral = alone.integrate((known, down.clean), budget)
         parts, skip = integral.parts[0], entry.start.new_zeros(n_pos)
     return parts.reshape(n_heads, n_pos, n_pos), skip, integral

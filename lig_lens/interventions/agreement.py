@@ -102,6 +102,11 @@ def _leaving(flow: Flow, effects: Effects) -> Float[Tensor, "layer pos"]:
             "compare: a Flow with split='message' says what moves along edges, not because of which position: use "
             "split='source' to compare positions."
         )
+    if flow.settings.get("hold") is not None:
+        raise InputError(
+            f"compare: with hold={flow.settings['hold']!r} what bypasses the heads stays, and patched positions take "
+            "it along: ask for hold=None to compare positions."
+        )
     return flow.attn.sum((1, 3)) + flow.skip
 
 

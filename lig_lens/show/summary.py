@@ -15,7 +15,7 @@ from lig_lens.relevance.prompts import of_one_prompt
 from lig_lens.relevance.relevance import Relevance
 from lig_lens.show.tables import PLAIN_WIDTH, new_table, rendered
 from lig_lens.show.text import show_token
-from lig_lens.show.words import asked_of, certainty_of, ends_of, names_of
+from lig_lens.show.words import asked_of, certainty_of, ends_of, moving, names_of
 
 if TYPE_CHECKING:
     import pandas
@@ -55,7 +55,7 @@ def _header(flow: Flow, facts: Facts, width: int | None) -> list[str]:
         counts += f", {_count(facts.n_destinations, 'destination')}"
     baselines = ", ".join(f"{name} from {baseline}" for name, baseline in facts.baselines.items())
     named = (("target", facts.target), ("tol", facts.tol))
-    asked = ", ".join(f"{name} {value}" for name, value in named if value is not None)
+    asked = ", ".join(f"{name} {value}" for name, value in named if value is not None) + moving(facts)
     texts = (flow.tokens,) if flow.is_square else (flow.tokens, flow.dst_tokens)
     tokens = " → ".join(" ".join(show_token(token) for token in text) for text in texts)
     return [

@@ -21,8 +21,8 @@ def moving(facts: Facts) -> str:
     """That contributions are split by message, and what is held, with commas before it, or nothing."""
     said = ", by message" if facts.by_message else ""
     if facts.hold is not None:
-        run = "the clean" if facts.noising else "the corrupted"
-        said += f", {'the other heads' if facts.hold == 'others' else 'what bypasses the heads'} held as in {run} run"
+        where = "in the clean run" if facts.noising else "where the path starts"
+        said += f", {'the other heads' if facts.hold == 'others' else 'what bypasses the heads'} held as {where}"
     return said
 
 

@@ -155,6 +155,11 @@ def _view(label: str, flow: Flow, prefix: str, arrays: dict[str, str]) -> View:
         key = f"{prefix}-{name}"
         arrays[key], packed[name] = encoded(key, tensor.numpy(), half)
 
+    if describe(flow).hold == "others":
+        raise InputError(
+            f"explore: the Flow {label!r} has a total for each head (hold='others'), and the page knows one for each "
+            "layer: draw it with plots.head_map or plots.importance, or explore a Flow of hold='skip'."
+        )
     facts, heads = describe(flow), flow.attn if flow.attn is not None else flow.mlp
     n_heads = 0 if heads is None else heads.shape[1]
     for name, tensor in tensors.items():
@@ -168,11 +173,8 @@ def _view(label: str, flow: Flow, prefix: str, arrays: dict[str, str]) -> View:
             pack(f"{rule}-sums", (found.heads.sum((1, 2)) + found.skip).float())
             pack(f"{rule}-sizes", (found.heads.abs().sum((1, 2)) + found.skip.abs()).float())
     for name in flow.maps:
-        gap, converged = flow.gap[name], flow.converged[name].float()
-        if flow.metric is not None and gap.ndim == 2:  # the page knows one cell for each layer
-            gap, converged = gap.amax(1), converged.amin(1)
-        pack(f"{name}-gap", gap)
-        pack(f"{name}-converged", converged)
+        pack(f"{name}-gap", flow.gap[name])
+        pack(f"{name}-converged", flow.converged[name].float())
     view: View = {
         "label": label,
         "facts": _in_a_line(facts),
@@ -190,8 +192,7 @@ def _view(label: str, flow: Flow, prefix: str, arrays: dict[str, str]) -> View:
     }
     if flow.metric is None:
         return view
-    whole = flow.total["attn"].reshape(len(flow.layers), -1).sum(1)
-    totals = [total if math.isfinite(total) else None for total in whole.tolist()]
+    totals = [total if math.isfinite(total) else None for total in flow.total["attn"].tolist()]
     return MetricView(**view, totals=totals)
 
 

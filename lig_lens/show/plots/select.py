@@ -164,7 +164,7 @@ def _check_alike(call: str, flow: Flow, minus: Flow, map: str, share: bool) -> N
 def _difference(flow: Flow, minus: Flow, map: str) -> str:
     """What sets two Flows apart, in words."""
     phrases = [] if flow.model_name == minus.model_name else [_sides("model", flow.model_name, minus.model_name)]
-    for name in (f"{map}_baseline", "target", "split", "corrupted_token_ids", "tol", "engine"):
+    for name in (f"{map}_baseline", "target", "split", "hold", "noising", "corrupted_token_ids", "tol", "engine"):
         first, second = flow.settings.get(name), minus.settings.get(name)
         if first != second:
             other = name == "corrupted_token_ids"
