@@ -11,7 +11,7 @@ from tiny_models import KINDS, N_LAYERS, exact_hf, hf_residuals, tiny_bridge
 from torch import Tensor
 
 import lig_lens
-from lig_lens.names import SPLITS
+from lig_lens.names import HOLDS, SPLITS
 
 CLEAN, CORRUPTED = [5, 12, 30, 7, 22, 39], [5, 12, 11, 7, 22, 39]
 ALL_DIFFERENT = [8, 31, 12, 25, 6, 17]
@@ -255,7 +255,10 @@ def test_small_metrics_are_held_to_the_same_tolerance():
     torch.testing.assert_close(1e6 * small.attn, large.attn, rtol=1e-3, atol=1e-4 * float(large.attn.abs().max()))
 
 
-def test_what_enters_besides_the_residual_stream_is_noticed():
+@pytest.mark.parametrize(
+    "asked", [{}, *({"hold": one, "noising": two} for one in HOLDS for two in (False, True))], ids=str
+)
+def test_what_enters_besides_the_residual_stream_is_noticed(asked: dict):
     model = tiny_bridge.__wrapped__("gpt2")
     seen: list[Tensor] = []
     handles = [
@@ -264,7 +267,7 @@ def test_what_enters_besides_the_residual_stream_is_noticed():
     ]
     try:
         with pytest.raises(lig_lens.BoundaryError, match="something else than the residual stream"):
-            lig_lens.attribute(model, CLEAN, corrupted=ALL_DIFFERENT, target=curved, layers=0, progress=False)
+            lig_lens.attribute(model, CLEAN, corrupted=ALL_DIFFERENT, target=curved, layers=0, progress=False, **asked)
     finally:
         for handle in handles:
             handle.remove()
