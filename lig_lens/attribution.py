@@ -326,7 +326,7 @@ class _Run:
             "src": len(job.inputs),
             "dst": len(job.destinations),
         }
-        named = axes_of(job.target.per_metric, job.hold is not None and job.hold.others)
+        named = axes_of(job.target.per_metric, job.each_head)
         axes = {name: named.tensors[name] for one in self.maps for name in (one.name, *one.parts)}
         axes |= {f"{group}.{one.name}": named.cells[one.name] for group in flow_io.CELLS for one in self.maps}
         return {name: tuple(sizes[axis] for axis in of) for name, of in axes.items()}

@@ -40,7 +40,7 @@ class HeadsAlone(Onward):
     """One cell with the parts of all heads, sources and destinations; or one for each head."""
 
     # What moves is little, and not much more of it at the block before.
-    foretold = False
+    guided = False
 
     def __init__(
         self, entry: Entry, values: Values, between: Between, down: Downstream, hold: Hold, budget: Budget

@@ -115,7 +115,7 @@ class Onward(ByPoints):
     """The metric of what follows from the vectors at a point of the path: one cell, unless a subclass runs several."""
 
     n_dst, n_groups = 1, 1
-    foretold = True
+    guided = True
     """Whether paths at the next block tell how many nodes one needs."""
 
     def __init__(self, entry: Entry, down: Downstream, n_parts: int, budget: Budget) -> None:
@@ -162,9 +162,9 @@ class Onward(ByPoints):
                 noise,
                 tol=budget.tol,
                 max_nodes=budget.max_nodes,
-                first_nodes=self.down.foretold(entry.layer) if self.foretold else None,
+                first_nodes=self.down.foretold(entry.layer) if self.guided else None,
             )
-        if self.foretold:
+        if self.guided:
             self.down.needed[entry.layer] = float(found.needed.max())
         return found
 

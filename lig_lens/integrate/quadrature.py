@@ -99,7 +99,7 @@ def integrate(
     noise = noise.cpu().double().clamp(min=tiny)
     looked_at = (s0 < _NARROW) & (not all_layers_known)
     s0 = _narrowed(integrand, s0, looked_at.nonzero()[:, 0], tol, noise)
-    panels, total = _first_panels(integrand, s0, s1, _foretold(first_nodes, max_nodes))
+    panels, total = _first_panels(integrand, s0, s1, first_nodes, max_nodes)
     allowed = torch.maximum(tol * total.abs(), noise)
     shape = (n_dst, integrand.n_groups, integrand.n_parts)
     parts = torch.zeros(shape, dtype=integrand.dtype, device=integrand.device)
@@ -159,11 +159,6 @@ def integrate(
     return Integral(parts, total, gap, error, converged.to(parts.device), spent, scale, jumped, needed.to(parts))
 
 
-def _foretold(nodes: int | None, max_nodes: int) -> int:
-    """How many nodes to start with, if that leaves enough to go on with should they be too few; else 0."""
-    return nodes if nodes is not None and 4 * min(nodes, _LONGEST) <= max_nodes else 0
-
-
 def _needed(spent: Tensor, use: Tensor, tol: float) -> Tensor:
     """How many nodes a rule needs whose errors fall off geometrically with them.
 
@@ -209,12 +204,28 @@ def _narrowed(integrand: Integrand, s0: Tensor, narrow: Tensor, tol: float, nois
     return s0
 
 
-def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor, nodes: int) -> tuple[OpenPanels, Tensor]:
-    """Panels of about `PANEL_LENGTH` in t over the whole path of each destination, and the totals.
+def _first_rule(integrand: Integrand, nodes: int | None, n_panels: int, max_nodes: int) -> Rule:
+    """The long rule with as many nodes as are thought to be needed, where it is of use; else the short one.
 
-    Paths of one panel get the long rule where that many nodes are thought to be needed. Where the model switches, it is
-    of no use.
+    Args:
+        integrand: where it switches, a long rule would have to be cut.
+        nodes: how many, if that is known.
+        n_panels: of the path that has most; parts of a path need fewer.
+        max_nodes: enough has to be left to go on with, should they be too few.
     """
+    each = min(nodes or 0, _LONGEST)
+    if each <= NODES_PER_PANEL or n_panels > 1 or 4 * each > max_nodes or integrand.switches():
+        return SHORT
+    rule = long_rule(each)
+    # Its many sums are held at once.
+    numbers = rule.factors.shape[1] * integrand.n_dst * integrand.n_groups * integrand.n_parts
+    return rule if numbers <= _MOST_NUMBERS else SHORT
+
+
+def _first_panels(
+    integrand: Integrand, s0: Tensor, s1: Tensor, nodes: int | None, max_nodes: int
+) -> tuple[OpenPanels, Tensor]:
+    """Panels of about `PANEL_LENGTH` in t over the whole path of each destination, and the totals."""
     zero, one = torch.zeros_like(s0), torch.ones_like(s0)
     start, end = stretch(zero, s0, s1), stretch(one, s0, s1)
     counts = ((end - start) / PANEL_LENGTH).ceil().clamp(min=1).long()
@@ -230,13 +241,7 @@ def _first_panels(integrand: Integrand, s0: Tensor, s1: Tensor, nodes: int) -> t
     scalar_low, scalar_high = torch.zeros_like(total)[dst], total[dst].clone()
     scalar_low[inner], scalar_high[inner - 1] = between, between
     groups = torch.ones(len(dst), total.shape[1], dtype=torch.bool)
-    rule: Rule = SHORT
-    each = min(nodes, _LONGEST)
-    if each > NODES_PER_PANEL and int(counts.max()) == 1 and not integrand.switches():
-        rule = long_rule(each)
-    # Its many sums are held at once.
-    if rule.factors.shape[1] * integrand.n_groups * integrand.n_parts * len(dst) > _MOST_NUMBERS:
-        rule = SHORT
+    rule = _first_rule(integrand, nodes, int(counts.max()), max_nodes)
     return OpenPanels(dst, low, high, scalar_low, scalar_high, groups, rule=rule), total
 
 

@@ -50,6 +50,11 @@ class Job:
     by_message: bool
     hold: Hold | None
 
+    @property
+    def each_head(self) -> bool:
+        """Whether each head moves alone, in a cell of its own."""
+        return self.hold is not None and self.hold.others
+
     def place(self, index: int) -> Place:
         """Layer number `index` of those asked for."""
         layer = self.layers[index]

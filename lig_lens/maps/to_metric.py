@@ -32,7 +32,7 @@ class AttnToMetric(Map):
         heads, skip, integral = metric_integral(values, path, between, down, known, job.hold, job.budget)
         advance(self.work(job, index))
         # One for each head, or one for everything.
-        each = slice(None) if job.hold is not None and job.hold.others else 0
+        each = slice(None) if job.each_head else 0
         cells = {name: value[each, 0] for name, value in cells_of(integral).items()}
         return self.finished(job, index, Columns(heads, **cells, skip=skip))
 

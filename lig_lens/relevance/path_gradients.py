@@ -22,10 +22,11 @@ def path_pattern_gradients(what: Explained) -> Float[Tensor, "layer head src dst
     """
     found, missed = [], []
     for layer in what.layers:
-        n_nodes, mean = _FEWEST_NODES, _mean(what, layer, _FEWEST_NODES)
+        integrand = OfPositions(what.entry(layer), what.down, what.budget)
+        n_nodes, mean = _FEWEST_NODES, _mean(what, layer, integrand, _FEWEST_NODES)
         while True:
             n_nodes, before = 2 * n_nodes, mean
-            mean = _mean(what, layer, n_nodes)
+            mean = _mean(what, layer, integrand, n_nodes)
             change = float((mean - before).abs().max())
             if change <= what.budget.tol * float(mean.abs().max()):
                 break
@@ -42,9 +43,8 @@ def path_pattern_gradients(what: Explained) -> Float[Tensor, "layer head src dst
     return torch.stack(found)
 
 
-def _mean(what: Explained, layer: int, n_nodes: int) -> Float[Tensor, "head src dst"]:
+def _mean(what: Explained, layer: int, integrand: OfPositions, n_nodes: int) -> Float[Tensor, "head src dst"]:
     nodes, weights = np.polynomial.legendre.leggauss(n_nodes)
-    integrand = OfPositions(what.entry(layer), what.down, what.budget)
     a = torch.as_tensor((nodes + 1) / 2).to(integrand.first)
     weight = torch.as_tensor(weights / 2).to(integrand.first)
     parts = zip(torch.split(a, integrand.chunk), torch.split(weight, integrand.chunk), strict=True)
